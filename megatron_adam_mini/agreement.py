@@ -1,0 +1,127 @@
+"""All ranks agree on one plan, or all ranks raise, before any collective of a step can hang.
+
+Imports torch.distributed and the standard library. Runs once, at construction and after load.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import distributed
+
+from megatron_adam_mini.config import short_hash
+
+
+@dataclass(frozen=True)
+class PlanRecord:
+    """What one rank brings to the check.
+
+    Attributes:
+        stage: ranks with the same stage hold the same parameters and buffers.
+        rules: what must be equal on all ranks: the partition options.
+        layout: what must be equal within a stage: one line per parameter, in buffer order.
+        matched: name patterns of the options that matched a parameter on this rank.
+        error: an exception raised while this rank planned, or ``None``.
+    """
+
+    stage: str
+    rules: dict[str, Any]
+    layout: Sequence[dict[str, Any]] = ()
+    matched: frozenset[str] = frozenset()
+    error: Exception | None = field(default=None, compare=False)
+
+
+def check_agreement(
+    record: PlanRecord,
+    *,
+    patterns: Sequence[str],
+    group: distributed.ProcessGroup | None = None,
+) -> None:
+    """Compare the plans of all ranks of ``group``; every one of them must call it.
+
+    One gather of a few hundred bytes per rank; the plans themselves travel only when they differ.
+
+    Args:
+        record: this rank's plan, or the error that kept it from having one.
+        patterns: name patterns of the options; each must match somewhere.
+        group: ranks to compare, default all.
+
+    Raises:
+        Exception: on the rank that failed to plan, its own error.
+        RuntimeError: on the others; and on every rank when plans differ. Names both sides.
+        ValueError: on every rank when a name pattern matches no parameter anywhere.
+    """
+    layout_hash = short_hash(list(record.layout))
+    error = None if record.error is None else f"{type(record.error).__name__}: {record.error}"
+    mine = (record.stage, short_hash(record.rules), layout_hash, sorted(record.matched), error)
+    everyone = _gather(mine, group)
+
+    failed = [(rank, entry[4]) for rank, entry in enumerate(everyone) if entry[4] is not None]
+    if record.error is not None:
+        raise record.error
+    if failed:
+        rank, message = failed[0]
+        raise RuntimeError(f"Adam-mini could not plan its step on rank {rank}: {message}")
+
+    first_of_stage: dict[str, int] = {}
+    for rank, entry in enumerate(everyone):
+        other = first_of_stage.setdefault(entry[0], rank)
+        if entry[1] != everyone[0][1]:
+            _raise_difference(record, group, 0, rank, "options")
+        if entry[2] != everyone[other][2]:
+            _raise_difference(record, group, other, rank, "layout")
+
+    found = {pattern for entry in everyone for pattern in entry[3]}
+    missing = [pattern for pattern in patterns if pattern not in found]
+    if missing:
+        raise ValueError(
+            f"Adam-mini name patterns {missing} match no parameter of the model. Patterns are "
+            "matched with fnmatch against global names such as "
+            "'decoder.layers.0.mlp.linear_fc1.weight'; --adam-mini-manifest lists all of them."
+        )
+
+
+def _raise_difference(
+    record: PlanRecord,
+    group: distributed.ProcessGroup | None,
+    left: int,
+    right: int,
+    what: str,
+) -> None:
+    """Gather what differs and raise; all ranks get here together, as all saw the same hashes."""
+    own: Any = record.rules if what == "options" else list(record.layout)
+    mine = own if _rank(group) in (left, right) else None
+    everyone = _gather(mine, group)
+    a, b = everyone[left], everyone[right]
+    if what == "options":
+        difference = f"rank {left} has {json.dumps(a)}, rank {right} has {json.dumps(b)}"
+    else:
+        index = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+        if index is None:
+            longer, index = (left, len(b)) if len(a) > len(b) else (right, len(a))
+            entry = (a if longer == left else b)[index]
+            difference = f"only rank {longer} has {json.dumps(entry)}"
+        else:
+            difference = (
+                f"entry {index} is {json.dumps(a[index])} on rank {left} "
+                f"and {json.dumps(b[index])} on rank {right}"
+            )
+    raise RuntimeError(
+        f"Adam-mini's {what} differs between ranks that must share it: {difference}. "
+        "Start every rank with the same flags and model (also requires_grad)."
+    )
+
+
+def _gather(value: Any, group: distributed.ProcessGroup | None) -> list[Any]:
+    if not distributed.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def _rank(group: distributed.ProcessGroup | None) -> int:
+    return distributed.get_rank(group) if distributed.is_initialized() else 0

@@ -1,0 +1,149 @@
+"""What a user may choose about Adam-mini: the partition into blocks and where to report it.
+
+Imports the standard library only, so that launchers and offline tools can read it without torch.
+Data flow: command line or ``OptimizerConfig`` -> **AdamMiniConfig** -> partition -> layout -> step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+#: Raised whenever the same model and config would be cut into other blocks than before.
+RULE_VERSION = 1
+
+#: How the table of roles is filled in; see ``partition.rule_for``.
+PRESETS = ("paper", "first", "tensor")
+
+#: What may be asked for one parameter by name.
+RULES = ("row", "head", "tensor", "element")
+
+BACKENDS = ("auto", "reference")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamMiniConfig:
+    """Options of Adam-mini that are not options of Adam.
+
+    Args:
+        preset: ``"paper"`` (default): head for Query and Key, row for Value, projections, MLP,
+            embedding and output. ``"first"``: head for Query and Key, embedding and output with
+            a full second moment, one block per tensor elsewhere. ``"tensor"``: one block per
+            tensor (Query, Key and Value count as one tensor each).
+        value_as_block: Value of one layer is one block instead of one block per row.
+        full_v: ``fnmatch`` patterns of parameter names that keep one second moment per element.
+        rules: ``(pattern, rule)`` pairs that override the preset, first match wins;
+            rule is one of ``row``, ``head``, ``tensor``, ``element``. ``full_v`` comes first.
+        backend: kernels to use: ``auto`` or ``reference`` (plain torch).
+        manifest: path of a JSON file that rank 0 writes the partition to; ``None`` writes none.
+
+    Raises:
+        ValueError: a value that is not allowed; the message names it and what is.
+
+    Source: Zhang et al., arXiv:2406.16793, Algorithms 1 to 3.
+    """
+
+    preset: str = "paper"
+    value_as_block: bool = False
+    full_v: tuple[str, ...] = ()
+    rules: tuple[tuple[str, str], ...] = ()
+    backend: str = "auto"
+    manifest: str | None = None
+
+    def __post_init__(self) -> None:
+        """Normalise sequences to tuples and check every value."""
+        object.__setattr__(self, "full_v", tuple(self.full_v))
+        object.__setattr__(self, "rules", tuple((str(p), str(r)) for p, r in self.rules))
+        _one_of("preset", self.preset, PRESETS)
+        _one_of("backend", self.backend, BACKENDS)
+        for pattern, rule in self.rules:
+            if rule not in RULES:
+                raise ValueError(
+                    f"Adam-mini rule {rule!r} for pattern {pattern!r} is not known; "
+                    f"allowed: {', '.join(RULES)}."
+                )
+
+    def overrides(self) -> tuple[tuple[str, str], ...]:
+        """Return all ``(pattern, rule)`` pairs in the order in which they are tried."""
+        return tuple((pattern, "element") for pattern in self.full_v) + self.rules
+
+    def partition_fields(self) -> dict[str, Any]:
+        """Return the part of the config that decides which elements share a second moment."""
+        return {
+            "rule_version": RULE_VERSION,
+            "preset": self.preset,
+            "value_as_block": self.value_as_block,
+            "overrides": [list(pair) for pair in self.overrides()],
+        }
+
+    def partition_hash(self) -> str:
+        """Return a short hash of :meth:`partition_fields`, equal wherever the rules are equal."""
+        return short_hash(self.partition_fields())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> AdamMiniConfig:
+        """Build a config from a mapping; unknown keys raise ``ValueError``."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"Adam-mini options {unknown} are not known; allowed: {', '.join(sorted(known))}."
+            )
+        return cls(**values)
+
+
+def check_adam_values(
+    *, lr: float | None, betas: tuple[float, float], eps: float, weight_decay: float
+) -> None:
+    """Check the hyper-parameters that Adam-mini shares with AdamW.
+
+    Raises:
+        ValueError: a value outside its range; the message has name, value and range.
+    """
+    if lr is not None and not lr >= 0.0:
+        raise ValueError(f"lr={lr} is not allowed; it must be >= 0.")
+    for index, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"beta{index + 1}={beta} is not allowed; it must be in [0, 1).")
+    # eps = 0 would turn a token that was never seen (m = v = 0) into 0 / 0.
+    if not eps > 0.0:
+        raise ValueError(f"eps={eps} is not allowed; it must be > 0 (the usual value is 1e-8).")
+    if not weight_decay >= 0.0:
+        raise ValueError(f"weight_decay={weight_decay} is not allowed; it must be >= 0.")
+
+
+def read_rules(path: str | Path) -> tuple[tuple[str, str], ...]:
+    """Read ``{"pattern": "rule", ...}`` from a JSON file, keeping its order.
+
+    Raises:
+        ValueError: the file does not exist, is no JSON object of strings, or is empty.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Adam-mini rules file {str(path)!r} cannot be read: {error}") from error
+    if not isinstance(content, dict) or not content:
+        raise ValueError(
+            f"Adam-mini rules file {str(path)!r} must hold a JSON object that maps name patterns "
+            f"to one of {', '.join(RULES)}, and at least one of them."
+        )
+    return tuple((str(pattern), str(rule)) for pattern, rule in content.items())
+
+
+def short_hash(value: Any) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of a JSON-serialisable value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"Adam-mini {name}={value!r} is not known; allowed: {', '.join(allowed)}.")

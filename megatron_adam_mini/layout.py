@@ -1,0 +1,223 @@
+"""Blocks x slice -> segments: where the blocks lie in the slice of a bucket that a rank owns.
+
+Imports numpy and ``partition`` only. Everything here is integers, computed once at
+construction and never changed.
+
+Data flow: partition, and the offsets of Megatron's buckets -> **layout** -> reduction, kernels.
+
+Vocabulary: a *bucket* is a flat buffer that holds parameters at given offsets, with gaps. It is
+cut into ``num_slices`` equal *slices*, one per data-parallel rank, without regard for rows. A
+*segment* is a row segment (see ``partition``) within a slice. Parameters with one second moment
+per element contribute *element ranges* instead.
+
+Shape suffixes: ``_S`` segments of one slice, ``_R`` element ranges of one slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_adam_mini.partition import IntArray, ParameterBlocks, RowPattern
+
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one parameter lies in a bucket: ``[start, end)``, in elements of the bucket."""
+
+    parameter: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class BucketLayout:
+    """The integers of one bucket, equal on all ranks that share it."""
+
+    numel: int
+    num_slices: int
+    placements: tuple[Placement, ...]
+
+    def __post_init__(self) -> None:
+        """Check what everything below relies on."""
+        if self.numel % self.num_slices:
+            raise ValueError(
+                f"A bucket of {self.numel} elements cannot be cut into {self.num_slices} equal "
+                "slices; Megatron pads buckets so that it can, so this layout is not its own."
+            )
+
+    @property
+    def slice_numel(self) -> int:
+        """Elements of one slice."""
+        return self.numel // self.num_slices
+
+
+@dataclass(frozen=True)
+class SliceSegments:
+    """Segments and element ranges of one slice, both in ascending order.
+
+    Attributes:
+        start_S, end_S: offsets within the slice.
+        parameter_S: index of the parameter.
+        row_segment_S: row segment of the parameter's pattern.
+        block_S: block of the parameter.
+        block_numel_S: elements of the whole block, over all ranks.
+        clipped_left_S, clipped_right_S: the row segment goes on in the slice before, after.
+        start_R, end_R, parameter_R: element ranges.
+    """
+
+    start_S: IntArray  # noqa: N815 (shape suffix)
+    end_S: IntArray  # noqa: N815
+    parameter_S: IntArray  # noqa: N815
+    row_segment_S: IntArray  # noqa: N815
+    block_S: IntArray  # noqa: N815
+    block_numel_S: IntArray  # noqa: N815
+    clipped_left_S: BoolArray  # noqa: N815
+    clipped_right_S: BoolArray  # noqa: N815
+    start_R: IntArray  # noqa: N815
+    end_R: IntArray  # noqa: N815
+    parameter_R: IntArray  # noqa: N815
+
+    @property
+    def num_segments(self) -> int:
+        """Number of segments, S."""
+        return len(self.start_S)
+
+    @property
+    def num_ranges(self) -> int:
+        """Number of element ranges, R."""
+        return len(self.start_R)
+
+    @property
+    def num_elementwise(self) -> int:
+        """Elements in all element ranges."""
+        return int((self.end_R - self.start_R).sum())
+
+
+def segment_slice(
+    bucket: BucketLayout, parameters: Sequence[ParameterBlocks], rank: int
+) -> SliceSegments:
+    """List the segments of slice ``rank`` of a bucket.
+
+    Args:
+        bucket: the bucket's integers.
+        parameters: all parameters; placements index into them.
+        rank: which slice, ``0 <= rank < bucket.num_slices``.
+    """
+    begin = rank * bucket.slice_numel
+    end = begin + bucket.slice_numel
+    columns: list[list[IntArray | BoolArray]] = [[] for _ in range(8)]
+    ranges: list[tuple[int, int, int]] = []
+    for placement in _overlapping(bucket, begin, end):
+        blocks = parameters[placement.parameter]
+        first = max(begin, placement.start) - placement.start
+        last = min(end, placement.end) - placement.start
+        shift = placement.start - begin
+        if blocks.pattern is None:
+            ranges.append((first + shift, last + shift, placement.parameter))
+            continue
+        width = blocks.info.row_numel
+        offset = blocks.info.row_offset
+        segments = np.arange(
+            blocks.pattern.segment_of_row(offset + first // width),
+            blocks.pattern.segment_of_row(offset + (last - 1) // width) + 1,
+            dtype=np.int64,
+        )
+        low, high = blocks.pattern.segment_bounds(segments)
+        # Rows of other tensor-parallel ranks are not part of the local tensor.
+        low = np.maximum((low - offset) * width, 0)
+        high = np.minimum((high - offset) * width, blocks.info.numel)
+        whole_width = width * (blocks.info.tp_size if (blocks.info.tp_dim or 0) > 0 else 1)
+        for column, value in zip(
+            columns,
+            (
+                np.maximum(low, first) + shift,
+                np.minimum(high, last) + shift,
+                np.full(len(segments), placement.parameter, dtype=np.int64),
+                segments,
+                blocks.pattern.block_of_segment(segments),
+                blocks.pattern.rows_of_segment_block(segments) * whole_width,
+                low < first,
+                high > last,
+            ),
+            strict=True,
+        ):
+            column.append(value)
+    kinds = [np.int64] * 6 + [np.bool_] * 2
+    joined = [
+        np.concatenate(column) if column else np.empty(0, dtype=kind)
+        for column, kind in zip(columns, kinds, strict=True)
+    ]
+    table = np.asarray(ranges, dtype=np.int64).reshape(-1, 3)
+    return SliceSegments(*joined, table[:, 0], table[:, 1], table[:, 2])
+
+
+def cut_boundaries(bucket: BucketLayout, parameters: Sequence[ParameterBlocks]) -> BoolArray:
+    """Return, for each boundary between slices, whether it cuts a row segment.
+
+    Shape ``(num_slices - 1,)``. Row segments of spread blocks (see :func:`spread_blocks`) do not
+    count: their sums travel in slots of their own.
+    """
+    cuts = np.zeros(bucket.num_slices - 1, dtype=np.bool_)
+    starts = np.asarray([p.start for p in bucket.placements], dtype=np.int64)
+    for index in range(bucket.num_slices - 1):
+        position = (index + 1) * bucket.slice_numel
+        found = int(np.searchsorted(starts, position, side="right")) - 1
+        if found < 0 or not starts[found] < position < bucket.placements[found].end:
+            continue
+        placement = bucket.placements[found]
+        blocks = parameters[placement.parameter]
+        if blocks.pattern is None:
+            continue
+        offset, width = blocks.info.row_offset, blocks.info.row_numel
+        before = blocks.pattern.segment_of_row(offset + (position - placement.start - 1) // width)
+        after = blocks.pattern.segment_of_row(offset + (position - placement.start) // width)
+        block = blocks.pattern.block_of_segment(np.asarray([after]))[0]
+        cuts[index] = before == after and block not in spread_blocks(blocks)
+    return cuts
+
+
+def spread_blocks(blocks: ParameterBlocks) -> IntArray:
+    """Return the blocks of a parameter that no single run of local elements can hold.
+
+    They are the blocks made of several row segments, and those that a boundary between
+    tensor-parallel ranks crosses when dimension 0 is split (a Query or Key head when twice the
+    number of query groups is not divisible by the tensor-parallel size). Ascending, the same on
+    every tensor-parallel rank.
+    """
+    if blocks.pattern is None:
+        return np.empty(0, dtype=np.int64)
+    split_rows = blocks.info.shape[0] if crosses_tp(blocks) else 0
+    return _spread_blocks(blocks.pattern, split_rows)
+
+
+def crosses_tp(blocks: ParameterBlocks) -> bool:
+    """Return whether tensor parallelism splits the rows, so that a block may span its ranks."""
+    return blocks.info.tp_dim == 0 and blocks.info.tp_size > 1
+
+
+def row_parallel(blocks: ParameterBlocks) -> bool:
+    """Return whether every tensor-parallel rank holds a part of each row."""
+    return (blocks.info.tp_dim or 0) > 0 and blocks.info.tp_size > 1
+
+
+@lru_cache(maxsize=512)
+def _spread_blocks(pattern: RowPattern, split_rows: int) -> IntArray:
+    if pattern.segment_rows == (1,) and pattern.shared == (-1,):
+        return np.empty(0, dtype=np.int64)
+    segments = np.arange(pattern.num_segments, dtype=np.int64)
+    spread = pattern.is_scattered(segments)
+    if split_rows:
+        low, high = pattern.segment_bounds(segments)
+        spread = spread | (low // split_rows != (high - 1) // split_rows)
+    return np.unique(pattern.block_of_segment(segments[spread]))
+
+
+def _overlapping(bucket: BucketLayout, begin: int, end: int) -> Iterator[Placement]:
+    return (p for p in bucket.placements if p.start < end and p.end > begin)

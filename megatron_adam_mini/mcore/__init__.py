@@ -1,0 +1,1 @@
+"""Glue to Megatron-Core: the only folder that imports ``megatron``."""

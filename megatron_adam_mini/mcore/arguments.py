@@ -1,0 +1,127 @@
+"""Adam-mini's launch flags, next to Megatron's own.
+
+Imports argparse and ``config``; knows Megatron's parser only as an argument.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from megatron_adam_mini.config import (
+    BACKENDS,
+    PRESETS,
+    AdamMiniConfig,
+    check_adam_values,
+    read_rules,
+)
+from megatron_adam_mini.mcore.preflight import refuse_unsupported
+
+OPTIMIZER = "adam_mini"
+_PREFIX = "adam_mini_"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add ``--optimizer adam_mini`` and ``--adam-mini-*`` to Megatron's parser.
+
+    Raises:
+        RuntimeError: the parser has no ``--optimizer`` with choices.
+    """
+    for action in parser._actions:
+        if "--optimizer" in action.option_strings and action.choices is not None:
+            action.choices = [*action.choices, OPTIMIZER]
+            break
+    else:
+        raise RuntimeError(
+            "Megatron's parser has no --optimizer with choices; this Megatron-Core release is not "
+            "supported by megatron-adam-mini."
+        )
+    group = parser.add_argument_group(
+        "Adam-mini", "options of --optimizer adam_mini (arXiv:2406.16793)"
+    )
+    group.add_argument(
+        "--adam-mini-preset",
+        choices=PRESETS,
+        default=AdamMiniConfig.preset,
+        help="partition into blocks: 'paper' (head for Q and K, row elsewhere), 'first' (one "
+        "block per tensor outside of attention, embedding and output elementwise), 'tensor'",
+    )
+    group.add_argument(
+        "--adam-mini-value-as-block",
+        action="store_true",
+        help="Value of one layer is one block (advised by the authors for short runs)",
+    )
+    group.add_argument(
+        "--adam-mini-full-v",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="keep one second moment per element for parameters whose global name matches",
+    )
+    group.add_argument(
+        "--adam-mini-rules",
+        metavar="FILE",
+        help="JSON object {name pattern: row | head | tensor | element}; first match wins",
+    )
+    group.add_argument(
+        "--adam-mini-backend", choices=BACKENDS, default=AdamMiniConfig.backend, help="kernels"
+    )
+    group.add_argument(
+        "--adam-mini-manifest", metavar="FILE", help="write the partition of the model as JSON"
+    )
+    return parser
+
+
+def config_from_args(args: argparse.Namespace) -> AdamMiniConfig:
+    """Return the options that the flags ask for; bad values raise ``ValueError``."""
+    return AdamMiniConfig(
+        preset=args.adam_mini_preset,
+        value_as_block=args.adam_mini_value_as_block,
+        full_v=tuple(args.adam_mini_full_v),
+        rules=read_rules(args.adam_mini_rules) if args.adam_mini_rules else (),
+        backend=args.adam_mini_backend,
+        manifest=args.adam_mini_manifest,
+    )
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Check what ``--optimizer adam_mini`` cannot be combined with, before Megatron's own checks.
+
+    Raises:
+        ValueError: a value that is not allowed.
+        NotImplementedError: a combination that is not supported.
+    """
+    config_from_args(args)
+    refuse_unsupported(args)
+    check_adam_values(
+        lr=args.lr,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_eps,
+        weight_decay=args.weight_decay,
+    )
+    if args.save and not args.no_save_optim:
+        raise NotImplementedError(
+            "--optimizer adam_mini cannot save its state yet. Remedy: add --no-save-optim (the "
+            "model alone is saved), or drop --save."
+        )
+    if args.load and not (args.no_load_optim or args.finetune):
+        raise NotImplementedError(
+            "--optimizer adam_mini cannot load optimizer state yet. Remedy: add --no-load-optim."
+        )
+
+
+def refuse_stray_options(args: argparse.Namespace, parser_defaults: dict[str, Any]) -> None:
+    """Refuse ``--adam-mini-*`` flags that another optimizer would ignore in silence.
+
+    Raises:
+        ValueError: names the flags.
+    """
+    stray = [
+        "--" + name.replace("_", "-")
+        for name, default in parser_defaults.items()
+        if name.startswith(_PREFIX) and getattr(args, name, default) != default
+    ]
+    if stray:
+        raise ValueError(
+            f"{', '.join(stray)} need --optimizer adam_mini, but --optimizer is {args.optimizer!r}."
+        )

@@ -1,0 +1,312 @@
+"""The optimizer that Megatron's training loop holds: one object for all chunks of a rank.
+
+Imports megatron.core and ``engine``. It replaces both Megatron's chain of optimizers and its
+distributed optimizer: gradients are read where the reduce-scatter left them, and weights are
+written where the parameter all-gather takes them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.optimizer.grad_scaler import (
+    ConstantGradScaler,
+    DynamicGradScaler,
+    MegatronGradScaler,
+)
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
+from torch import Tensor, distributed
+from torch.nn import Module, Parameter
+
+from megatron_adam_mini.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+
+class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
+    """Adam-mini behind Megatron's optimizer interface.
+
+    Built by ``factory.build_optimizer``; users get it from Megatron's ``get_megatron_optimizer``.
+
+    Args:
+        engine: state and step of this rank.
+        config: Megatron's optimizer config.
+        model_chunks: DDP-wrapped chunks.
+        param_groups: groups of model parameters; schedulers write ``lr`` and ``weight_decay``.
+        parameters: all trainable parameters, in the engine's numbering.
+        manifest: partition of the whole model.
+
+    Attributes:
+        manifest: as above; the same on all ranks.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: OptimizerConfig,
+        model_chunks: Sequence[Module],
+        param_groups: list[dict[str, Any]],
+        parameters: Sequence[Parameter],
+        manifest: dict[str, Any],
+    ) -> None:
+        # MegatronOptimizer.__init__ is for a wrapped torch optimizer, which does not exist here.
+        self.engine = engine
+        self.config = config
+        self.model_chunks = list(model_chunks)
+        self.manifest = manifest
+        self.grad_scaler = _grad_scaler(config)
+        self.is_stub_optimizer = not parameters
+        self._groups = param_groups
+        self._parameters = list(parameters)
+        self._ddp_config: Any = model_chunks[0].ddp_config
+        self._scale_one = torch.ones(1, dtype=torch.float32, device=engine.device)
+        self._norm_sq: float | None = None
+        self._grad_scale = 1.0
+        self._warned_non_finite = False
+        self._point_at_main_params()
+
+    # The step, phase by phase. ``step`` is what Megatron calls; the phases are public in
+    # MegatronOptimizer, so each also works when a caller drives them itself.
+
+    @torch.no_grad()
+    def step(self) -> tuple[bool, float | None, int | None]:
+        """Take one step; all ranks must call it.
+
+        Returns:
+            ``(updated, grad_norm, num_zeros_in_grad)``. A step with a non-finite gradient on any
+            rank is skipped everywhere: ``(False, None, None)``, with no state changed.
+        """
+        if self.prepare_grads():
+            return False, None, None
+        grad_norm = self.clip_grad_norm(self.config.clip_grad)
+        num_zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
+        if grad_norm > self.config.grad_norm_skip_threshold:
+            logger.info(
+                "skipping a step: grad_norm %s exceeds grad_norm_skip_threshold %s",
+                grad_norm,
+                self.config.grad_norm_skip_threshold,
+            )
+            return False, grad_norm, num_zeros
+        return self.step_with_ready_grads(), grad_norm, num_zeros
+
+    @torch.no_grad()
+    def prepare_grads(self) -> bool:
+        """Take all block sums; return whether any gradient of any rank is not finite."""
+        with self._timer("optimizer-block-sums"):
+            norm_sq, num_non_finite = self.engine.collect().tolist()
+        found_inf = num_non_finite > 0 or not math.isfinite(norm_sq)
+        inv_scale = 1.0
+        if self.grad_scaler is not None:
+            inv_scale = float(self.grad_scaler.inv_scale)
+            self.grad_scaler.update(found_inf)
+        elif found_inf and not self._warned_non_finite:
+            self._warned_non_finite = True
+            logger.warning(
+                "skipping a step with non-finite gradients; optimizer state and weights are "
+                "unchanged (further skipped steps are only counted in Megatron's log)"
+            )
+        self._norm_sq = norm_sq * inv_scale**2
+        self._grad_scale = inv_scale
+        return found_inf
+
+    @torch.no_grad()
+    def get_grad_norm(self) -> float:
+        """Return the norm of all gradients of the model, loss scale removed, before clipping."""
+        if self._norm_sq is None:
+            raise RuntimeError("get_grad_norm needs prepare_grads first: it takes the block sums.")
+        return math.sqrt(self._norm_sq)
+
+    @torch.no_grad()
+    def clip_grad_norm(self, clip_grad: float) -> float:
+        """Fold clipping into the update, and return the norm before it.
+
+        The gradient itself is never rewritten: who reads ``main_grad`` after the step sees it
+        unclipped.
+        """
+        grad_norm = self.get_grad_norm()
+        if clip_grad > 0.0:
+            # 1e-6 as in megatron.core.optimizer.clip_grads.clip_grad_by_total_norm_fp32.
+            self._grad_scale *= min(1.0, clip_grad / (grad_norm + 1.0e-6))
+        return grad_norm
+
+    @torch.no_grad()
+    def step_with_ready_grads(self) -> bool:
+        """Update state and weights, and start Megatron's parameter all-gather."""
+        if self._norm_sq is None:
+            raise RuntimeError(
+                "step_with_ready_grads needs prepare_grads first: it takes the block sums."
+            )
+        with self._timer("optimizer-inner-step"):
+            self.engine.update(self._grad_scale)
+        self._norm_sq = None
+        if self._ddp_config.use_distributed_optimizer and not (
+            self._ddp_config.overlap_param_gather
+        ):
+            with self._timer("params-all-gather"):
+                for chunk in self.model_chunks:
+                    chunk.start_param_sync()
+        return True
+
+    @torch.no_grad()
+    def count_zeros(self) -> int:
+        """Return the number of zeros in the model's gradients, each parameter counted once."""
+        counts = torch.zeros(len(self.engine.domains), dtype=torch.int64, device=self.engine.device)
+        buckets = iter(self.engine.buckets)
+        for row, domain in enumerate(self.engine.domains):
+            for layout, bucket in zip(domain.buckets, buckets, strict=False):
+                grad = bucket.source.grad
+                begin = domain.dp_rank * layout.slice_numel
+                for placement in layout.placements:
+                    if not self.engine.parameters[placement.parameter].info.in_norm:
+                        continue
+                    first = max(placement.start - begin, 0)
+                    last = min(placement.end - begin, layout.slice_numel)
+                    if first < last:
+                        counts[row] += last - first - torch.count_nonzero(grad[first:last])
+            distributed.all_reduce(counts[row], group=domain.norm_group)
+        return int(counts.sum())
+
+    # What the training loop asks of any optimizer.
+
+    @property
+    def chained_optimizers(self) -> list[AdamMiniOptimizer]:
+        """The optimizer itself: Megatron's loop walks the members of its chain."""
+        return [self]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups, equal in number and order on all ranks."""
+        return self._groups
+
+    def get_parameters(self) -> list[Parameter]:
+        """Return the model parameters that this optimizer updates."""
+        return list(self._parameters)
+
+    def get_grad_stats_parallel_group(self) -> distributed.ProcessGroup | None:
+        """Return the group over which gradient statistics are added."""
+        return self.engine.domains[0].norm_group
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop ``.grad`` of all parameters; Megatron zeroes its buffers itself."""
+        for param in self._parameters:
+            if set_to_none:
+                param.grad = None
+            elif param.grad is not None:
+                param.grad.zero_()
+
+    def get_loss_scale(self) -> Tensor:
+        """Return the loss scale, shape ``(1,)``."""
+        if self.grad_scaler is None:
+            return self._scale_one
+        scale: Tensor = self.grad_scaler.scale
+        return scale
+
+    @torch.no_grad()
+    def reload_model_params(self, state_dict: dict[str, Any] | None = None) -> None:
+        """Copy model weights to the main parameters, after somebody changed the weights."""
+        if state_dict is not None:
+            raise NotImplementedError(
+                "Adam-mini cannot take main parameters from a model state dict "
+                "(--load-main-params-from-ckpt); drop the flag to start from the model's weights."
+            )
+        for bucket in self.engine.buckets:
+            if bucket.state.owns_main_param:
+                bucket.state.main_param.copy_(bucket.source.weight)
+
+    def state_bytes(self) -> dict[str, int]:
+        """Return this rank's optimizer state in bytes: main_param, exp_avg, exp_avg_sq."""
+        return self.engine.state_bytes()
+
+    def communication_per_step(self) -> dict[str, Any]:
+        """Return what Adam-mini adds per step on this rank: collectives, bytes, by group."""
+        return self.engine.communication_per_step()
+
+    # Checkpoints.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Not supported yet."""
+        raise NotImplementedError(_NO_CHECKPOINT)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Not supported yet."""
+        raise NotImplementedError(_NO_CHECKPOINT)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Not supported yet."""
+        raise NotImplementedError(_NO_CHECKPOINT)
+
+    def offload_to_cpu(self) -> None:
+        """Not supported: the state is views of one flat tensor per bucket."""
+        raise NotImplementedError("Adam-mini's state cannot be offloaded to the CPU yet.")
+
+    restore_from_cpu = offload_to_cpu
+
+    def _timer(self, name: str) -> Any:
+        timers = self.config.timers
+        if timers is None:
+            return _NoTimer()
+        return _RunningTimer(timers(name, log_level=1), self.config.barrier_with_L1_time)
+
+    def _point_at_main_params(self) -> None:
+        """Give 16-bit parameters the ``main_param`` view that Megatron's parameter norm reads."""
+        sharded = bool(self._ddp_config.use_distributed_optimizer)
+        for param in self._parameters:
+            if param.dtype != torch.float32:
+                param.main_param = None  # type: ignore[attr-defined]
+                param.main_param_sharded = sharded  # type: ignore[attr-defined]
+        buckets = iter(self.engine.buckets)
+        for domain in self.engine.domains:
+            for layout, bucket in zip(domain.buckets, buckets, strict=False):
+                begin = domain.dp_rank * layout.slice_numel
+                for placement in layout.placements:
+                    param = self._parameters[placement.parameter]
+                    first = max(placement.start - begin, 0)
+                    last = min(placement.end - begin, layout.slice_numel)
+                    if first < last and bucket.state.owns_main_param:
+                        param.main_param = bucket.state.main_param[first:last]  # type: ignore[attr-defined]
+
+
+_NO_CHECKPOINT = (
+    "Adam-mini cannot save or load its state yet. Train with --no-save-optim and --no-load-optim, "
+    "or without --save and --load."
+)
+
+
+def _grad_scaler(config: OptimizerConfig) -> MegatronGradScaler | None:
+    """Choose the loss scaler as Megatron does for its own optimizers."""
+    if not (config.fp16 or config.bf16 or config.use_distributed_optimizer):
+        return None
+    if config.loss_scale:
+        return ConstantGradScaler(config.loss_scale)
+    if config.fp16:
+        return DynamicGradScaler(
+            initial_scale=config.initial_loss_scale,
+            min_scale=config.min_loss_scale,
+            growth_factor=2.0,
+            backoff_factor=0.5,
+            growth_interval=config.loss_scale_window,
+            hysteresis=config.hysteresis,
+        )
+    return None
+
+
+class _NoTimer:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+class _RunningTimer:
+    def __init__(self, timer: Any, barrier: bool) -> None:
+        self._timer, self._barrier = timer, barrier
+
+    def __enter__(self) -> None:
+        self._timer.start(barrier=self._barrier)
+
+    def __exit__(self, *exc: object) -> None:
+        self._timer.stop()

@@ -1,0 +1,182 @@
+"""Megatron model chunks -> facts about every trainable parameter.
+
+Imports megatron.core (for its duplicate filter) and ``partition``. Data flow: model chunks
+-> **ParameterInfo** -> partition.
+
+What a parameter is follows from its name, its number of dimensions and the config of the module
+that owns it, never from shapes. Names that are not listed here have role ``unknown``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
+from torch.distributed import ProcessGroup
+from torch.nn import Module, Parameter
+
+from megatron_adam_mini.partition import HeadGeometry, ParameterInfo
+
+#: Name suffix -> role, for parameters with two dimensions. First match wins.
+_MATRIX_ROLES = (
+    ("word_embeddings.weight", "embedding"),
+    ("position_embeddings.weight", "position_embedding"),
+    ("output_layer.weight", "output"),
+    ("self_attention.linear_qkv.weight", "qkv"),
+    ("self_attention.linear_proj.weight", "attention_projection"),
+    ("mlp.linear_fc1.weight", "mlp"),
+    ("mlp.linear_fc2.weight", "mlp"),
+    ("mlp.router.weight", "router"),
+)
+
+_NORM_WEIGHT = re.compile(r"(norm\w*\.weight|\.layer_norm_weight)$")
+_LAYER = re.compile(r"layers\.\d+$")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def collect_parameters(
+    model_chunks: Sequence[Module], *, tp_group: ProcessGroup, expert_tp_group: ProcessGroup
+) -> dict[Parameter, ParameterInfo]:
+    """Describe every trainable parameter of a rank's model chunks.
+
+    Keyed by the parameter itself: with virtual pipeline stages two chunks use the same names.
+
+    Args:
+        model_chunks: DDP-wrapped chunks.
+        tp_group: tensor-parallel group of dense parameters.
+        expert_tp_group: that of experts.
+
+    Raises:
+        NotImplementedError: a parameter of a kind that is not supported, by name.
+    """
+    found: dict[Parameter, ParameterInfo] = {}
+    for chunk in model_chunks:
+        renamed = _global_prefixes(chunk)
+        modules = dict(chunk.named_modules())
+        for local_name, param in chunk.named_parameters():
+            if not param.requires_grad or param in found:
+                continue
+            name = _global_name(local_name, renamed)
+            config = _nearest_config(local_name, modules)
+            found[param] = _describe(name, param, config, tp_group, expert_tp_group)
+    return found
+
+
+def _describe(
+    name: str, param: Parameter, config: Any, tp_group: ProcessGroup, expert_tp_group: ProcessGroup
+) -> ParameterInfo:
+    _refuse_unsupported(name, param)
+    if getattr(param, "shared_embedding", False):
+        # The copy on the last pipeline stage must follow the rule of the first stage's, or the
+        # two would drift apart.
+        name = "embedding.word_embeddings.weight"
+    expert = not getattr(param, "allreduce", True)
+    group = expert_tp_group if expert else tp_group
+    split = bool(getattr(param, "tensor_model_parallel", False)) and group.size() > 1
+    role = _role(name, param)
+    return ParameterInfo(
+        name=name,
+        shape=tuple(param.shape),
+        role=role,
+        tp_dim=int(param.partition_dim) if split else None,  # type: ignore[attr-defined]
+        tp_size=group.size() if split else 1,
+        tp_rank=group.rank() if split else 0,
+        heads=_heads(config) if role == "qkv" else None,
+        expert=expert,
+        in_norm=param_is_not_shared(param)
+        and _is_not_tp_duplicate(param, tp_group, expert_tp_group),
+    )
+
+
+def _role(name: str, param: Parameter) -> str:
+    if param.ndim == 1:
+        if _NORM_WEIGHT.search(name):
+            return "norm"
+        return "bias" if name.endswith("bias") else "unknown"
+    if param.ndim == 2:
+        for suffix, role in _MATRIX_ROLES:
+            if name.endswith(suffix):
+                return role
+    return "unknown"
+
+
+def _heads(config: Any) -> HeadGeometry:
+    return HeadGeometry(
+        num_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups or config.num_attention_heads,
+        head_dim=config.kv_channels,
+        gated=bool(getattr(config, "attention_output_gate", False)),
+    )
+
+
+def _refuse_unsupported(name: str, param: Parameter) -> None:
+    if type(param.data) is not torch.Tensor or param.dtype not in _FLOATS:
+        raise NotImplementedError(
+            f"Parameter {name!r} is a {type(param.data).__name__} of {param.dtype}; Adam-mini "
+            "updates plain float32, bfloat16 and float16 parameters. Train without quantized "
+            "parameters (no --fp8-param-gather, no --fp4-param-gather)."
+        )
+    if not getattr(param, "allreduce", True) or ".experts." in name:
+        raise NotImplementedError(
+            f"Parameter {name!r} belongs to an expert; mixture-of-experts models are not "
+            "supported yet. Use --optimizer adam for them."
+        )
+    if getattr(param, "grad_norm_group", None) is not None:
+        raise NotImplementedError(
+            f"Parameter {name!r} has a gradient norm of its own "
+            f"({param.grad_norm_group!r}: multi-token prediction), which is not supported yet. "  # type: ignore[attr-defined]
+            "Train without --mtp-num-layers, or use --optimizer adam."
+        )
+    if getattr(param, "is_gtp_weight_remat", False):
+        raise NotImplementedError(
+            f"Parameter {name!r} is sharded by generalized tensor parallelism, which is not "
+            "supported. Set its weight-remat sizes to 1."
+        )
+
+
+def _is_not_tp_duplicate(
+    param: Parameter, tp_group: ProcessGroup, expert_tp_group: ProcessGroup
+) -> bool:
+    groups: dict[str, Any] = {"tp_group": tp_group, "expert_tp_group": expert_tp_group}
+    known = inspect.signature(param_is_not_tensor_parallel_duplicate).parameters
+    return bool(
+        param_is_not_tensor_parallel_duplicate(
+            param, **{key: value for key, value in groups.items() if key in known}
+        )
+    )
+
+
+def _global_prefixes(chunk: Module) -> dict[str, str]:
+    """Map each layer's local prefix to the one with the global layer number."""
+    renamed = {}
+    for name, module in chunk.named_modules():
+        number = getattr(module, "layer_number", None)
+        if isinstance(number, int) and _LAYER.search(name):
+            renamed[name + "."] = _LAYER.sub(f"layers.{number - 1}", name) + "."
+    return renamed
+
+
+def _global_name(name: str, renamed: dict[str, str]) -> str:
+    for prefix, replacement in renamed.items():
+        if name.startswith(prefix):
+            name = replacement + name.removeprefix(prefix)
+            break
+    while name.startswith("module."):  # DDP and Float16Module
+        name = name.removeprefix("module.")
+    return name
+
+
+def _nearest_config(name: str, modules: dict[str, Module]) -> Any:
+    """Return the config of the closest module around a parameter that knows about heads."""
+    path = name.rpartition(".")[0]
+    while path:
+        config = getattr(modules.get(path), "config", None)
+        if getattr(config, "num_attention_heads", None) is not None:
+            return config
+        path = path.rpartition(".")[0]
+    return None

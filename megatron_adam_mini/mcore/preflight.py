@@ -1,0 +1,101 @@
+"""Combinations that Adam-mini does not support are refused at start-up, with the reason.
+
+Imports nothing but the standard library. The same table is applied to command-line arguments,
+to ``OptimizerConfig`` and to the DDP config, whichever has the attribute.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+#: attribute -> (flag, why it is refused, what to do instead)
+_REFUSED = {
+    "use_megatron_fsdp": (
+        "--use-megatron-fsdp",
+        "its parameters are DTensors without buckets",
+        "use --use-distributed-optimizer",
+    ),
+    "use_torch_fsdp2": (
+        "--use-torch-fsdp2",
+        "its parameters are DTensors without buckets",
+        "use --use-distributed-optimizer",
+    ),
+    "use_layer_wise_distributed_optimizer": (
+        "--use-layer-wise-distributed-optimizer",
+        "it assigns whole parameters to ranks, while Adam-mini shards flat buckets",
+        "use --use-distributed-optimizer",
+    ),
+    "optimizer_cpu_offload": (
+        "--optimizer-cpu-offload",
+        "the state lives on the device, mirrored with the gradient buckets",
+        "drop the flag",
+    ),
+    "use_precision_aware_optimizer": (
+        "--use-precision-aware-optimizer",
+        "state in lower precision is not supported yet",
+        "drop the flag (Adam-mini's state is float32)",
+    ),
+    "optimizer_cuda_graph": (
+        "--optimizer-cuda-graph",
+        "the step reads the gradient norm on the host",
+        "drop the flag",
+    ),
+    "overlap_param_gather_with_optimizer_step": (
+        "--overlap-param-gather-with-optimizer-step",
+        "it is not supported yet",
+        "use --overlap-param-gather alone",
+    ),
+    "fp8_param_gather": (
+        "--fp8-param-gather",
+        "quantized parameters are not supported yet",
+        "drop the flag",
+    ),
+    "fp4_param_gather": (
+        "--fp4-param-gather",
+        "quantized parameters are not supported yet",
+        "drop the flag",
+    ),
+    "reuse_grad_buf_for_mxfp8_param_ag": (
+        "--reuse-grad-buf-for-mxfp8-param-ag",
+        "quantized parameters are not supported yet",
+        "drop the flag",
+    ),
+    "param_name_patterns_for_fp32_local_accumulation": (
+        "--ddp-param-name-patterns-for-fp32-local-accumulation",
+        "its gradients lie outside the bucket",
+        "use --accumulate-allreduce-grads-in-fp32",
+    ),
+    "dump_param_to_param_group_map": (
+        "--dump-param-to-param-group-map",
+        "it describes Megatron's own optimizers",
+        "use --adam-mini-manifest",
+    ),
+    "qk_clip": (
+        "--qk-clip",
+        "it edits main parameters as if they had the parameter's shape",
+        "drop the flag",
+    ),
+}
+
+
+def refuse_unsupported(*sources: Any) -> None:
+    """Check arguments or configs against the table of what is not supported.
+
+    Args:
+        sources: namespaces or dataclasses; attributes that they lack are skipped.
+
+    Raises:
+        NotImplementedError: names the flag, the reason and the remedy.
+    """
+    for source in sources:
+        for attribute, (flag, reason, remedy) in _REFUSED.items():
+            if getattr(source, attribute, None):
+                raise NotImplementedError(
+                    f"--optimizer adam_mini does not support {flag}: {reason}. Remedy: {remedy}."
+                )
+        if getattr(source, "decoupled_weight_decay", True) is False:
+            raise NotImplementedError(
+                "--optimizer adam_mini needs decoupled weight decay (AdamW); with "
+                "--no-decoupled-weight-decay the decay would enter the gradient after its block "
+                "sums were taken. Remedy: drop the flag."
+            )

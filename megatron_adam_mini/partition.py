@@ -1,0 +1,383 @@
+"""Facts about one parameter -> blocks: which elements share one second moment.
+
+Imports numpy and ``config`` only. No torch, no Megatron: the whole partition of a
+400-billion-parameter model can be planned on a laptop.
+
+Data flow: mcore/param_info collects :class:`ParameterInfo` -> **partition** -> layout.
+
+Vocabulary: a *row* is an index of dimension 0 of the whole tensor, the tensor-parallel shards
+stacked in rank order when dimension 0 is the one that is split. A *row segment* is a run of
+consecutive rows of one block. Most blocks are one row segment; Value as one block in a fused
+QKV weight is one row segment per query group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_adam_mini.config import AdamMiniConfig, short_hash
+
+IntArray = NDArray[np.int64]
+
+#: role -> rule, for each preset. ``qkv`` is resolved further by :func:`qkv_pattern`.
+#: A role that is not in the table gets one second moment per element and is listed as such.
+_ROLE_RULES: dict[str, dict[str, str]] = {
+    "paper": {
+        "embedding": "row",
+        "output": "row",
+        "position_embedding": "row",
+        "qkv": "qkv",
+        "attention_projection": "row",
+        "mlp": "row",
+        "norm": "tensor",
+        "bias": "element",
+        "router": "element",
+    },
+    "first": {
+        "embedding": "element",
+        "output": "element",
+        "position_embedding": "element",
+        "qkv": "qkv",
+        "attention_projection": "tensor",
+        "mlp": "tensor",
+        "norm": "tensor",
+        "bias": "element",
+        "router": "element",
+    },
+    "tensor": {
+        "embedding": "tensor",
+        "output": "tensor",
+        "position_embedding": "tensor",
+        "qkv": "qkv",
+        "attention_projection": "tensor",
+        "mlp": "tensor",
+        "norm": "tensor",
+        "bias": "tensor",
+        "router": "tensor",
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadGeometry:
+    """How the rows of a fused QKV weight are made of heads.
+
+    Rows come in ``num_query_groups`` equal groups, each holding the Query heads of the group,
+    as many gate heads when the attention output is gated, one Key head and one Value head.
+    """
+
+    num_heads: int
+    num_query_groups: int
+    head_dim: int
+    gated: bool = False
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the whole fused weight."""
+        query_rows = self.num_heads * (2 if self.gated else 1)
+        return (query_rows + 2 * self.num_query_groups) * self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterInfo:
+    """What the partition must know of one parameter, as one rank holds it.
+
+    Attributes:
+        name: name in the whole model (global layer number), the same on all ranks.
+        shape: shape of this rank's tensor-parallel shard.
+        role: what the parameter is: a key of the rule table, or ``"unknown"``.
+        tp_dim: dimension that tensor parallelism splits, ``None`` if it is replicated.
+        tp_size: tensor-parallel size of the group that splits it (expert-TP for experts).
+        tp_rank: this rank in that group.
+        heads: for ``role="qkv"``.
+        expert: reduced over the expert-data-parallel group.
+        in_norm: counts in the gradient norm on this rank (not shared, not a TP duplicate).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    tp_dim: int | None = None
+    tp_size: int = 1
+    tp_rank: int = 0
+    heads: HeadGeometry | None = None
+    expert: bool = False
+    in_norm: bool = True
+
+    @property
+    def numel(self) -> int:
+        """Elements of this rank's shard."""
+        return math.prod(self.shape)
+
+    @property
+    def row_numel(self) -> int:
+        """Elements of one local row (1 for a vector)."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def global_shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        return tuple(
+            size * self.tp_size if dim == self.tp_dim else size
+            for dim, size in enumerate(self.shape)
+        )
+
+    @property
+    def row_offset(self) -> int:
+        """Row of the whole tensor at which this rank's rows start."""
+        return self.tp_rank * self.shape[0] if self.tp_dim == 0 else 0
+
+
+@dataclass(frozen=True)
+class RowPattern:
+    """Blocks made of whole rows: a period of row segments that repeats down the tensor.
+
+    Attributes:
+        segment_rows: rows of each row segment of one period.
+        shared: for each of them, -1 if every period has a block of its own there, else the
+            number of the block that all periods share.
+        num_periods: how often the period repeats.
+    """
+
+    segment_rows: tuple[int, ...]
+    shared: tuple[int, ...]
+    num_periods: int
+
+    @cached_property
+    def _starts(self) -> IntArray:
+        return np.concatenate([[0], np.cumsum(np.asarray(self.segment_rows, dtype=np.int64))])
+
+    @cached_property
+    def _shared(self) -> IntArray:
+        return np.asarray(self.shared, dtype=np.int64)
+
+    @property
+    def period_rows(self) -> int:
+        """Rows of one period."""
+        return int(self._starts[-1])
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the whole tensor."""
+        return self.period_rows * self.num_periods
+
+    @property
+    def num_segments(self) -> int:
+        """Row segments of the whole tensor."""
+        return len(self.segment_rows) * self.num_periods
+
+    @cached_property
+    def num_shared(self) -> int:
+        """Blocks that all periods share; they are numbered first."""
+        return int(self._shared.max(initial=-1)) + 1
+
+    @cached_property
+    def _private_index(self) -> IntArray:
+        private = self._shared < 0
+        return np.where(private, np.cumsum(private) - 1, -1)
+
+    @cached_property
+    def num_private(self) -> int:
+        """Blocks that each period has for itself."""
+        return int((self._shared < 0).sum())
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the whole tensor."""
+        return self.num_shared + self.num_private * self.num_periods
+
+    def segment_of_row(self, row: int) -> int:
+        """Return the row segment that holds ``row``."""
+        period, within = divmod(row, self.period_rows)
+        index = int(np.searchsorted(self._starts, within, side="right")) - 1
+        return period * len(self.segment_rows) + index
+
+    def segment_bounds(self, segments: IntArray) -> tuple[IntArray, IntArray]:
+        """Return first and one-past-last row of each row segment."""
+        period, index = np.divmod(segments, len(self.segment_rows))
+        base = period * self.period_rows
+        return base + self._starts[index], base + self._starts[index + 1]
+
+    def block_of_segment(self, segments: IntArray) -> IntArray:
+        """Return the block of each row segment."""
+        period, index = np.divmod(segments, len(self.segment_rows))
+        private = self.num_shared + period * self.num_private + self._private_index[index]
+        return np.where(self._shared[index] >= 0, self._shared[index], private)
+
+    def rows_of_segment_block(self, segments: IntArray) -> IntArray:
+        """Return, for each row segment, the rows of the whole block that it belongs to."""
+        rows = np.asarray(self.segment_rows, dtype=np.int64)
+        shared_rows = np.zeros(max(self.num_shared, 1), dtype=np.int64)
+        np.add.at(shared_rows, self._shared[self._shared >= 0], rows[self._shared >= 0])
+        index = segments % len(self.segment_rows)
+        shared = self._shared[index]
+        return np.where(shared >= 0, shared_rows[shared] * self.num_periods, rows[index])
+
+    def is_scattered(self, segments: IntArray) -> NDArray[np.bool_]:
+        """Return, for each row segment, whether its block has other row segments too."""
+        counts = np.bincount(self._shared[self._shared >= 0], minlength=max(self.num_shared, 1))
+        shared = self._shared[segments % len(self.segment_rows)]
+        return (shared >= 0) & (counts[shared] * self.num_periods > 1)
+
+
+@dataclass(frozen=True)
+class ParameterBlocks:
+    """One parameter with the rule that applies to it.
+
+    ``pattern`` is ``None`` when every element keeps a second moment of its own.
+    """
+
+    info: ParameterInfo
+    rule: str
+    pattern: RowPattern | None
+
+    @property
+    def num_blocks(self) -> int:
+        """Second moments of the whole tensor."""
+        if self.pattern is None:
+            return math.prod(self.info.global_shape)
+        return self.pattern.num_blocks
+
+    def manifest_entry(self) -> dict[str, Any]:
+        """Return this parameter's line of the manifest, independent of the layout."""
+        return {
+            "name": self.info.name,
+            "shape": list(self.info.global_shape),
+            "role": self.info.role,
+            "rule": self.rule,
+            "blocks": self.num_blocks,
+            "elements": math.prod(self.info.global_shape),
+            "v_bytes": 4 * self.num_blocks,
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """Return what must agree on all ranks that hold this parameter."""
+        facts = asdict(self.info)
+        for per_rank in ("tp_rank", "in_norm"):
+            facts.pop(per_rank)
+        return {"rule": self.rule, **facts}
+
+
+def rule_for(info: ParameterInfo, config: AdamMiniConfig) -> str:
+    """Return the rule of one parameter: an override by name, else the preset's rule by role."""
+    for pattern, rule in config.overrides():
+        if fnmatchcase(info.name, pattern):
+            return rule
+    return _ROLE_RULES[config.preset].get(info.role, "element")
+
+
+def partition_parameter(info: ParameterInfo, config: AdamMiniConfig) -> ParameterBlocks:
+    """Cut one parameter into blocks.
+
+    Raises:
+        ValueError: the shape does not fit the head geometry, or a rule does not apply.
+
+    Source: Zhang et al., arXiv:2406.16793, Section 2.2 (partition principle), Algorithm 3.
+    """
+    rule = rule_for(info, config)
+    if rule == "element":
+        return ParameterBlocks(info, rule, None)
+    if rule in ("qkv", "head"):
+        if info.heads is None:
+            raise ValueError(
+                f"Adam-mini rule 'head' was asked for parameter {info.name!r} of role "
+                f"{info.role!r}, which has no heads; use 'row', 'tensor' or 'element'."
+            )
+        return ParameterBlocks(info, rule, qkv_pattern(info, config, rule))
+    num_rows = info.global_shape[0]
+    if rule == "row":
+        return ParameterBlocks(info, rule, RowPattern((1,), (-1,), num_rows))
+    return ParameterBlocks(info, rule, RowPattern((num_rows,), (-1,), 1))
+
+
+def qkv_pattern(info: ParameterInfo, config: AdamMiniConfig, rule: str) -> RowPattern:
+    """Return the row segments of one query group: Query heads, gate, Key head, Value.
+
+    Raises:
+        ValueError: heads that do not divide into groups, or another number of rows.
+    """
+    heads = info.heads
+    assert heads is not None
+    if heads.num_heads % heads.num_query_groups:
+        raise ValueError(
+            f"Parameter {info.name!r}: {heads.num_heads} attention heads are not divisible by "
+            f"{heads.num_query_groups} query groups; choose numbers that are."
+        )
+    if heads.num_rows != info.global_shape[0]:
+        raise ValueError(
+            f"Parameter {info.name!r} has {info.global_shape[0]} rows, but {heads.num_heads} "
+            f"heads, {heads.num_query_groups} query groups and head size {heads.head_dim}"
+            f"{' with an output gate' if heads.gated else ''} make {heads.num_rows}; check "
+            "--num-attention-heads, --num-query-groups and --kv-channels, or give the parameter "
+            "another rule."
+        )
+    per_group, dim = heads.num_heads // heads.num_query_groups, heads.head_dim
+    one_tensor = config.preset == "tensor" and rule == "qkv"
+    one_value = one_tensor or config.preset == "first" or config.value_as_block
+    one_gate = one_tensor or config.preset == "first"
+    rows: list[int] = []
+    shared: list[int] = []
+    next_shared = 0
+
+    def add(sizes: Sequence[int], one_block: bool) -> None:
+        nonlocal next_shared
+        if one_block:
+            # One run of rows in each group; all groups share the block.
+            rows.append(sum(sizes))
+            shared.append(next_shared)
+            next_shared += 1
+        else:
+            rows.extend(sizes)
+            shared.extend([-1] * len(sizes))
+
+    add([dim] * per_group, one_tensor)
+    if heads.gated:
+        add([1] * (per_group * dim), one_gate)
+    add([dim], one_tensor)
+    add([1] * dim, one_value)
+    return RowPattern(tuple(rows), tuple(shared), heads.num_query_groups)
+
+
+def unmatched_patterns(names: Sequence[str], config: AdamMiniConfig) -> list[str]:
+    """Return the name patterns of the config that match none of ``names``."""
+    return [
+        pattern
+        for pattern, _ in config.overrides()
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+
+
+def manifest_of(entries: Sequence[dict[str, Any]], config: AdamMiniConfig) -> dict[str, Any]:
+    """Return the manifest of a whole model: what is one block, and what that costs.
+
+    Args:
+        entries: :meth:`ParameterBlocks.manifest_entry` of every parameter, once each.
+        config: the options that produced them.
+
+    Returns:
+        A JSON-serialisable dict; ``hash`` depends on names, shapes and rules only, never on
+        how the model is laid out over ranks (so not on the vocabulary's padding either, which
+        Megatron chooses by tensor-parallel size).
+    """
+    ordered = sorted(entries, key=lambda entry: str(entry["name"]))
+    hashed = [
+        [e["name"], e["shape"][1:] if e["role"] in ("embedding", "output") else e["shape"], e["rule"]]
+        for e in ordered
+    ]
+    return {
+        **config.partition_fields(),
+        "parameters": ordered,
+        "elements": sum(entry["elements"] for entry in ordered),
+        "blocks": sum(entry["blocks"] for entry in ordered),
+        "v_bytes": sum(entry["v_bytes"] for entry in ordered),
+        "elementwise_unknown": [e["name"] for e in ordered if e["role"] == "unknown"],
+        "hash": short_hash([config.partition_fields(), hashed]),
+    }

@@ -1,0 +1,316 @@
+"""A small real Megatron-Core training job whose weights and data do not depend on the layout.
+
+Runs inside the ranks that ``ranks.run_ranks`` starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Job:
+    """Layout, model and training options of one job. Defaults: 1 rank, tiny Llama, float32."""
+
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    vpp: int | None = None
+    layers: int = 2
+    hidden: int = 64
+    heads: int = 8
+    groups: int = 4
+    ffn: int = 96
+    vocab: int = 128
+    gated_attention: bool = False
+    swiglu: bool = True
+    bias: bool = False
+    qk_layernorm: bool = False
+    tied: bool = False
+    sequence_parallel: bool = False
+    bf16: bool = False
+    fp16: bool = False
+    grad_fp32: bool = True
+    bucket_size: int | None = None
+    overlap: bool = False
+    distributed_optimizer: bool = True
+    instances: int = 1
+    optimizer: str = "adam_mini"
+    adam_mini: dict[str, Any] = field(default_factory=dict)
+    optimizer_args: dict[str, Any] = field(default_factory=dict)
+    ddp_args: dict[str, Any] = field(default_factory=dict)
+    lr: float = 1e-2
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+    batch: int = 24
+    micro_batches: int = 2
+    sequence: int = 16
+    steps: int = 10
+
+
+class Trainer:
+    """Model, optimizer and training step of one rank."""
+
+    def __init__(self, job: Job) -> None:
+        from megatron.core import parallel_state
+        from megatron.core.distributed import DistributedDataParallel
+        from megatron.core.distributed import DistributedDataParallelConfig as DDPConfig
+        from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+        from megatron.core.transformer import TransformerConfig
+
+        self.job = job
+        parallel_state.initialize_model_parallel(
+            job.tp,
+            job.pp,
+            job.vpp,
+            context_parallel_size=job.cp,
+            num_distributed_optimizer_instances=job.instances,
+        )
+        model_parallel_cuda_manual_seed(7)
+        dtype = torch.bfloat16 if job.bf16 else torch.float16 if job.fp16 else torch.float32
+        self.config = TransformerConfig(
+            num_layers=job.layers,
+            hidden_size=job.hidden,
+            num_attention_heads=job.heads,
+            num_query_groups=job.groups,
+            ffn_hidden_size=job.ffn,
+            attention_output_gate=job.gated_attention,
+            gated_linear_unit=job.swiglu,
+            activation_func=torch.nn.functional.silu if job.swiglu else torch.nn.functional.gelu,
+            add_bias_linear=job.bias,
+            qk_layernorm=job.qk_layernorm,
+            normalization="RMSNorm",
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            tensor_model_parallel_size=job.tp,
+            pipeline_model_parallel_size=job.pp,
+            virtual_pipeline_model_parallel_size=job.vpp,
+            context_parallel_size=job.cp,
+            sequence_parallel=job.sequence_parallel,
+            bf16=job.bf16,
+            fp16=job.fp16,
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+            use_cpu_initialization=True,
+            gradient_accumulation_fusion=False,
+            overlap_p2p_comm=job.vpp is not None,
+            batch_p2p_comm=job.vpp is None,
+            deallocate_pipeline_outputs=False,
+        )
+        ddp_config = DDPConfig(
+            grad_reduce_in_fp32=job.grad_fp32,
+            overlap_grad_reduce=job.overlap,
+            overlap_param_gather=job.overlap and job.distributed_optimizer,
+            use_distributed_optimizer=job.distributed_optimizer,
+            num_distributed_optimizer_instances=job.instances,
+            bucket_size=job.bucket_size,
+            **job.ddp_args,
+        )
+        self.chunks = []
+        for chunk in range(job.vpp or 1):
+            model = self._build_chunk(chunk if job.vpp else None)
+            set_weights(model, job)
+            if job.bf16 or job.fp16:
+                from megatron.core.transformer.module import Float16Module
+
+                model = Float16Module(self.config, model)
+            self.chunks.append(
+                DistributedDataParallel(
+                    config=self.config,
+                    ddp_config=ddp_config,
+                    module=model,
+                    disable_bucketing=job.bucket_size is None,
+                )
+            )
+        self.config.finalize_model_grads_func = finalize_model_grads
+        if job.overlap:
+            self.config.no_sync_func = _one_or_list([c.no_sync for c in self.chunks])
+            if job.vpp:
+                self.config.grad_sync_func = [c.start_grad_sync for c in self.chunks]
+                if job.distributed_optimizer:
+                    self.config.param_sync_func = [c.start_param_sync for c in self.chunks]
+        self.optimizer = self._build_optimizer()
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        self.dp_rank = parallel_state.get_data_parallel_rank()
+        self.dp_size = parallel_state.get_data_parallel_world_size()
+        self.losses: list[float] = []
+
+    def _build_chunk(self, vp_stage: int | None) -> Any:
+        from megatron.core import parallel_state
+        from megatron.core.models.gpt import GPTModel
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+        job = self.job
+        return GPTModel(
+            config=self.config,
+            transformer_layer_spec=get_gpt_layer_local_spec(
+                qk_layernorm=job.qk_layernorm, normalization="RMSNorm"
+            ),
+            vocab_size=job.vocab,
+            max_sequence_length=job.sequence,
+            pre_process=parallel_state.is_pipeline_first_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            post_process=parallel_state.is_pipeline_last_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            share_embeddings_and_output_weights=job.tied,
+            position_embedding_type="rope",
+            vp_stage=vp_stage,
+        )
+
+    def _build_optimizer(self) -> Any:
+        import megatron_adam_mini
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+        from megatron_adam_mini import AdamMiniConfig
+
+        job = self.job
+        config = OptimizerConfig(
+            optimizer=job.optimizer,
+            lr=job.lr,
+            min_lr=0.0,
+            weight_decay=job.weight_decay,
+            adam_beta1=0.9,
+            adam_beta2=0.95,
+            adam_eps=1e-8,
+            clip_grad=job.clip_grad,
+            bf16=job.bf16,
+            fp16=job.fp16,
+            params_dtype=self.config.params_dtype,
+            use_distributed_optimizer=job.distributed_optimizer,
+            overlap_param_gather=job.overlap and job.distributed_optimizer,
+            **job.optimizer_args,
+        )
+        if job.optimizer == "adam_mini":
+            megatron_adam_mini.register()
+            config.adam_mini = AdamMiniConfig(**job.adam_mini)
+        optimizer = get_megatron_optimizer(config, self.chunks)
+        for group in optimizer.param_groups:  # as Megatron's scheduler does in its first step
+            group["weight_decay"] = job.weight_decay * group["wd_mult"]
+        return optimizer
+
+    def batch_of(self, step: int) -> torch.Tensor:
+        """Return the token ids of one global batch, shape ``(batch, sequence + 1)``."""
+        generator = torch.Generator().manual_seed(1000 + step)
+        shape = (self.job.batch, self.job.sequence + 1)
+        return torch.randint(0, self.job.vocab, shape, generator=generator)
+
+    def backward(self, step: int) -> None:
+        """Run forward and backward passes of one global batch; gradients end in the buffers."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        job = self.job
+        mine = self.batch_of(step)[self.dp_rank :: self.dp_size]
+        micro = len(mine) // job.micro_batches
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def forward(iterator: Any, model: Any) -> Any:
+            tokens = next(iterator)
+            position = torch.arange(job.sequence).expand(len(tokens), -1)
+            mask = torch.triu(torch.ones(job.sequence, job.sequence, dtype=torch.bool), 1)
+            output = model(
+                tokens[:, :-1].contiguous(),
+                position,
+                mask[None, None].expand(len(tokens), 1, -1, -1),
+                labels=tokens[:, 1:].contiguous(),
+            )
+
+            def loss_of(output: torch.Tensor) -> Any:
+                loss = output.float().mean()
+                return loss, {"loss": loss.detach()}
+
+            return output, loss_of
+
+        iterators = [iter(mine.split(micro)) for _ in self.chunks]
+        reports = get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iterators if job.vpp else iterators[0],
+            model=self.chunks if job.vpp else self.chunks[0],
+            num_microbatches=job.micro_batches,
+            seq_length=job.sequence,
+            micro_batch_size=micro,
+            forward_only=False,
+        )
+        if reports:
+            self.losses.append(float(sum(r["loss"] for r in reports)))
+
+    def step(self, step: int) -> tuple[bool, Any, Any]:
+        """Run one whole training step."""
+        self.backward(step)
+        return self.optimizer.step()
+
+    def sync_params(self) -> None:
+        """Wait for parameter gathers that overlap the next forward pass."""
+        for chunk in self.chunks:
+            if self.job.overlap and self.job.distributed_optimizer:
+                chunk.start_param_sync(force_sync=True)
+
+
+def global_names(chunks: list[Any]) -> dict[str, torch.nn.Parameter]:
+    """Map names with global layer numbers to parameters; written apart from the package."""
+    found = {}
+    for chunk in chunks:
+        numbers = {
+            name: module.layer_number - 1
+            for name, module in chunk.named_modules()
+            if name.rpartition(".")[0].endswith("layers") and hasattr(module, "layer_number")
+        }
+        for name, param in chunk.named_parameters():
+            for prefix, number in numbers.items():
+                if name.startswith(prefix + "."):
+                    stem = prefix.rpartition(".")[0]
+                    name = f"{stem}.{number}{name[len(prefix) :]}"
+                    break
+            found[name.replace("module.", "")] = param
+    return found
+
+
+def whole_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return the initial value of a whole parameter, a function of its name alone."""
+    if name == "output_layer.weight":
+        name = "embedding.word_embeddings.weight"  # so that tied and untied models start alike
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "little")
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(shape, generator=generator)
+    return 1.0 + 0.1 * noise if "norm" in name else 0.05 * noise
+
+
+def shard_of(name: str, whole: torch.Tensor, param: torch.Tensor, job: Job, rank: int) -> Any:
+    """Return one tensor-parallel rank's part of a whole tensor (also of labels or of v)."""
+    if not getattr(param, "tensor_model_parallel", False) or job.tp == 1:
+        return whole
+    if job.swiglu and "linear_fc1" in name:
+        gate, up = whole.chunk(2, dim=0)
+        return torch.cat([gate.chunk(job.tp)[rank], up.chunk(job.tp)[rank]])
+    return whole.chunk(job.tp, dim=param.partition_dim)[rank]
+
+
+def whole_shape(param: torch.Tensor, job: Job) -> tuple[int, ...]:
+    """Return the shape of the whole parameter."""
+    shape = list(param.shape)
+    if getattr(param, "tensor_model_parallel", False):
+        shape[param.partition_dim] *= job.tp
+    return tuple(shape)
+
+
+def set_weights(model: Any, job: Job) -> None:
+    """Give a model chunk its part of the layout-independent initial weights."""
+    from megatron.core import parallel_state
+
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    with torch.no_grad():
+        for name, param in global_names([model]).items():
+            whole = whole_weight(name, whole_shape(param, job))
+            param.copy_(shard_of(name, whole, param, job, rank))
+
+
+def _one_or_list(items: list[Callable[..., Any]]) -> Any:
+    return items if len(items) > 1 else items[0]
