@@ -44,12 +44,12 @@ class Job:
     adam_mini: dict[str, Any] = field(default_factory=dict)
     optimizer_args: dict[str, Any] = field(default_factory=dict)
     ddp_args: dict[str, Any] = field(default_factory=dict)
-    lr: float = 1e-2
+    lr: float = 2e-3
     weight_decay: float = 0.1
     clip_grad: float = 1.0
-    batch: int = 24
+    batch: int = 48  # divisible by every data-parallel size times two micro-batches
     micro_batches: int = 2
-    sequence: int = 16
+    sequence: int = 8
     steps: int = 10
 
 
@@ -207,7 +207,8 @@ class Trainer:
 
         job = self.job
         mine = self.batch_of(step)[self.dp_rank :: self.dp_size]
-        micro = len(mine) // job.micro_batches
+        micro = job.batch // self.dp_size // job.micro_batches
+        assert micro * job.micro_batches * self.dp_size == job.batch
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()

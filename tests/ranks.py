@@ -11,7 +11,6 @@ import importlib
 import multiprocessing
 import os
 import pickle
-import sys
 import tempfile
 import time
 import traceback
@@ -71,7 +70,9 @@ def run_ranks(
             path = Path(folder, f"{rank}.pickle")
             if not path.exists():
                 code = processes[rank].exitcode
-                errors.setdefault(rank, ("Died", f"exit code {code}", f"exit code {code}"))
+                output = Path(folder, f"{rank}.output")
+                tail = output.read_text(errors="replace")[-4000:] if output.exists() else ""
+                errors.setdefault(rank, ("Died", f"exit code {code}", f"exit code {code}\n{tail}"))
                 continue
             kind, value = pickle.loads(path.read_bytes())
             if kind == "error":
@@ -95,6 +96,10 @@ def _rank_main(
     from torch import distributed
 
     torch.set_num_threads(1)
+    # What Megatron prints on every rank is shown only when the rank fails.
+    output = os.open(Path(folder, f"{rank}.output"), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     with open(Path(folder, f"{rank}.stacks"), "w") as log:
         faulthandler.dump_traceback_later(timeout * 0.9, file=log)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
@@ -116,6 +121,5 @@ def _rank_main(
         partial.write_bytes(pickle.dumps(outcome))
         partial.rename(Path(folder, f"{rank}.pickle"))
         faulthandler.cancel_dump_traceback_later()
-    sys.stdout.flush()
     # Tearing gloo down one group at a time takes longer than the tests, and can wait for peers.
     os._exit(0)

@@ -1,0 +1,140 @@
+"""Collect what every rank holds, and put whole tensors together from it.
+
+The first half runs inside the ranks, the second half in the test. Nothing here asks the package
+which block an element belongs to: that is the oracle's business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tests.megatron_job import Job, Trainer, global_names
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements ``[begin, end)`` of one tensor-parallel shard of a parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    split_dim: int | None
+    tp_rank: int
+    pp_rank: int
+    begin: int
+    values: dict[str, np.ndarray]
+
+
+def weights_of(trainer: Trainer) -> list[Part]:
+    """Return the model weights of this rank as float32 (all of its shard)."""
+    return [
+        _part(trainer, name, param, 0, {"weight": param.detach().float()})
+        for name, param in global_names(trainer.chunks).items()
+    ]
+
+
+def slices_of(trainer: Trainer, *, grads_only: bool = False) -> list[Part]:
+    """Return what the optimizer of this rank owns: grad, and param, exp_avg, v per element."""
+    names = {param: name for name, param in global_names(trainer.chunks).items()}
+    optimizer = trainer.optimizer
+    engine = optimizer.engine
+    params = optimizer.get_parameters()
+    domain = engine.domains[0]
+    parts = []
+    for layout, bucket in zip(domain.buckets, engine.buckets, strict=True):
+        tensors = {"grad": bucket.source.grad}
+        if not grads_only:
+            v = torch.full_like(bucket.state.exp_avg, float("nan"))
+            block_v = engine.exp_avg_sq_B[bucket.blocks_at]
+            for index in range(len(bucket.segments)):
+                begin, end = bucket.segments.start_S[index], bucket.segments.end_S[index]
+                v[begin:end] = block_v[index]
+            element_v = engine.exp_avg_sq_E[bucket.elements_at]
+            at = 0
+            for begin, end in zip(bucket.ranges.start_S, bucket.ranges.end_S, strict=True):
+                v[begin:end] = element_v[at : at + end - begin]
+                at += end - begin
+            tensors |= {"param": bucket.state.main_param, "exp_avg": bucket.state.exp_avg, "v": v}
+        offset = domain.dp_rank * layout.slice_numel
+        for placement in layout.placements:
+            first = max(placement.start, offset)
+            last = min(placement.end, offset + layout.slice_numel)
+            if first < last:
+                param = params[placement.parameter]
+                window = slice(first - offset, last - offset)
+                values = {key: tensor[window].float() for key, tensor in tensors.items()}
+                parts.append(
+                    _part(trainer, names[param], param, first - placement.start, values)
+                )
+    return parts
+
+
+def _part(
+    trainer: Trainer, name: str, param: Tensor, begin: int, values: dict[str, Tensor]
+) -> Part:
+    from megatron.core import parallel_state
+
+    split = bool(getattr(param, "tensor_model_parallel", False)) and trainer.job.tp > 1
+    return Part(
+        name=name,
+        shape=tuple(param.shape),
+        split_dim=param.partition_dim if split else None,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        begin=begin,
+        values={key: value.detach().reshape(-1).numpy().copy() for key, value in values.items()},
+    )
+
+
+def whole_tensors(ranks: list[list[Part]], key: str, job: Job) -> dict[str, Tensor]:
+    """Put whole tensors together; every element must be there, and copies must be bit-equal.
+
+    Copies are: the same elements on several data-parallel ranks, replicas on tensor-parallel
+    ranks, tied embeddings on two pipeline stages.
+    """
+    shards: dict[tuple[str, int, int], tuple[Part, np.ndarray]] = {}
+    for parts in ranks:
+        for part in parts:
+            where = (part.name, part.tp_rank, part.pp_rank)
+            if where not in shards:
+                shards[where] = (part, np.full(int(np.prod(part.shape)), np.inf, np.float32))
+            flat = shards[where][1]
+            value = part.values[key]
+            window = flat[part.begin : part.begin + len(value)]
+            seen = ~np.isinf(window)
+            assert np.array_equal(window[seen], value[seen], equal_nan=True), (
+                f"{part.name}: copies differ within the data-parallel group"
+            )
+            window[:] = value
+    names = sorted({name for name, _, _ in shards})
+    found = {}
+    for name in names:
+        stages = {}
+        for (other, tp_rank, pp_rank), (part, flat) in shards.items():
+            if other == name:
+                assert not np.isinf(flat).any(), f"{name}: elements that no rank holds"
+                stages.setdefault(pp_rank, {})[tp_rank] = (part, flat.reshape(part.shape))
+        wholes = [_join(name, by_rank, job) for by_rank in stages.values()]
+        for other in wholes[1:]:
+            assert np.array_equal(wholes[0], other, equal_nan=True), f"{name}: stages differ"
+        found[name] = torch.from_numpy(wholes[0])
+    return found
+
+
+def _join(name: str, by_rank: dict[int, Any], job: Job) -> np.ndarray:
+    part = by_rank[0][0]
+    pieces = [by_rank[rank][1] for rank in range(job.tp)]
+    if part.split_dim is None:
+        for piece in pieces[1:]:
+            assert np.array_equal(pieces[0], piece, equal_nan=True), (
+                f"{name}: tensor-parallel replicas differ"
+            )
+        return pieces[0]
+    if job.swiglu and "linear_fc1" in name:
+        halves = [np.split(piece, 2) for piece in pieces]
+        return np.concatenate([gate for gate, _ in halves] + [up for _, up in halves])
+    return np.concatenate(pieces, axis=part.split_dim)
