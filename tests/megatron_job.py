@@ -44,6 +44,8 @@ class Job:
     adam_mini: dict[str, Any] = field(default_factory=dict)
     optimizer_args: dict[str, Any] = field(default_factory=dict)
     ddp_args: dict[str, Any] = field(default_factory=dict)
+    float32_modules: tuple[str, ...] = ()  # kept in float32 within a 16-bit model
+    frozen: tuple[str, ...] = ()  # parameters whose global name starts with one of these
     lr: float = 2e-3
     weight_decay: float = 0.1
     clip_grad: float = 1.0
@@ -120,6 +122,9 @@ class Trainer:
                 from megatron.core.transformer.module import Float16Module
 
                 model = Float16Module(self.config, model)
+                _keep_float32(model, job, dtype)
+            for name, param in global_names([model]).items():
+                param.requires_grad_(not name.startswith(job.frozen or ("-",)))
             self.chunks.append(
                 DistributedDataParallel(
                     config=self.config,
@@ -311,6 +316,14 @@ def set_weights(model: Any, job: Job) -> None:
         for name, param in global_names([model]).items():
             whole = whole_weight(name, whole_shape(param, job))
             param.copy_(shard_of(name, whole, param, job, rank))
+
+
+def _keep_float32(model: Any, job: Job, dtype: torch.dtype) -> None:
+    for name, module in model.named_modules():
+        if job.float32_modules and name.endswith(job.float32_modules):
+            module.float()
+            module.register_forward_pre_hook(lambda _, args: tuple(a.float() for a in args))
+            module.register_forward_hook(lambda _, args, output: output.to(dtype))
 
 
 def _one_or_list(items: list[Callable[..., Any]]) -> Any:

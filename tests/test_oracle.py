@@ -40,14 +40,34 @@ BETAS = dict(beta1=0.9, beta2=0.95, eps=1e-8)
 
 
 def labels_of(name: str, shape: tuple[int, ...], job: Job) -> Tensor:
-    """Return the oracle's blocks under preset 'paper', written from the paper's table."""
+    """Return the oracle's blocks, written from the design's table of presets."""
+    preset = job.adam_mini.get("preset", "paper")
+    if len(shape) == 1 and "norm" not in name:
+        return one_label(*shape) if preset == "tensor" else element_labels(*shape)
     if len(shape) == 1:
-        return one_label(*shape) if "norm" in name else element_labels(*shape)
+        return one_label(*shape)
     if "linear_qkv" in name:
-        return qkv_labels(
-            job.heads, job.groups, job.hidden // job.heads, shape[1], job.gated_attention
-        )
-    return row_labels(*shape)
+        head_dim = job.hidden // job.heads
+        labels = qkv_labels(job.heads, job.groups, head_dim, shape[1], job.gated_attention)
+        if preset == "tensor":
+            return _merge_qkv(labels, job, {"q", "k", "v"})
+        if preset == "first" or job.adam_mini.get("value_as_block"):
+            return _merge_qkv(labels, job, {"v"})
+        return labels
+    if preset == "first" and ("embedding" in name or "output" in name):
+        return element_labels(*shape)
+    return row_labels(*shape) if preset == "paper" else one_label(*shape)
+
+
+def _merge_qkv(labels: Tensor, job: Job, kinds: set[str]) -> Tensor:
+    """Give all Query, Key or Value rows of a fused weight (without a gate) one label per kind."""
+    head_dim, per_group = job.hidden // job.heads, job.heads // job.groups
+    group = ["q"] * (per_group * head_dim) + ["k"] * head_dim + ["v"] * head_dim
+    merged = labels.clone()
+    for row, kind in enumerate(group * job.groups):
+        if kind in kinds:
+            merged[row] = int(labels.max()) + 1 + "qkv".index(kind)
+    return torch.unique(merged, return_inverse=True)[1]
 
 
 def decay_of(shape: tuple[int, ...], job: Job) -> float:
@@ -230,10 +250,38 @@ def test_sharded_run_equals_unsharded_oracle(case: str, unsharded: Any) -> None:
     assert min(moved) > 1e-3
 
 
+PARTITIONS = {
+    "first": (replace(BASE, adam_mini={"preset": "first"}, tp=2, groups=2), 3),
+    "tensor, heads on all ranks": (replace(BASE, adam_mini={"preset": "tensor"}, tp=4, groups=1), 2),
+    "tensor, one rank": (replace(BASE, adam_mini={"preset": "tensor"}), 1),
+    "tensor, replicated state": (
+        replace(BASE, adam_mini={"preset": "tensor"}, distributed_optimizer=False, tp=2),
+        2,
+    ),
+    "value as one block": (replace(BASE, adam_mini={"value_as_block": True}, tp=2, pp=2), 2),
+    "value as one block, several instances": (
+        replace(BASE, adam_mini={"value_as_block": True}, tp=2, instances=2),
+        4,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PARTITIONS)
+def test_other_partitions_equal_the_oracle_on_their_own_gradients(case: str) -> None:
+    job, dp = PARTITIONS[case]
+    ranks = run_ranks(world_of(job, dp), sharded_run, job)
+    check_replicas(ranks, job)
+    check_same_gradients(ranks, job)
+
+
 PRECISIONS = {
     "bf16, float32 gradients": (replace(BASE, bf16=True, tp=2, pp=2), 2),
     "bf16, bf16 gradients": (replace(BASE, bf16=True, grad_fp32=False), 3),
     "bf16, replicated state": (replace(BASE, bf16=True, distributed_optimizer=False, tp=2), 2),
+    "float32 and bf16 parameters in one group": (
+        replace(BASE, bf16=True, float32_modules=("final_layernorm", "q_layernorm"), qk_layernorm=True),
+        3,
+    ),
     "bf16, tied embeddings": (replace(BASE, bf16=True, tied=True, pp=2), 2),
 }
 

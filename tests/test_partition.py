@@ -1,0 +1,526 @@
+"""Which elements share a second moment: rules, head geometry, manifest, and every refusal."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from itertools import groupby
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_adam_mini.config import (
+    BACKENDS,
+    PRESETS,
+    RULES,
+    AdamMiniConfig,
+    check_adam_values,
+    read_rules,
+)
+from megatron_adam_mini.partition import (
+    HeadGeometry,
+    ParameterInfo,
+    manifest_of,
+    partition_parameter,
+    rule_for,
+    unmatched_patterns,
+)
+
+LAYER = "decoder.layers.0."
+
+#: What issue and paper ask for, written down apart from the package: role -> (paper, first, tensor).
+EXPECTED_RULES = {
+    "embedding": ("row", "element", "tensor"),
+    "output": ("row", "element", "tensor"),
+    "position_embedding": ("row", "element", "tensor"),
+    "qkv": ("qkv", "qkv", "qkv"),
+    "attention_projection": ("row", "tensor", "tensor"),
+    "mlp": ("row", "tensor", "tensor"),
+    "norm": ("tensor", "tensor", "tensor"),
+    "bias": ("element", "element", "tensor"),
+    "router": ("element", "element", "tensor"),
+    "unknown": ("element", "element", "element"),
+}
+
+#: (heads, query groups, head size, gated): MHA, GQA, MQA, single head, gated, head size 1.
+GEOMETRIES = [
+    (4, 4, 3, False),
+    (8, 4, 2, False),
+    (8, 2, 4, False),
+    (6, 1, 2, False),
+    (1, 1, 5, False),
+    (4, 4, 3, True),
+    (8, 2, 2, True),
+    (6, 1, 2, True),
+    (4, 2, 1, False),
+    (4, 2, 1, True),
+]
+
+
+def info_of(role: str = "mlp", shape: tuple[int, ...] = (6, 4), **facts: object) -> ParameterInfo:
+    return ParameterInfo(name=f"{LAYER}{role}.weight", shape=shape, role=role, **facts)
+
+
+def qkv_info(heads: int, groups: int, dim: int, gated: bool, width: int = 3) -> ParameterInfo:
+    geometry = HeadGeometry(num_heads=heads, num_query_groups=groups, head_dim=dim, gated=gated)
+    rows = groups * (heads // groups * (2 if gated else 1) + 2) * dim
+    return info_of("qkv", (rows, width), heads=geometry)
+
+
+def label_rows(
+    heads: int,
+    groups: int,
+    dim: int,
+    gated: bool,
+    *,
+    q: str = "head",
+    gate: str = "row",
+    k: str = "head",
+    v: str = "row",
+) -> list[tuple[object, ...]]:
+    """Walk the fused rows one by one; each part is cut by ``head``, ``row`` or ``tensor``."""
+
+    def label(part: str, how: str, head: int, row: int) -> tuple[object, ...]:
+        return {"tensor": (part,), "head": (part, head), "row": (part, head, row)}[how]
+
+    labels = []
+    for group in range(groups):
+        mine = range(group * (heads // groups), (group + 1) * (heads // groups))
+        labels += [label("q", q, head, row) for head in mine for row in range(dim)]
+        if gated:
+            labels += [label("gate", gate, head, row) for head in mine for row in range(dim)]
+        labels += [label("k", k, group, row) for row in range(dim)]
+        labels += [label("v", v, group, row) for row in range(dim)]
+    return labels
+
+
+def assert_pattern_equals_labels(pattern, labels):
+    """Compare every method of a pattern with what follows from one label per row."""
+    assert pattern.num_rows == len(labels)
+    segments = [pattern.segment_of_row(row) for row in range(len(labels))]
+    assert segments == sorted(segments)
+    assert set(segments) == set(range(pattern.num_segments))
+    blocks = pattern.block_of_segment(np.asarray(segments)).tolist()
+    assert set(blocks) == set(range(pattern.num_blocks))
+    # The same partition: block numbers and labels determine each other.
+    pairs = set(zip(blocks, labels, strict=True))
+    assert len(pairs) == len(set(blocks)) == len(set(labels))
+    # Row segments are the runs of rows with one label.
+    runs, row = [], 0
+    for label, members in groupby(labels):
+        count = len(list(members))
+        runs.append((row, row + count, label))
+        row += count
+    index = np.arange(pattern.num_segments)
+    low, high = pattern.segment_bounds(index)
+    assert list(zip(low.tolist(), high.tolist(), strict=True)) == [run[:2] for run in runs]
+    rows_of = Counter(labels)
+    runs_of = Counter(run[2] for run in runs)
+    assert pattern.rows_of_segment_block(index).tolist() == [rows_of[run[2]] for run in runs]
+    assert pattern.is_scattered(index).tolist() == [runs_of[run[2]] > 1 for run in runs]
+
+
+# Rules.
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("role", EXPECTED_RULES)
+def test_rule_table(role, preset):
+    config = AdamMiniConfig(preset=preset)
+    assert rule_for(info_of(role), config) == EXPECTED_RULES[role][PRESETS.index(preset)]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_role_that_nobody_listed_is_elementwise_never_one_block(preset):
+    blocks = partition_parameter(info_of("convolution", (5, 2, 3)), AdamMiniConfig(preset=preset))
+    assert (blocks.rule, blocks.pattern, blocks.num_blocks) == ("element", None, 30)
+
+
+def test_row_rule_is_one_block_per_row():
+    blocks = partition_parameter(info_of("mlp", (6, 4)), AdamMiniConfig())
+    assert_pattern_equals_labels(blocks.pattern, list(range(6)))
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (7,), (2, 3, 4)])
+def test_tensor_rule_is_one_block(shape):
+    blocks = partition_parameter(info_of("norm", shape), AdamMiniConfig())
+    assert_pattern_equals_labels(blocks.pattern, [0] * shape[0])
+
+
+@pytest.mark.parametrize(
+    ("tp_dim", "whole", "num_blocks"), [(None, (6, 4), 6), (0, (24, 4), 24), (1, (6, 16), 6)]
+)
+def test_rows_are_those_of_the_whole_tensor(tp_dim, whole, num_blocks):
+    tp_size = 1 if tp_dim is None else 4
+    info = info_of("mlp", (6, 4), tp_dim=tp_dim, tp_size=tp_size)
+    assert info.global_shape == whole
+    assert partition_parameter(info, AdamMiniConfig()).num_blocks == num_blocks
+
+
+def test_row_offset_and_sizes_of_a_shard():
+    info = info_of("mlp", (6, 4, 2), tp_dim=0, tp_size=4, tp_rank=3)
+    assert (info.row_offset, info.row_numel, info.numel) == (18, 8, 48)
+    assert replace(info, tp_dim=1).row_offset == 0
+    assert replace(info, shape=(6,)).row_numel == 1
+
+
+# Overrides.
+
+
+def test_first_matching_rule_wins():
+    config = AdamMiniConfig(rules=(("*.mlp.*", "tensor"), (f"{LAYER}mlp.weight", "element")))
+    assert rule_for(info_of("mlp"), config) == "tensor"
+    assert rule_for(info_of("norm", (4,)), config) == "tensor"
+    assert rule_for(info_of("router"), config) == "element"
+
+
+def test_full_v_comes_before_rules():
+    config = AdamMiniConfig(full_v=("*.mlp.*",), rules=(("*", "tensor"),))
+    assert config.overrides() == (("*.mlp.*", "element"), ("*", "tensor"))
+    blocks = partition_parameter(info_of("mlp", (6, 4)), config)
+    assert (blocks.rule, blocks.num_blocks) == ("element", 24)
+    assert rule_for(info_of("bias", (4,)), config) == "tensor"
+
+
+def test_patterns_are_case_sensitive_whole_names():
+    config = AdamMiniConfig(full_v=("mlp.weight", "*.MLP.*"))
+    assert rule_for(info_of("mlp"), config) == "row"
+    names = [f"{LAYER}mlp.weight"]
+    assert unmatched_patterns(names, config) == ["mlp.weight", "*.MLP.*"]
+    assert unmatched_patterns([*names, "mlp.weight"], config) == ["*.MLP.*"]
+
+
+@given(
+    names=st.lists(st.text("ab.", max_size=4), max_size=4),
+    patterns=st.lists(st.text("ab.*?", max_size=3), max_size=4),
+)
+def test_unmatched_patterns_equals_brute_force(names, patterns):
+    expected = [p for p in patterns if not [n for n in names if fnmatchcase(n, p)]]
+    assert unmatched_patterns(names, AdamMiniConfig(full_v=tuple(patterns))) == expected
+
+
+# Fused Query, Key, Value.
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({}, {}),
+        ({"value_as_block": True}, {"v": "tensor"}),
+        ({"preset": "first"}, {"v": "tensor", "gate": "tensor"}),
+        ({"preset": "tensor"}, dict.fromkeys(("q", "gate", "k", "v"), "tensor")),
+        # Asked for by name, 'head' means heads under any preset.
+        ({"preset": "tensor", "rules": (("*", "head"),)}, {}),
+        ({"rules": (("*", "head"),)}, {}),
+    ],
+    ids=["paper", "value_as_block", "first", "tensor", "tensor-head", "paper-head"],
+)
+def test_qkv_pattern_equals_row_by_row_labels(geometry, options, parts):
+    blocks = partition_parameter(qkv_info(*geometry), AdamMiniConfig(**options))
+    labels = label_rows(*geometry, **parts)
+    assert blocks.num_blocks == len(set(labels))
+    assert_pattern_equals_labels(blocks.pattern, labels)
+
+
+@given(
+    groups=st.integers(1, 4),
+    per_group=st.integers(1, 4),
+    dim=st.integers(1, 5),
+    gated=st.booleans(),
+    value_as_block=st.booleans(),
+)
+def test_qkv_pattern_property(groups, per_group, dim, gated, value_as_block):
+    geometry = (groups * per_group, groups, dim, gated)
+    config = AdamMiniConfig(value_as_block=value_as_block)
+    labels = label_rows(*geometry, v="tensor" if value_as_block else "row")
+    assert_pattern_equals_labels(partition_parameter(qkv_info(*geometry), config).pattern, labels)
+
+
+@pytest.mark.parametrize(
+    ("rule", "num_blocks"), [("row", 24), ("tensor", 1), ("element", 24 * 3), ("head", 4 + 2 + 6)]
+)
+def test_qkv_may_be_given_any_rule_by_name(rule, num_blocks):
+    config = AdamMiniConfig(rules=(("*.qkv.*", rule),))
+    assert partition_parameter(qkv_info(4, 2, 3, False), config).num_blocks == num_blocks
+
+
+# Manifest.
+
+
+def model(tp: int, padded_vocabulary: int = 16) -> list[ParameterInfo]:
+    """Return a small model as rank 0 of a tensor-parallel group of ``tp`` sees it."""
+
+    def split(name: str, role: str, shape: tuple[int, ...], dim: int | None, **facts: object):
+        local = tuple(n // tp if i == dim else n for i, n in enumerate(shape))
+        return ParameterInfo(
+            name=name,
+            shape=local,
+            role=role,
+            tp_dim=dim if tp > 1 else None,
+            tp_size=tp if tp > 1 and dim is not None else 1,
+            **facts,
+        )
+
+    heads = HeadGeometry(num_heads=4, num_query_groups=2, head_dim=2)
+    return [
+        split("embedding.word_embeddings.weight", "embedding", (padded_vocabulary, 8), 0),
+        split(f"{LAYER}self_attention.linear_qkv.weight", "qkv", (16, 8), 0, heads=heads),
+        split(f"{LAYER}self_attention.linear_proj.weight", "attention_projection", (8, 8), 1),
+        split(f"{LAYER}mlp.linear_fc1.weight", "mlp", (32, 8), 0),
+        split(f"{LAYER}mlp.linear_fc1.bias", "bias", (32,), 0),
+        split(f"{LAYER}mlp.linear_fc2.weight", "mlp", (8, 16), 1),
+        split("decoder.final_layernorm.weight", "norm", (8,), None),
+        split("decoder.something.kernel", "unknown", (4, 2, 2), None),
+        split("output_layer.weight", "output", (padded_vocabulary, 8), 0),
+    ]
+
+
+def manifest(infos: list[ParameterInfo], **options: object) -> dict:
+    config = AdamMiniConfig(**options)
+    return manifest_of([partition_parameter(i, config).manifest_entry() for i in infos], config)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("tp", [2, 4])
+def test_manifest_does_not_depend_on_tensor_parallelism_or_order(tp, preset):
+    assert manifest(model(tp)[::-1], preset=preset) == manifest(model(1), preset=preset)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_manifest_hash_does_not_depend_on_vocabulary_padding(preset):
+    short, long = manifest(model(1), preset=preset), manifest(model(4, 64), preset=preset)
+    assert short["hash"] == long["hash"]
+    assert short["elements"] != long["elements"]
+
+
+def test_manifest_hash_depends_on_rules_names_and_shapes():
+    variants = [
+        manifest(model(1)),
+        manifest(model(1), preset="first"),
+        manifest(model(1), preset="tensor"),
+        manifest(model(1), value_as_block=True),
+        manifest(model(1), full_v=("*.bias",)),
+        manifest(model(1), rules=(("*.bias", "tensor"),)),
+        manifest(model(1)[1:]),
+        manifest([replace(model(1)[0], name="other.weight"), *model(1)[1:]]),
+        manifest([replace(model(1)[0], shape=(16, 9)), *model(1)[1:]]),
+        manifest([replace(model(1)[3], shape=(33, 8)), *model(1)[:3], *model(1)[4:]]),
+    ]
+    assert len({entry["hash"] for entry in variants}) == len(variants)
+
+
+def test_manifest_hash_ignores_what_does_not_decide_the_partition():
+    other = manifest(model(1), backend="reference", manifest="somewhere.json")
+    assert other["hash"] == manifest(model(1))["hash"]
+    assert AdamMiniConfig(backend="reference").partition_hash() == AdamMiniConfig().partition_hash()
+
+
+def test_manifest_counts_and_lists_what_it_does_not_know():
+    found = json.loads(json.dumps(manifest(model(2))))
+    assert found["elementwise_unknown"] == ["decoder.something.kernel"]
+    blocks = {entry["name"].removeprefix(LAYER): entry["blocks"] for entry in found["parameters"]}
+    assert blocks == {
+        "embedding.word_embeddings.weight": 16,
+        "self_attention.linear_qkv.weight": 4 + 2 + 2 * 2,  # Q heads, K heads, V rows
+        "self_attention.linear_proj.weight": 8,
+        "mlp.linear_fc1.weight": 32,
+        "mlp.linear_fc1.bias": 32,
+        "mlp.linear_fc2.weight": 8,
+        "decoder.final_layernorm.weight": 1,
+        "decoder.something.kernel": 16,
+        "output_layer.weight": 16,
+    }
+    assert found["blocks"] == sum(blocks.values())
+    assert found["v_bytes"] == 4 * found["blocks"]
+    elements = [2 * 16 * 8, 16 * 8, 8 * 8, 32 * 8, 32, 8 * 16, 8, 16]
+    assert found["elements"] == sum(elements)
+
+
+def test_identity_leaves_out_what_differs_between_ranks_that_agree():
+    config = AdamMiniConfig()
+    one = model(4)[1]
+    other = replace(one, tp_rank=3, in_norm=False)
+    assert (
+        partition_parameter(one, config).identity() == partition_parameter(other, config).identity()
+    )
+    for change in ({"shape": (4, 9)}, {"name": "x"}, {"tp_size": 2}, {"expert": True}):
+        changed = partition_parameter(replace(one, **change), AdamMiniConfig(rules=(("*", "row"),)))
+        base = partition_parameter(one, AdamMiniConfig(rules=(("*", "row"),)))
+        assert changed.identity() != base.identity()
+
+
+# Refusals.
+
+
+def message(text: str) -> str:
+    return "^" + re.escape(text) + "$"
+
+
+def test_unknown_preset():
+    text = "Adam-mini preset='adam' is not known; allowed: paper, first, tensor."
+    with pytest.raises(ValueError, match=message(text)):
+        AdamMiniConfig(preset="adam")
+
+
+def test_unknown_backend():
+    text = f"Adam-mini backend='abacus' is not known; allowed: {', '.join(BACKENDS)}."
+    with pytest.raises(ValueError, match=message(text)):
+        AdamMiniConfig(backend="abacus")
+
+
+def test_unknown_rule():
+    text = (
+        "Adam-mini rule 'column' for pattern '*.bias' is not known; allowed: row, head, tensor, "
+        "element."
+    )
+    with pytest.raises(ValueError, match=message(text)):
+        AdamMiniConfig(rules=(("*.norm", "row"), ("*.bias", "column")))
+
+
+def test_unknown_option():
+    text = (
+        "Adam-mini options ['blocks', 'fullv'] are not known; allowed: backend, full_v, manifest, "
+        "preset, rules, value_as_block."
+    )
+    with pytest.raises(ValueError, match=message(text)):
+        AdamMiniConfig.from_mapping({"preset": "paper", "fullv": (), "blocks": 3})
+
+
+def test_one_pattern_as_a_bare_string_is_refused():
+    # tuple("*.bias") would be one pattern per character, and '*' alone matches every parameter.
+    with pytest.raises(TypeError, match=r"full_v='\*\.bias'"):
+        AdamMiniConfig(full_v="*.bias")
+
+
+def test_config_survives_a_round_trip_through_json():
+    config = AdamMiniConfig(
+        preset="first", value_as_block=True, full_v=("a*",), rules=(("b*", "row"),), manifest="m"
+    )
+    restored = AdamMiniConfig.from_mapping(json.loads(json.dumps(config.to_dict())))
+    assert restored == config
+    assert restored.partition_hash() == config.partition_hash()
+    assert hash(restored) == hash(config)
+
+
+@pytest.mark.parametrize("role", sorted(set(EXPECTED_RULES) - {"qkv"}))
+def test_head_rule_needs_heads(role):
+    text = (
+        f"Adam-mini rule 'head' was asked for parameter '{LAYER}{role}.weight' of role '{role}', "
+        "which has no heads; use 'row', 'tensor' or 'element'."
+    )
+    with pytest.raises(ValueError, match=message(text)):
+        partition_parameter(info_of(role), AdamMiniConfig(rules=(("*", "head"),)))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_heads_that_do_not_divide_into_groups(preset):
+    geometry = HeadGeometry(num_heads=6, num_query_groups=4, head_dim=2)
+    text = (
+        f"Parameter '{LAYER}qkv.weight': 6 attention heads are not divisible by 4 query groups; "
+        "choose numbers that are."
+    )
+    with pytest.raises(ValueError, match=message(text)):
+        partition_parameter(
+            info_of("qkv", (geometry.num_rows, 4), heads=geometry), AdamMiniConfig(preset=preset)
+        )
+
+
+@pytest.mark.parametrize(("gated", "rows", "note"), [(False, 16, ""), (True, 24, " with an output gate")])
+def test_rows_that_do_not_fit_the_heads(gated, rows, note):
+    geometry = HeadGeometry(num_heads=4, num_query_groups=2, head_dim=2, gated=gated)
+    text = (
+        f"Parameter '{LAYER}qkv.weight' has 40 rows, but 4 heads, 2 query groups and head size 2"
+        f"{note} make {rows}; check --num-attention-heads, --num-query-groups and --kv-channels, "
+        "or give the parameter another rule."
+    )
+    info = info_of("qkv", (20, 4), heads=geometry, tp_dim=0, tp_size=2)
+    with pytest.raises(ValueError, match=message(text)):
+        partition_parameter(info, AdamMiniConfig())
+    # The remedy works.
+    assert partition_parameter(info, AdamMiniConfig(rules=(("*", "row"),))).num_blocks == 40
+
+
+GOOD_VALUES = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"lr": None},
+        {"lr": 0.0},
+        {"betas": (0.0, 0.0)},
+        {"betas": (0.0, 0.999999)},
+        {"weight_decay": 0.0},
+        {"eps": 1e-30},
+    ],
+)
+def test_adam_values_at_the_edge_of_what_is_allowed(values):
+    check_adam_values(**(GOOD_VALUES | values))
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"lr": -1e-3}, "lr=-0.001 is not allowed; it must be >= 0."),
+        ({"lr": float("nan")}, "lr=nan is not allowed; it must be >= 0."),
+        ({"betas": (-0.1, 0.9)}, "beta1=-0.1 is not allowed; it must be in [0, 1)."),
+        ({"betas": (1.0, 0.9)}, "beta1=1.0 is not allowed; it must be in [0, 1)."),
+        ({"betas": (0.9, 1.0)}, "beta2=1.0 is not allowed; it must be in [0, 1)."),
+        ({"betas": (0.9, float("nan"))}, "beta2=nan is not allowed; it must be in [0, 1)."),
+        ({"eps": 0.0}, "eps=0.0 is not allowed; it must be > 0 (the usual value is 1e-8)."),
+        ({"eps": -1e-8}, "eps=-1e-08 is not allowed; it must be > 0 (the usual value is 1e-8)."),
+        ({"eps": float("nan")}, "eps=nan is not allowed; it must be > 0 (the usual value is 1e-8)."),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1 is not allowed; it must be >= 0."),
+        ({"weight_decay": float("nan")}, "weight_decay=nan is not allowed; it must be >= 0."),
+    ],
+)
+def test_adam_values_out_of_range(values, text):
+    with pytest.raises(ValueError, match=message(text)):
+        check_adam_values(**(GOOD_VALUES | values))
+
+
+def test_rules_file_keeps_its_order(tmp_path):
+    path = tmp_path / "rules.json"
+    path.write_text('{"z*": "row", "a*": "element", "*": "tensor"}')
+    assert read_rules(path) == (("z*", "row"), ("a*", "element"), ("*", "tensor"))
+    assert read_rules(str(path)) == AdamMiniConfig(rules=read_rules(path)).rules
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '"row"', "3", '[["*", "row"]]'])
+def test_rules_file_of_another_form(tmp_path, content):
+    path = tmp_path / "rules.json"
+    path.write_text(content)
+    text = (
+        f"Adam-mini rules file {str(path)!r} must hold a JSON object that maps name patterns to "
+        f"one of {', '.join(RULES)}, and at least one of them."
+    )
+    with pytest.raises(ValueError, match=message(text)):
+        read_rules(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "No such file or directory"), (b"{", "Expecting property name"), (b"\xff", "utf-8")],
+)
+def test_rules_file_that_cannot_be_read(tmp_path, content, reason):
+    path = tmp_path / "rules.json"
+    if content is not None:
+        path.write_bytes(content)
+    start = re.escape(f"Adam-mini rules file {str(path)!r} cannot be read: ")
+    with pytest.raises(ValueError, match=f"^{start}.*{reason}"):
+        read_rules(path)
+
+
+@pytest.mark.parametrize("value", ["1", "null", '"rows"', '["row"]'])
+def test_rules_file_with_a_rule_that_does_not_exist(tmp_path, value):
+    path = tmp_path / "rules.json"
+    path.write_text(f'{{"*": {value}}}')
+    with pytest.raises(ValueError, match=r"for pattern '\*' is not known; allowed: row, head"):
+        AdamMiniConfig(rules=read_rules(path))
