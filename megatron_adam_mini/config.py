@@ -40,6 +40,8 @@ class AdamMiniConfig:
             rule is one of ``row``, ``head``, ``tensor``, ``element``. ``full_v`` comes first.
         backend: kernels to use: ``auto`` or ``reference`` (plain torch).
         manifest: path of a JSON file that rank 0 writes the partition to; ``None`` writes none.
+        convert_partition: when a checkpoint has finer blocks, average its v over this run's
+            (exact) instead of refusing it.
 
     Raises:
         ValueError: a value that is not allowed; the message names it and what is.
@@ -53,6 +55,7 @@ class AdamMiniConfig:
     rules: tuple[tuple[str, str], ...] = ()
     backend: str = "auto"
     manifest: str | None = None
+    convert_partition: bool = False
 
     def __post_init__(self) -> None:
         """Normalise sequences to tuples and check every value."""

@@ -15,7 +15,7 @@ elements in them; ``_G`` parameter groups.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,30 @@ class _BucketStep:
         self.blocks_at, self.ranges_at, self.elements_at = blocks, ranges, elements
 
 
+@dataclass(frozen=True)
+class Piece:
+    """The elements of one parameter that one slice holds.
+
+    Attributes:
+        parameter: index of the parameter.
+        begin, end: elements ``[begin, end)`` of the flattened tensor-parallel shard.
+        bucket: the slice, its state and segments.
+        domain: the bucket's process groups.
+        window: the same elements in the slice's tensors.
+        segments: the parameter's segments in ``bucket.segments``.
+        ranges: its element range in ``bucket.ranges``, if it has one.
+    """
+
+    parameter: int
+    begin: int
+    end: int
+    bucket: _BucketStep
+    domain: Domain
+    window: slice
+    segments: slice
+    ranges: slice
+
+
 class Engine:
     """State and step of Adam-mini for the slices of one rank.
 
@@ -81,7 +105,7 @@ class Engine:
             every step, so schedulers may write them.
         group_of_parameter: for each of ``parameters`` the index of its group.
         domains: dense, then experts if there are any.
-        distributed_norm: whether norms are added over ranks (false in a single process).
+        device: where the slices are.
     """
 
     def __init__(
@@ -255,6 +279,44 @@ class Engine:
                     **scalars,
                 )
 
+    @torch.no_grad()
+    def average_into_v(self, sum_B: Tensor) -> None:
+        """Set v of every block to the mean of values that its elements had; all ranks call it.
+
+        Takes the collectives of :meth:`collect`, so blocks that are cut are averaged whole.
+
+        Args:
+            sum_B: sum of the values over each segment, float32, shape ``(B,)``.
+        """
+        self._sum_sq[: self.num_blocks].copy_(sum_B)
+        for reduction, segments in self.reductions:
+            reduction.complete_over_dp_(self._sum_sq[segments])
+        for reduction, segments in self.reductions:
+            reduction.complete_over_tp_(self._sum_sq[segments])
+        torch.mul(self._sum_sq[: self.num_blocks], self._inv_numel_B, out=self.exp_avg_sq_B)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the pieces of parameters that this rank owns, in the order of its buckets."""
+        buckets = iter(self.buckets)
+        for domain in self.domains:
+            for layout, bucket in zip(domain.buckets, buckets, strict=False):
+                offset = domain.dp_rank * layout.slice_numel
+                for placement in layout.placements:
+                    first = max(placement.start, offset)
+                    last = min(placement.end, offset + layout.slice_numel)
+                    if first < last:
+                        number = placement.parameter
+                        yield Piece(
+                            number,
+                            first - placement.start,
+                            last - placement.start,
+                            bucket,
+                            domain,
+                            slice(first - offset, last - offset),
+                            _extent(bucket.part.parameter_S, number),
+                            _extent(bucket.part.parameter_R, number),
+                        )
+
     def state_bytes(self) -> dict[str, int]:
         """Return bytes of this rank's optimizer state by kind, as allocated."""
         kinds = [bucket.state.bytes_by_kind() for bucket in self.buckets]
@@ -331,3 +393,9 @@ class Engine:
         lr, eps, decay = table[self._group_of].unbind(dim=1)
         middle = self.num_blocks
         return lr[:middle], eps[:middle], decay[:middle], lr[middle:], eps[middle:], decay[middle:]
+
+
+def _extent(owners: np.ndarray[Any, Any], number: int) -> slice:
+    """Return the run of equal entries ``number``; a bucket lists each parameter's in one run."""
+    found = np.flatnonzero(owners == number)
+    return slice(int(found[0]), int(found[-1]) + 1) if len(found) else slice(0, 0)

@@ -355,6 +355,27 @@ def unmatched_patterns(names: Sequence[str], config: AdamMiniConfig) -> list[str
     ]
 
 
+def is_coarsening(fine: ParameterBlocks, coarse: ParameterBlocks) -> bool:
+    """Return whether every block of ``coarse`` is a union of blocks of ``fine``.
+
+    Then v of ``coarse`` is exactly the mean of v of ``fine``, weighted by elements, because the
+    mean of a mean is linear.
+    """
+    if fine.pattern is None:
+        return True
+    if coarse.pattern is None:
+        return False
+    rows = np.arange(fine.pattern.num_rows)
+    labels = np.stack([_block_of_rows(pattern, rows) for pattern in (fine.pattern, coarse.pattern)])
+    return np.unique(labels, axis=1).shape[1] == fine.num_blocks
+
+
+def _block_of_rows(pattern: RowPattern, rows: IntArray) -> IntArray:
+    segments = np.arange(pattern.num_segments, dtype=np.int64)
+    low, high = pattern.segment_bounds(segments)
+    return np.repeat(pattern.block_of_segment(segments), high - low)[rows]
+
+
 def manifest_of(entries: Sequence[dict[str, Any]], config: AdamMiniConfig) -> dict[str, Any]:
     """Return the manifest of a whole model: what is one block, and what that costs.
 

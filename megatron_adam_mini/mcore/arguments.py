@@ -69,6 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--adam-mini-manifest", metavar="FILE", help="write the partition of the model as JSON"
     )
+    group.add_argument(
+        "--adam-mini-convert-partition",
+        action="store_true",
+        help="load a checkpoint with finer blocks by averaging v over this run's, which is exact",
+    )
     return parser
 
 
@@ -81,6 +86,7 @@ def config_from_args(args: argparse.Namespace) -> AdamMiniConfig:
         rules=read_rules(args.adam_mini_rules) if args.adam_mini_rules else (),
         backend=args.adam_mini_backend,
         manifest=args.adam_mini_manifest,
+        convert_partition=args.adam_mini_convert_partition,
     )
 
 
@@ -99,14 +105,18 @@ def check_arguments(args: argparse.Namespace) -> None:
         eps=args.adam_eps,
         weight_decay=args.weight_decay,
     )
-    if args.save and not args.no_save_optim:
+    saves = args.save and not args.no_save_optim
+    loads = args.load and not (args.no_load_optim or args.finetune)
+    if (saves or loads) and args.ckpt_format != "torch_dist":
         raise NotImplementedError(
-            "--optimizer adam_mini cannot save its state yet. Remedy: add --no-save-optim (the "
-            "model alone is saved), or drop --save."
+            f"--optimizer adam_mini does not support --ckpt-format {args.ckpt_format}: its state "
+            "is saved by every rank in torch_dist checkpoints. Remedy: --ckpt-format torch_dist, "
+            "or --no-save-optim and --no-load-optim."
         )
-    if args.load and not (args.no_load_optim or args.finetune):
+    if saves and args.non_persistent_ckpt_type is not None:
         raise NotImplementedError(
-            "--optimizer adam_mini cannot load optimizer state yet. Remedy: add --no-load-optim."
+            "--optimizer adam_mini does not support --non-persistent-ckpt-type yet. Remedy: drop "
+            "the flag."
         )
 
 

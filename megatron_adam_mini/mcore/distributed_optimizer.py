@@ -20,10 +20,12 @@ from megatron.core.optimizer.grad_scaler import (
 )
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, distributed
 from torch.nn import Module, Parameter
 
 from megatron_adam_mini.engine import Engine
+from megatron_adam_mini.mcore import checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         param_groups: groups of model parameters; schedulers write ``lr`` and ``weight_decay``.
         parameters: all trainable parameters, in the engine's numbering.
         manifest: partition of the whole model.
+        groups: Megatron's process groups.
 
     Attributes:
         manifest: as above; the same on all ranks.
@@ -53,6 +56,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         param_groups: list[dict[str, Any]],
         parameters: Sequence[Parameter],
         manifest: dict[str, Any],
+        groups: ProcessGroupCollection,
     ) -> None:
         # MegatronOptimizer.__init__ is for a wrapped torch optimizer, which does not exist here.
         self.engine = engine
@@ -60,9 +64,12 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         self.model_chunks = list(model_chunks)
         self.manifest = manifest
         self.grad_scaler = _grad_scaler(config)
-        self.is_stub_optimizer = not parameters
+        # Never a stub, also where nothing is trainable: each rank takes part in saving and norms.
+        self.is_stub_optimizer = False
         self._groups = param_groups
         self._parameters = list(parameters)
+        self._groups_of_ranks = groups
+        self._pending_load: Any = None
         self._ddp_config: Any = model_chunks[0].ddp_config
         self._scale_one = torch.ones(1, dtype=torch.float32, device=engine.device)
         self._norm_sq: float | None = None
@@ -155,20 +162,14 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
     @torch.no_grad()
     def count_zeros(self) -> int:
         """Return the number of zeros in the model's gradients, each parameter counted once."""
-        counts = torch.zeros(len(self.engine.domains), dtype=torch.int64, device=self.engine.device)
-        buckets = iter(self.engine.buckets)
-        for row, domain in enumerate(self.engine.domains):
-            for layout, bucket in zip(domain.buckets, buckets, strict=False):
-                grad = bucket.source.grad
-                begin = domain.dp_rank * layout.slice_numel
-                for placement in layout.placements:
-                    if not self.engine.parameters[placement.parameter].info.in_norm:
-                        continue
-                    first = max(placement.start - begin, 0)
-                    last = min(placement.end - begin, layout.slice_numel)
-                    if first < last:
-                        counts[row] += last - first - torch.count_nonzero(grad[first:last])
-            distributed.all_reduce(counts[row], group=domain.norm_group)
+        domains = self.engine.domains
+        counts = torch.zeros(len(domains), dtype=torch.int64, device=self.engine.device)
+        for piece in self.engine.pieces():
+            if self.engine.parameters[piece.parameter].info.in_norm:
+                grad = piece.bucket.source.grad[piece.window]
+                counts[domains.index(piece.domain)] += (grad == 0).sum()
+        for count, domain in zip(counts, domains, strict=True):
+            distributed.all_reduce(count, group=domain.norm_group)
         return int(counts.sum())
 
     # What the training loop asks of any optimizer.
@@ -226,19 +227,84 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         """Return what Adam-mini adds per step on this rank: collectives, bytes, by group."""
         return self.engine.communication_per_step()
 
-    # Checkpoints.
+    # Checkpoints; see the module ``checkpoint``.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Not supported yet."""
-        raise NotImplementedError(_NO_CHECKPOINT)
+    def sharded_state_dict(
+        self,
+        model_sharded_state_dict: dict[str, Any],
+        is_loading: bool = False,
+        metadata: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """Return what this rank writes to a ``torch_dist`` checkpoint, or reads from one.
+
+        Args:
+            model_sharded_state_dict: the model's sharded state dict, parameters and all.
+            is_loading: whether to read.
+            metadata: content metadata of the checkpoint; on save, what identifies Adam-mini's
+                state is added to it (modified in place).
+
+        Raises:
+            ValueError: the checkpoint's state is of another partition, or of another optimizer.
+        """
+        if is_loading:
+            return checkpoint.state_to_load(self, model_sharded_state_dict, metadata)
+        return checkpoint.state_to_save(self, model_sharded_state_dict, metadata)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Not supported yet."""
-        raise NotImplementedError(_NO_CHECKPOINT)
+        """Take over what a checkpoint load returned; all ranks must call it."""
+        checkpoint.take_over(self, state_dict)
 
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Not supported yet."""
-        raise NotImplementedError(_NO_CHECKPOINT)
+    @property
+    def replica_number(self) -> int | None:
+        """Number of the optimizer instance, by which holders of one slice are told apart.
+
+        ``None`` without the distributed optimizer: every data-parallel rank holds everything.
+        """
+        if not self._ddp_config.use_distributed_optimizer:
+            return None
+        if self._ddp_config.num_distributed_optimizer_instances == 1:
+            return 0
+        return int(self._groups_of_ranks.inter_dist_opt.rank())
+
+    @property
+    def model_parallel_rank(self) -> int:
+        """This rank's number among the model's tensor- and pipeline-parallel parts."""
+        return int(self._groups_of_ranks.mp.rank())
+
+    @property
+    def layout_sizes(self) -> dict[str, int]:
+        """Sizes of the parallel layout, for the record in checkpoints."""
+        groups = self._groups_of_ranks
+        return {
+            "tensor": groups.tp.size(),
+            "pipeline": groups.pp.size(),
+            "virtual_pipeline": len(self.model_chunks),
+            "context": groups.cp.size(),
+            "data": groups.dp_cp.size() // groups.cp.size(),
+            "distributed_optimizer": int(self._ddp_config.use_distributed_optimizer),
+        }
+
+    @torch.no_grad()
+    def write_model_weights(self) -> None:
+        """Write the main parameters to the model, on all ranks; all of them must call it.
+
+        Needed after a load: Megatron reads the model's weights on its own, and they need not be
+        the rounded main parameters (another precision, another checkpoint).
+        """
+        for piece in self.engine.pieces():
+            if piece.bucket.state.owns_main_param:
+                main_param = piece.bucket.state.main_param[piece.window]
+                piece.bucket.source.weight[piece.window].copy_(main_param)
+        if self._ddp_config.use_distributed_optimizer:
+            for chunk in self.model_chunks:
+                chunk.start_param_sync(force_sync=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Refuse: a state dict of one rank's slices could not be loaded anywhere else."""
+        raise NotImplementedError(checkpoint.ONLY_TORCH_DIST)
+
+    save_parameter_state = load_parameter_state = state_dict
 
     def offload_to_cpu(self) -> None:
         """Not supported: the state is views of one flat tensor per bucket."""
@@ -259,22 +325,11 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
             if param.dtype != torch.float32:
                 param.main_param = None  # type: ignore[attr-defined]
                 param.main_param_sharded = sharded  # type: ignore[attr-defined]
-        buckets = iter(self.engine.buckets)
-        for domain in self.engine.domains:
-            for layout, bucket in zip(domain.buckets, buckets, strict=False):
-                begin = domain.dp_rank * layout.slice_numel
-                for placement in layout.placements:
-                    param = self._parameters[placement.parameter]
-                    first = max(placement.start - begin, 0)
-                    last = min(placement.end - begin, layout.slice_numel)
-                    if first < last and bucket.state.owns_main_param:
-                        param.main_param = bucket.state.main_param[first:last]  # type: ignore[attr-defined]
-
-
-_NO_CHECKPOINT = (
-    "Adam-mini cannot save or load its state yet. Train with --no-save-optim and --no-load-optim, "
-    "or without --save and --load."
-)
+        for piece in self.engine.pieces():
+            state = piece.bucket.state
+            if state.owns_main_param:
+                param = self._parameters[piece.parameter]
+                param.main_param = state.main_param[piece.window]  # type: ignore[attr-defined]
 
 
 def _grad_scaler(config: OptimizerConfig) -> MegatronGradScaler | None:

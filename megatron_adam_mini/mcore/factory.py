@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,12 @@ from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
 from megatron_adam_mini.mcore.param_info import collect_parameters
 from megatron_adam_mini.mcore.preflight import refuse_unsupported
 from megatron_adam_mini.mcore.slices import bucket_slices, dense_buffers, whole_parameters
-from megatron_adam_mini.partition import ParameterBlocks, manifest_of, partition_parameter
+from megatron_adam_mini.partition import (
+    ParameterBlocks,
+    manifest_of,
+    partition_parameter,
+    unmatched_patterns,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +89,8 @@ def build_optimizer(
             stage=f"pipeline stage {groups.pp.rank()}",
             rules=options.partition_fields(),
             layout=_layout_record(blocks, domain) if error is None else (),
-            matched=frozenset(
-                pattern
-                for pattern in patterns
-                if any(fnmatchcase(info.name, pattern) for info in params.values())
+            matched=frozenset(patterns).difference(
+                unmatched_patterns([info.name for info in params.values()], options)
             ),
             error=error,
         ),
@@ -106,7 +108,7 @@ def build_optimizer(
     )
     manifest = _gather_manifest(model_chunks, list(params), blocks, options, groups.pp)
     optimizer = AdamMiniOptimizer(
-        engine, config, model_chunks, param_groups, list(params), manifest
+        engine, config, model_chunks, param_groups, list(params), manifest, groups
     )
     _report(optimizer, options)
     return optimizer

@@ -1,0 +1,82 @@
+"""CPU host: unmodified Megatron-Core on CPU cores, with gloo.
+
+Megatron-Core takes CUDA for granted. ``enable`` answers the questions that it puts to
+``torch.cuda``, so that a run under any layout of tensor, pipeline and data parallelism can be
+started, debugged and tested on a machine without a GPU. It changes no computation: the same torch
+operations run on the same values, on the CPU.
+
+What a CPU host cannot show: streams are always empty, so a race between communication and
+computation stays hidden; NCCL, Transformer Engine and FP8 do not run.
+
+Imports torch, never Megatron; nothing in the optimizer depends on this package.
+"""
+
+import os
+import sys
+from typing import Any
+
+import torch
+
+from megatron_adam_mini.cpu_host import megatron_imports, tensor_device, torch_cuda
+from megatron_adam_mini.cpu_host.flags import CPU_FLAGS, with_cpu_flags
+
+__all__ = ["CPU_FLAGS", "enable", "is_enabled", "with_cpu_flags"]
+
+_ENVIRONMENT = {
+    # Read by torch in this process and in those it starts: generated kernels would need a compiler
+    # for each rank.
+    "TORCHDYNAMO_DISABLE": "1",
+    "TORCH_COMPILE_DISABLE": "1",
+    # Megatron wants it for the order of CUDA kernels and refuses to start without it.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+}
+
+_enabled = False
+
+
+def is_enabled() -> bool:
+    """Return whether ``enable`` was called; if so, ``torch.cuda.is_available()`` proves no GPU."""
+    return _enabled
+
+
+def enable(force: bool = False) -> None:
+    """Answer for ``torch.cuda`` in this process, so that Megatron-Core runs on the CPU.
+
+    To be called before Megatron-Core is imported. A second call does nothing. There is no way back
+    within a process. The redirection of tensors holds in the thread that calls; another thread that
+    asks for a CUDA device gets torch's error.
+
+    Args:
+        force: also where CUDA is available, whose devices then stay unused.
+
+    Raises:
+        RuntimeError: if CUDA is available and ``force`` is False, or if Megatron-Core has already
+            been imported.
+    """
+    global _enabled
+    if _enabled:
+        return
+    if "megatron.core" in sys.modules:
+        raise RuntimeError(
+            "the CPU host must be enabled before megatron.core is imported, because Megatron keeps "
+            "what it finds in torch.cuda at import; call megatron_adam_mini.cpu_host.enable() at "
+            "the top of the program"
+        )
+    if torch.cuda.is_available() and not force:
+        raise RuntimeError(
+            "the CPU host is for machines without a GPU, and torch sees "
+            f"{torch.cuda.device_count()} here; run without --cpu-host, hide the GPUs "
+            "(CUDA_VISIBLE_DEVICES=''), or call enable(force=True)"
+        )
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    torch.compile = _run_eagerly
+    torch_cuda.install()
+    tensor_device.install()
+    megatron_imports.install()
+    _enabled = True
+
+
+def _run_eagerly(model: Any = None, **_: Any) -> Any:
+    """Stand for a disabled ``torch.compile``, without the seconds that its import costs a rank."""
+    return (lambda function: function) if model is None else model

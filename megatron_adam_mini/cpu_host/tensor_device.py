@@ -1,0 +1,96 @@
+"""Tensors that a program asks to have on a CUDA device are made, or stay, in CPU memory.
+
+Also gives the CUDA spelling of a tensor's type, which Megatron's optimizers compare as text.
+Imports torch only.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["install"]
+
+_CPU = torch.device("cpu")
+
+
+def _is_cuda(device: object) -> bool:
+    # A bare integer is the index of an accelerator in every torch function that takes a device.
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    if isinstance(device, str):
+        return device == "cuda" or device.startswith("cuda:")
+    return isinstance(device, int) and not isinstance(device, bool)
+
+
+def _to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if args and _is_cuda(args[0]):
+        args = (_CPU, *args[1:])
+    return tensor.to(*args, **kwargs)
+
+
+def _cuda(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return tensor
+
+
+def _type(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    if not args and not kwargs:
+        return str(tensor.type()).replace("torch.", "torch.cuda.", 1)
+    if args and isinstance(args[0], str):
+        args = (args[0].replace("torch.cuda.", "torch.", 1), *args[1:])
+    return tensor.type(*args, **kwargs)
+
+
+def _record_stream(tensor: torch.Tensor, *_: Any) -> None:
+    """Return at once: memory is never reused while an operation on it is under way."""
+
+
+_TENSOR_METHODS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.Tensor.to: _to,
+    torch.Tensor.cuda: _cuda,
+    torch.Tensor.type: _type,
+}
+
+
+class _CpuTensors(TorchFunctionMode):
+    """While active, torch functions read every CUDA device in their arguments as the CPU.
+
+    No other argument and no result is touched, so what is computed stays what it is.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call ``func`` with CPU in place of CUDA devices."""
+        method = _TENSOR_METHODS.get(func)
+        if method is not None:
+            func = method
+        if kwargs is None:
+            return func(*args)
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": _CPU}
+        return func(*args, **kwargs)
+
+
+def install() -> None:
+    """Redirect tensors in the calling thread, for the life of the process."""
+    # Not by the mode: torch looks at the type of the stream before it asks the mode.
+    torch.Tensor.record_stream = _record_stream  # type: ignore[assignment]
+    # A mode is not active within the functions that it intercepts. torch.autograd.backward is one,
+    # and it runs Megatron's own backward passes.
+    run_backward = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+
+    @functools.wraps(run_backward)
+    def run_redirected_backward(*args: Any, **kwargs: Any) -> Any:
+        with _CpuTensors():
+            return run_backward(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = run_redirected_backward  # type: ignore[attr-defined]
+    # Never left: a Megatron that is redirected by half would be of no use.
+    _CpuTensors().__enter__()  # type: ignore[no-untyped-call]

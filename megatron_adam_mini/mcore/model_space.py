@@ -1,0 +1,240 @@
+"""Optimizer state in the model's own coordinates, stored and read slice by slice.
+
+Imports megatron.core's checkpoint types and ``rectangles``. Data flow: the model's sharded state
+dict says where a parameter lies in the whole tensor; a rank's flat slice of it becomes boxes
+there. Every rank writes what it owns, any layout reads what it needs, nothing is gathered.
+
+What megatron-core 0.19 accepts for such a box (each point was found by its failure): irregular
+grid (``axis_fragmentations=None``), ``prepend_axis_num=0``, no empty box, never two boxes of one
+key at the same offset with different shapes. The layer goes into the key, because torch compares
+all boxes of one key with each other when they span several layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensorFactory
+from torch import Tensor
+
+from megatron_adam_mini.rectangles import rectangles
+
+
+class ModelEntry:
+    """Where one parameter of this rank lies in the whole model.
+
+    Args:
+        entry: what the model's sharded state dict holds for the parameter.
+        replicas: ranks that hold the same slice are told apart by this number; 0 writes.
+            ``None``: the whole parameter is held, and the model's own number applies.
+    """
+
+    def __init__(self, entry: ShardedBase, replicas: int | None) -> None:
+        self._views = _contiguous_views(entry)
+        self._replicas = replicas
+
+    def elements(
+        self, kind: str, flat: Tensor, begin: int, end: int, *, fold: bool = True
+    ) -> list[ShardedTensor]:
+        """Describe elements ``[begin, end)`` of the parameter.
+
+        Args:
+            kind: prefix of the key.
+            flat: these elements, shape ``(end - begin,)``; read on save, written on load.
+            begin: first element, in the flattened tensor-parallel shard.
+            end: one past the last.
+            fold: layer number in the key (ours); else as leading axis (Megatron's own keys).
+        """
+        found = []
+        for start, view in self._views:
+            low, high = _clip(begin - start, view), _clip(end - start, view)
+            for box in rectangles(tuple(view.local_shape), low, high):
+                data = flat[box.begin + start - begin : box.end + start - begin].view(box.shape)
+                found.append(_box(kind, view, data, box.offset, self._replica(view), fold))
+        return found
+
+    def rows(
+        self,
+        kind: str,
+        values: Tensor,
+        begin: int,
+        end: int,
+        *,
+        loading: bool,
+        tp_rank: int | None,
+    ) -> list[ShardedTensor]:
+        """Describe one number for each row that elements ``[begin, end)`` touch.
+
+        A row that is cut between ranks is written by the rank that holds its first element, and
+        read by all of them.
+
+        Args:
+            kind: prefix of the key.
+            values: one number per touched row, from row ``begin // width`` on.
+            begin: first element of the slice.
+            end: one past the last.
+            loading: whether the entries are for reading.
+            tp_rank: this rank in the tensor-parallel group if each of its ranks holds a part of
+                every row (row-parallel weights), else ``None``.
+        """
+        found = []
+        for start, view in self._views:
+            height, width = view.local_shape[0], math.prod(view.local_shape[1:])
+            low, high = _clip(begin - start, view), _clip(end - start, view)
+            if low >= high:
+                continue
+            whole, last = -(-low // width), high // width
+            if not loading:
+                spans = [(whole, -(-high // width))]
+            elif whole <= last:
+                # Cut rows as boxes of their own: several ranks ask for them, and equal requests
+                # must look equal.
+                spans = [(low // width, whole), (whole, last), (last, -(-high // width))]
+            else:
+                spans = [(last, whole)]
+            lead = view.prepend_axis_num
+            narrow = ShardedTensor(
+                key=view.key,
+                data=None,
+                dtype=values.dtype,
+                local_shape=(height,),
+                global_shape=tuple(view.global_shape[: lead + 1]),
+                global_offset=tuple(view.global_offset[: lead + 1]),
+                axis_fragmentations=None,
+                replica_id=view.replica_id,
+                prepend_axis_num=lead,
+                allow_shape_mismatch=view.allow_shape_mismatch,
+            )
+            replica = self._replica(view)
+            if tp_rank is not None:
+                replica = (replica[0], tp_rank, replica[2])
+            for first, stop in spans:
+                if first < stop:
+                    at = start // width + first - begin // width
+                    data = values[at : at + stop - first]
+                    found.append(_box(kind, narrow, data, (first,), replica, True))
+        return found
+
+    def _replica(self, view: ShardedTensor) -> tuple[int, int, int]:
+        pp, tp, dp = view.replica_id
+        return (pp, tp, dp if self._replicas is None else self._replicas)
+
+
+def entries_by_parameter(model_state: Mapping[str, Any]) -> dict[int, ShardedBase]:
+    """Map ``id`` of each parameter's tensor to its entry in a model's sharded state dict.
+
+    By identity, not by name: Megatron renames some keys, and virtual stages repeat them.
+    """
+    return {
+        id(entry.data): entry for entry in nested_values(model_state) if isinstance(entry, ShardedBase)
+    }
+
+
+def put_back(asked: Mapping[str, ShardedTensor], loaded: Mapping[str, Tensor]) -> None:
+    """Copy what a load returned to where it was asked for, unless it was read in place.
+
+    Raises:
+        KeyError: a box that was asked for did not come.
+    """
+    for name, shard in asked.items():
+        if loaded[name].data_ptr() != shard.data.data_ptr():
+            shard.data.copy_(loaded[name].view(shard.data.shape))
+
+
+def _box(
+    kind: str,
+    view: ShardedTensor,
+    data: Tensor,
+    offset: tuple[int, ...],
+    replica: tuple[int, int, int],
+    fold: bool,
+) -> ShardedTensor:
+    lead = view.prepend_axis_num
+    key = _folded_key(view) if fold else view.key
+    kept = tuple(view.global_offset[:lead]) if not fold else ()
+    ones = (1,) * len(kept)
+    inner = tuple(g + o for g, o in zip(view.global_offset[lead:], offset, strict=True))
+    return ShardedTensor(
+        key=kind + key,
+        data=data.view(ones + tuple(data.shape)),
+        dtype=data.dtype,
+        local_shape=ones + tuple(data.shape),
+        global_shape=tuple(view.global_shape[0 if not fold else lead :]),
+        global_offset=kept + inner,
+        axis_fragmentations=None,
+        replica_id=replica,
+        prepend_axis_num=0,
+        allow_shape_mismatch=view.allow_shape_mismatch,
+    )
+
+
+def _folded_key(view: ShardedTensor) -> str:
+    """Return the key with layer numbers in it, as a model with unequal layers has them."""
+    key: str = view.key
+    for position in view.global_offset[: view.prepend_axis_num]:
+        if ".layers." not in key:
+            return f"{key}@{position}"
+        key = key.replace(".layers.", f".layers.{position}.", 1)
+    return key
+
+
+def _contiguous_views(entry: ShardedBase) -> list[tuple[int, ShardedTensor]]:
+    """Return the model's tensors for one parameter, each with its first element's position.
+
+    A factory (SwiGLU stores gate and up halves apart) is asked to cut a tensor without memory:
+    where its parts start says which elements they are.
+    """
+    if isinstance(entry, ShardedTensor):
+        return [(0, _with_triple(entry, entry.local_shape))]
+    if not isinstance(entry, ShardedTensorFactory):
+        raise TypeError(f"expected a ShardedTensor or a factory, got {type(entry).__name__}")
+    twin = torch.empty(tuple(entry.data.shape), device="meta")
+    parts = list(_leaves(entry.build_fn(entry.key, twin, entry.replica_id, None)))
+    covered = 0
+    for part in parts:
+        view = part.data
+        shares = view.untyped_storage()._cdata == twin.untyped_storage()._cdata
+        if not shares or not view.is_contiguous() or view.storage_offset() != covered:
+            raise NotImplementedError(
+                f"Parameter {entry.key!r}: the model stores its parts in another order than memory "
+                "has them, which Adam-mini's checkpoints do not support yet."
+            )
+        covered += view.numel()
+    if covered != twin.numel():
+        raise NotImplementedError(f"Parameter {entry.key!r}: its parts do not cover it once.")
+    return [(part.data.storage_offset(), _with_triple(part, part.data.shape)) for part in parts]
+
+
+def _with_triple(entry: ShardedTensor, shape: Any) -> ShardedTensor:
+    replica = entry.replica_id
+    return ShardedTensor(
+        key=entry.key,
+        data=None,
+        dtype=entry.dtype,
+        local_shape=tuple(shape),
+        global_shape=tuple(entry.global_shape),
+        global_offset=tuple(entry.global_offset),
+        axis_fragmentations=None,
+        replica_id=(0, 0, replica) if isinstance(replica, int) else tuple(replica),
+        prepend_axis_num=entry.prepend_axis_num,
+        allow_shape_mismatch=entry.allow_shape_mismatch,
+    )
+
+
+def _leaves(tree: Any) -> Iterator[ShardedTensor]:
+    if isinstance(tree, ShardedTensor):
+        yield tree
+    elif isinstance(tree, ShardedTensorFactory):
+        yield from _leaves(tree.build())
+    else:
+        for branch in tree.values() if isinstance(tree, dict) else tree:
+            yield from _leaves(branch)
+
+
+def _clip(position: int, view: ShardedTensor) -> int:
+    return min(max(position, 0), math.prod(view.local_shape))

@@ -1,0 +1,499 @@
+"""Bad input: every rank raises, within seconds, in words that name both sides; nobody hangs."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.megatron_job import Job, Trainer
+from tests.ranks import RankError, run_ranks
+
+#: Building a tiny model takes a second or two on a busy core; a rank that waits for a peer which
+#: has raised would wait until its process group gives up, which is far later.
+SECONDS = 60.0
+
+TINY = {"layers": 1, "hidden": 16, "heads": 4, "groups": 2, "ffn": 24, "vocab": 16}
+
+
+def errors_of(world_size: int, function: Callable[..., Any], *args: Any) -> list[tuple[str, str]]:
+    """Run a body that must fail on every rank; return kind and text of the errors by rank."""
+    begin = time.monotonic()
+    with pytest.raises(RankError) as caught:
+        run_ranks(world_size, function, *args, timeout=SECONDS)
+    assert time.monotonic() - begin < SECONDS, "ranks were killed rather than raised"
+    assert sorted(caught.value.errors) == list(range(world_size)), "a rank did not raise"
+    return [caught.value.errors[rank] for rank in range(world_size)]
+
+
+def rank() -> int:
+    from torch import distributed
+
+    return distributed.get_rank()
+
+
+def build(job: Job) -> list[str]:
+    return [entry["rule"] for entry in Trainer(job).optimizer.manifest["parameters"]]
+
+
+# The same bad value on all ranks.
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            {"preset": "adam"},
+            "Adam-mini preset='adam' is not known; allowed: paper, first, tensor.",
+        ),
+        (
+            {"rules": (("*.bias", "column"),)},
+            "Adam-mini rule 'column' for pattern '*.bias' is not known; allowed: row, head, tensor, "
+            "element.",
+        ),
+    ],
+)
+def test_unknown_option_on_all_ranks(options, text):
+    assert errors_of(2, build, Job(tp=2, adam_mini=options, **TINY)) == [("ValueError", text)] * 2
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {}], ids=str)
+def test_name_pattern_that_matches_nothing(layout):
+    options = {"full_v": ("*.linear_qkv.weight", "*.lineer_fc1.weight"), "rules": (("x", "row"),)}
+    job = Job(adam_mini=options, **(TINY | {"layers": 2}), **layout)
+    for kind, text in errors_of(2, build, job):
+        assert kind == "ValueError"
+        assert text == (
+            "Adam-mini name patterns ['*.lineer_fc1.weight', 'x'] match no parameter of the model. "
+            "Patterns are matched with fnmatch against global names such as "
+            "'decoder.layers.0.mlp.linear_fc1.weight'; --adam-mini-manifest lists all of them."
+        )
+
+
+def test_name_pattern_that_matches_on_one_pipeline_stage_only():
+    options = {
+        "full_v": ("decoder.layers.1.*fc1*", "output_layer.weight"),
+        "rules": (("embedding.*", "tensor"),),
+    }
+    job = Job(pp=2, adam_mini=options, **(TINY | {"layers": 2}))
+    first, second = run_ranks(2, build, job)
+    assert first == second
+    assert first.count("element") == 2
+    assert "tensor" in first
+
+
+def test_head_rule_on_a_parameter_without_heads():
+    job = Job(tp=2, adam_mini={"rules": (("*.linear_fc1.weight", "head"),)}, **TINY)
+    for kind, text in errors_of(2, build, job):
+        assert kind == "ValueError"
+        assert text == (
+            "Adam-mini rule 'head' was asked for parameter "
+            "'decoder.layers.0.mlp.linear_fc1.weight' of role 'mlp', which has no heads; use "
+            "'row', 'tensor' or 'element'."
+        )
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"lr": -1.0}, "lr=-1.0 is not allowed; it must be >= 0."),
+        ({"weight_decay": -0.5}, "weight_decay=-0.5 is not allowed; it must be >= 0."),
+    ],
+)
+def test_adam_values_out_of_range(values, text):
+    assert errors_of(2, build, Job(tp=2, **values, **TINY)) == [("ValueError", text)] * 2
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"adam_beta1": 1.0}, "beta1=1.0 is not allowed; it must be in [0, 1)."),
+        ({"adam_beta2": -0.1}, "beta2=-0.1 is not allowed; it must be in [0, 1)."),
+        ({"adam_eps": 0.0}, "eps=0.0 is not allowed; it must be > 0 (the usual value is 1e-8)."),
+    ],
+)
+def test_betas_and_eps_out_of_range(values, text):
+    assert errors_of(2, build_with_values, values) == [("ValueError", text)] * 2
+
+
+def build_with_values(values: dict[str, float]) -> None:
+    """Build with values that a job has no field for."""
+    from megatron_adam_mini.mcore import registration
+
+    original = registration.build_optimizer
+
+    def build_optimizer(config: Any, *rest: Any) -> Any:
+        for name, value in values.items():
+            setattr(config, name, value)
+        return original(config, *rest)
+
+    registration.build_optimizer = build_optimizer
+    build(Job(tp=2, **TINY))
+
+
+# Ranks that differ. The interesting rank is never rank 0, whose plan the others are compared with.
+
+GRIDS = [({"tp": 2}, 2), ({"pp": 2}, 2), ({"tp": 2, "pp": 2}, 4), ({}, 3)]
+IDS = ["TP2", "PP2", "TP2xPP2", "DP3"]
+ODD = 1
+
+
+def build_with_rank_options(layout: dict[str, int], name: str, usual: Any, odd: Any) -> None:
+    options = {name: odd if rank() == ODD else usual}
+    build(Job(adam_mini=options, **(TINY | {"layers": 2}), **layout))
+
+
+@pytest.mark.parametrize(("layout", "world_size"), GRIDS, ids=IDS)
+def test_presets_that_differ_between_ranks(layout, world_size):
+    args = (layout, "preset", "paper", "first")
+    for kind, text in errors_of(world_size, build_with_rank_options, *args):
+        assert kind == "RuntimeError"
+        assert "Adam-mini's options differs between ranks that must share it" in text
+        assert re.search(r'rank 0 has \{.*"preset": "paper".*\}, rank 1 has \{.*"preset": "first"', text)
+        assert text.endswith("Start every rank with the same flags and model (also requires_grad).")
+
+
+def test_patterns_that_differ_between_ranks():
+    args = ({}, "full_v", ("*fc1*",), ("*fc2*",))
+    for kind, text in errors_of(2, build_with_rank_options, *args):
+        assert kind == "RuntimeError"
+        assert re.search(r"rank 0 has .*\*fc1\*.*, rank 1 has .*\*fc2\*", text)
+
+
+def build_with_frozen_parameter(layout: dict[str, int], name: str) -> None:
+    job = Job(frozen=name if rank() == ODD else "", **(TINY | {"layers": 2}), **layout)
+    Trainer(job)
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "name"),
+    [
+        ({"tp": 2}, 2, "decoder.layers.0.mlp.linear_fc1"),
+        ({}, 3, "decoder.layers.1.self_attention.linear_qkv"),
+        ({"tp": 2, "pp": 2}, 4, "decoder.layers.0.input_layernorm"),
+    ],
+    ids=["TP2", "DP3", "TP2xPP2"],
+)
+def test_parameter_frozen_on_one_rank(layout, world_size, name):
+    for kind, text in errors_of(world_size, build_with_frozen_parameter, layout, name):
+        assert kind == "RuntimeError"
+        assert text.startswith("Adam-mini's layout differs between ranks that must share it: ")
+        assert "rank 0" in text
+        assert f"rank {ODD}" in text
+        # The parameter itself is named, not the first one whose offset it moved.
+        assert f"{name}.weight" in text
+
+
+def test_last_parameter_frozen_on_one_rank_is_named():
+    """The last entry of a layout has no counterpart to differ from."""
+    for kind, text in errors_of(2, check_records_of_different_length):
+        assert kind == "RuntimeError"
+        assert "rank 0 has" in text
+        assert re.search(r"['\"]b['\"]", text)
+
+
+def check_records_of_different_length() -> None:
+    from megatron_adam_mini.agreement import PlanRecord, check_agreement
+
+    layout = [{"name": "a"}, {"name": "b"}] if rank() == 0 else [{"name": "a"}]
+    check_agreement(PlanRecord("stage", {}, layout), patterns=())
+
+
+def build_with_failure(layout: dict[str, int], kind: type[Exception], culprits: list[int]) -> None:
+    from megatron_adam_mini.mcore import factory
+
+    original = factory.collect_parameters
+
+    def collect_parameters(*args: Any, **kwargs: Any) -> Any:
+        if rank() in culprits:
+            raise kind("6 attention heads are not divisible by 4 query groups")
+        return original(*args, **kwargs)
+
+    factory.collect_parameters = collect_parameters
+    build(Job(**(TINY | {"layers": 2}), **layout))
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "kind"),
+    [
+        (*grid, kind)
+        for grid, kind in zip(
+            GRIDS, (ValueError, NotImplementedError, TypeError, ValueError), strict=True
+        )
+    ],
+    ids=IDS,
+)
+def test_exception_while_planning_on_one_rank(layout, world_size, kind):
+    found = errors_of(world_size, build_with_failure, layout, kind, [ODD])
+    reason = "6 attention heads are not divisible by 4 query groups"
+    for index, (name, text) in enumerate(found):
+        if index == ODD:
+            assert (name, text) == (kind.__name__, reason)
+        else:
+            assert name == "RuntimeError"
+            assert text == (
+                f"Adam-mini could not plan its step on rank {ODD}: {kind.__name__}: {reason}"
+            )
+
+
+@pytest.mark.parametrize("kind", [AttributeError, KeyError, AssertionError, RuntimeError])
+def test_unforeseen_exception_while_planning_on_one_rank(kind):
+    """A mistake of our own, or a model that nobody thought of, must not leave the others waiting."""
+    found = errors_of(2, build_with_failure, {"tp": 2}, kind, [ODD])
+    assert found[ODD][0] == kind.__name__
+    assert found[0][0] == "RuntimeError"
+    assert f"could not plan its step on rank {ODD}: {kind.__name__}" in found[0][1]
+
+
+def test_several_ranks_that_fail_raise_their_own_errors():
+    found = errors_of(3, build_with_failure, {}, ValueError, [1, 2])
+    assert [kind for kind, _ in found] == ["RuntimeError", "ValueError", "ValueError"]
+    assert "on rank 1" in found[0][1]
+
+
+def build_with_odd_heads() -> None:
+    """One rank believes in another number of query groups."""
+    from dataclasses import replace
+
+    from megatron_adam_mini.mcore import param_info
+
+    original = param_info._heads
+
+    def heads(config: Any) -> Any:
+        found = original(config)
+        return replace(found, num_query_groups=3) if rank() == ODD else found
+
+    param_info._heads = heads
+    build(Job(tp=2, **TINY))
+
+
+def test_heads_not_divisible_on_one_rank():
+    usual, odd = errors_of(2, build_with_odd_heads)
+    reason = (
+        "Parameter 'decoder.layers.0.self_attention.linear_qkv.weight': 4 attention heads are not "
+        "divisible by 3 query groups; choose numbers that are."
+    )
+    assert odd == ("ValueError", reason)
+    assert usual == (
+        "RuntimeError",
+        f"Adam-mini could not plan its step on rank {ODD}: ValueError: {reason}",
+    )
+
+
+def build_with_rank_value(name: str, usual: Any, odd: Any) -> None:
+    value = odd if rank() == ODD else usual
+    if name == "wrapped":
+        from megatron.core import optimizer
+
+        original = optimizer.get_megatron_optimizer
+
+        def get_megatron_optimizer(config: Any, chunks: Any) -> Any:
+            return original(config, chunks if value else [chunk.module for chunk in chunks])
+
+        optimizer.get_megatron_optimizer = get_megatron_optimizer
+        build(Job(tp=2, **TINY))
+    elif name == "optimizer_args":
+        build(Job(tp=2, optimizer_args=value, **TINY))
+    else:
+        build(Job(tp=2, **{name: value}, **TINY))
+
+
+@pytest.mark.parametrize(
+    ("name", "usual", "odd", "kind", "text"),
+    [
+        ("lr", 1e-3, -1e-3, "ValueError", "lr=-0.001 is not allowed"),
+        ("wrapped", True, False, "TypeError", "DistributedDataParallel"),
+        (
+            "optimizer_args",
+            {},
+            {"optimizer_cuda_graph": True},
+            "NotImplementedError",
+            "--optimizer-cuda-graph",
+        ),
+    ],
+    ids=["lr", "wrapped", "flag"],
+)
+def test_value_refused_on_one_rank_only(name, usual, odd, kind, text):
+    """Checks that need no plan must reach all ranks too: the others would wait in a collective."""
+    found = errors_of(2, build_with_rank_value, name, usual, odd)
+    assert found[ODD][0] == kind
+    assert text in found[ODD][1]
+    assert found[0][0] == "RuntimeError"
+    assert f"rank {ODD}: {kind}: " in found[0][1]
+    assert text in found[0][1]
+
+
+def test_manifest_that_cannot_be_written(tmp_path):
+    """Only rank 0 writes it, and the others must not go on without rank 0."""
+    path = str(tmp_path / "no such folder" / "manifest.json")
+    found = errors_of(2, build, Job(tp=2, adam_mini={"manifest": path}, **TINY))
+    assert all(path in text for _, text in found), found
+
+
+# Models that are not supported.
+
+
+def build_unwrapped() -> None:
+    from megatron.core import optimizer
+
+    original = optimizer.get_megatron_optimizer
+    optimizer.get_megatron_optimizer = lambda config, chunks: original(
+        config, [chunk.module for chunk in chunks]
+    )
+    build(Job(tp=2, **TINY))
+
+
+def test_model_that_is_not_wrapped():
+    text = (
+        "Adam-mini needs model chunks wrapped in megatron.core's DistributedDataParallel, got "
+        "GPTModel; wrap them as megatron.training.get_model does."
+    )
+    assert errors_of(2, build_unwrapped) == [("TypeError", text)] * 2
+
+
+def build_with_changed_parameters(what: str) -> None:
+    """Change one parameter after the model is built, just before the optimizer sees it."""
+    import torch
+
+    original = Trainer._build_optimizer
+
+    def build_optimizer(self: Trainer) -> Any:
+        params = {n: p for chunk in self.chunks for n, p in chunk.named_parameters()}
+        name = next(n for n in params if n.endswith("mlp.linear_fc1.weight"))
+        if what == "expert":
+            params[name].allreduce = False
+        elif what == "expert name":
+            layer = self.chunks[0].module.decoder.layers[0]
+            layer.experts = layer.mlp
+            del layer.mlp
+        elif what == "quantized":
+
+            class QuantizedTensor(torch.Tensor):
+                pass
+
+            # What Transformer Engine does: the parameter's data is a tensor of another class.
+            params[name].__class__ = type("Float8Parameter", (torch.nn.Parameter,), {})
+            data = params[name].detach().as_subclass(QuantizedTensor)
+            type(params[name]).data = property(lambda _: data)
+        elif what == "dtype":
+            data = params[name].detach().double()
+            params[name].__class__ = type("DoubleParameter", (torch.nn.Parameter,), {})
+            type(params[name]).dtype = property(lambda _: torch.float64)
+            type(params[name]).data = property(lambda _: data)
+        elif what == "norm group":
+            params[name].grad_norm_group = "mtp"
+        return original(self)
+
+    Trainer._build_optimizer = build_optimizer
+    build(Job(tp=2, **TINY))
+
+
+FC1 = "'decoder.layers.0.mlp.linear_fc1.weight'"
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        (
+            "expert",
+            f"Parameter {FC1} belongs to an expert; mixture-of-experts models are not supported "
+            "yet. Use --optimizer adam for them.",
+        ),
+        (
+            "quantized",
+            f"Parameter {FC1} is a QuantizedTensor of torch.float32; Adam-mini updates plain "
+            "float32, bfloat16 and float16 parameters. Train without quantized parameters (no "
+            "--fp8-param-gather, no --fp4-param-gather).",
+        ),
+        (
+            "dtype",
+            f"Parameter {FC1} is a Tensor of torch.float64; Adam-mini updates plain float32, "
+            "bfloat16 and float16 parameters. Train without quantized parameters (no "
+            "--fp8-param-gather, no --fp4-param-gather).",
+        ),
+        (
+            "norm group",
+            f"Parameter {FC1} has a gradient norm of its own ('mtp': multi-token prediction), "
+            "which is not supported yet. Train without --mtp-num-layers, or use --optimizer adam.",
+        ),
+    ],
+)
+def test_parameter_that_is_not_supported(what, text):
+    found = errors_of(2, build_with_changed_parameters, what)
+    assert found == [("NotImplementedError", text)] * 2
+
+
+def test_expert_is_recognised_by_its_name():
+    for kind, text in errors_of(2, build_with_changed_parameters, "expert name"):
+        assert kind == "NotImplementedError"
+        assert re.search(r"Parameter 'decoder\.layers\.0\.experts\.\S+' belongs to an expert", text)
+
+
+def step_with_different_betas() -> tuple[str, bool]:
+    trainer = Trainer(Job(tp=2, bias=True, **TINY))
+    assert len(trainer.optimizer.param_groups) > 1
+    before = [p.detach().clone() for p in trainer.optimizer.get_parameters()]
+    trainer.optimizer.param_groups[0]["betas"] = (0.8, 0.95)
+    trainer.backward(0)
+    try:
+        trainer.optimizer.step()
+    except NotImplementedError as error:
+        text = str(error)
+    assert trainer.optimizer.engine.step_count == 0, "a refused step was counted"
+    after = trainer.optimizer.get_parameters()
+    return text, all(bool((a == b).all()) for a, b in zip(before, after, strict=True))
+
+
+def test_betas_that_differ_between_groups():
+    for text, unchanged in run_ranks(2, step_with_different_betas):
+        assert text == (
+            "Adam-mini got parameter groups with different betas [(0.8, 0.95), (0.9, 0.95)]; all "
+            "groups must share one pair. Give the groups different lr or weight_decay instead."
+        )
+        assert unchanged
+
+
+# The check alone, without a model.
+
+
+def check_records(differ: str) -> str:
+    from megatron_adam_mini.agreement import PlanRecord, check_agreement
+
+    stage = f"pipeline stage {rank() // 2}"
+    layout = [{"name": "a", "at": [0, 4]}, {"name": "b", "at": [4, 8]}]
+    if differ == "stages":
+        layout.append({"name": stage})  # stages may differ from each other
+    if differ == "layout" and rank() == 3:
+        layout[1]["at"] = [5, 9]
+    matched = frozenset({"a*"} if rank() == 3 else ())
+    check_agreement(PlanRecord(stage, {"preset": "paper"}, layout, matched), patterns=("a*",))
+    return "agreed"
+
+
+@pytest.mark.parametrize("differ", ["nothing", "stages"])
+def test_plans_that_agree(differ):
+    assert run_ranks(4, check_records, differ) == ["agreed"] * 4
+
+
+def test_layouts_are_compared_within_a_stage_and_both_sides_are_shown():
+    for kind, text in errors_of(4, check_records, "layout"):
+        assert kind == "RuntimeError"
+        assert text == (
+            "Adam-mini's layout differs between ranks that must share it: entry 1 is "
+            '{"name": "b", "at": [4, 8]} on rank 2 and {"name": "b", "at": [5, 9]} on rank 3. '
+            "Start every rank with the same flags and model (also requires_grad)."
+        )
+
+
+def test_single_process_needs_no_process_group():
+    from megatron_adam_mini.agreement import PlanRecord, check_agreement
+
+    record = PlanRecord("stage", {}, [{"name": "a"}], frozenset({"a"}))
+    check_agreement(record, patterns=("a",))
+    with pytest.raises(ValueError, match=r"patterns \['b'\] match no parameter"):
+        check_agreement(record, patterns=("a", "b"))
+    with pytest.raises(KeyError, match="own error"):
+        check_agreement(PlanRecord("stage", {}, error=KeyError("own error")), patterns=())

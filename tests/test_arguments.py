@@ -1,0 +1,508 @@
+"""Flags through Megatron's own parser and validation, registration, refusals, and the launcher."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import megatron_adam_mini
+from megatron_adam_mini import AdamMiniConfig
+from megatron_adam_mini.config import BACKENDS
+from megatron_adam_mini.mcore import preflight
+from megatron_adam_mini.mcore.arguments import add_arguments
+from tests.ranks import run_ranks
+
+ROOT = Path(megatron_adam_mini.__file__).parents[1]
+
+MODEL = (
+    "--num-layers 2 --hidden-size 16 --num-attention-heads 4 --seq-length 16 "
+    "--max-position-embeddings 16 --micro-batch-size 1 --global-batch-size 2 --lr 1e-3 "
+    "--train-iters 10"
+).split()
+
+FLAGS = (
+    "--adam-mini-preset",
+    "--adam-mini-value-as-block",
+    "--adam-mini-full-v",
+    "--adam-mini-rules",
+    "--adam-mini-backend",
+    "--adam-mini-manifest",
+)
+
+
+# Bodies that run in a rank, where Megatron is imported.
+
+
+def parse(arguments: Sequence[str], model: Sequence[str] = MODEL) -> argparse.Namespace:
+    """Parse and validate a command line as a Megatron training script does."""
+    from megatron.training import arguments as megatron_arguments
+
+    from megatron_adam_mini.cpu_host import with_cpu_flags
+
+    megatron_adam_mini.register()
+    sys.argv = ["pretrain_gpt.py", *with_cpu_flags([*model, *arguments])]
+    args = megatron_arguments.parse_args()
+    megatron_arguments.validate_args(args)
+    return args
+
+
+def error_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, str] | None:
+    try:
+        call(*args, **kwargs)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def parsed(arguments: Sequence[str]) -> dict[str, Any]:
+    from megatron.training import training
+
+    args = parse(arguments)
+    config, _ = training.get_megatron_optimizer_config(args)
+    return {
+        "optimizer": args.optimizer,
+        "use_distributed_optimizer": args.use_distributed_optimizer,
+        "layer_wise": getattr(args, "use_layer_wise_distributed_optimizer", False),
+        "config_optimizer": config.optimizer,
+        "config_distributed": config.use_distributed_optimizer,
+        "config_layer_wise": config.use_layer_wise_distributed_optimizer,
+        "adam_mini": getattr(config, "adam_mini", None),
+    }
+
+
+def parse_errors(lines: Sequence[Sequence[str]]) -> list[tuple[str, str] | None]:
+    return [error_of(parse, line) for line in lines]
+
+
+ADAM_MINI = ("--optimizer", "adam_mini", "--use-distributed-optimizer")
+
+
+def only(results: list[Any]) -> Any:
+    (result,) = results
+    return result
+
+
+# Flags.
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_optimizer_keeps_its_name_and_the_distributed_optimizer(sharded):
+    found = only(run_ranks(1, parsed, ADAM_MINI if sharded else ADAM_MINI[:2]))
+    assert found == {
+        "optimizer": "adam_mini",
+        "use_distributed_optimizer": sharded,
+        "layer_wise": False,
+        "config_optimizer": "adam_mini",
+        "config_distributed": sharded,
+        "config_layer_wise": False,
+        "adam_mini": AdamMiniConfig(),
+    }
+
+
+def test_flags_reach_the_config(tmp_path):
+    rules = tmp_path / "rules.json"
+    rules.write_text('{"*.linear_fc1.weight": "tensor", "*": "row"}')
+    flags = [
+        *("--adam-mini-preset", "first", "--adam-mini-value-as-block"),
+        *("--adam-mini-full-v", "*.bias", "embedding.*"),
+        *("--adam-mini-rules", str(rules), "--adam-mini-backend", "reference"),
+        *("--adam-mini-manifest", "manifest.json"),
+    ]
+    assert [flag for flag in flags if flag.startswith("--")] == list(FLAGS)
+    assert only(run_ranks(1, parsed, [*ADAM_MINI, *flags]))["adam_mini"] == AdamMiniConfig(
+        preset="first",
+        value_as_block=True,
+        full_v=("*.bias", "embedding.*"),
+        rules=(("*.linear_fc1.weight", "tensor"), ("*", "row")),
+        backend="reference",
+        manifest="manifest.json",
+    )
+
+
+def test_other_optimizers_are_left_alone():
+    found = only(run_ranks(1, parsed, ["--optimizer", "adam", "--use-distributed-optimizer"]))
+    assert found["optimizer"] == found["config_optimizer"] == "adam"
+    assert found["use_distributed_optimizer"]
+    assert found["adam_mini"] is None
+
+
+def help_text() -> str:
+    """Return what SCRIPT --help prints."""
+    import contextlib
+    import io
+
+    from megatron.training import arguments as megatron_arguments
+
+    megatron_adam_mini.register()
+    sys.argv = ["pretrain_gpt.py", "--help"]
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as caught:
+        megatron_arguments.parse_args()
+    assert caught.value.code == 0
+    return output.getvalue()
+
+
+def test_help_shows_the_flags():
+    # The help of the tested Megatron-Core has a bare '%' of its own, which must not end --help.
+    text = only(run_ranks(1, help_text))
+    for flag in FLAGS:
+        assert flag in text
+    group = text[text.index("Adam-mini:") :]
+    assert "{paper,first,tensor}" in group
+    assert f"{{{','.join(BACKENDS)}}}" in group
+    assert "arXiv:2406.16793" in group
+    choices = text[text.index("--optimizer {") :].split("}")[0]
+    assert choices.endswith(",adam_mini")
+    assert "adam," in choices
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--adam-mini-preset", "first"], "--adam-mini-preset"),
+        (["--adam-mini-value-as-block"], "--adam-mini-value-as-block"),
+        (
+            ["--adam-mini-full-v", "x", "--adam-mini-manifest", "y"],
+            "--adam-mini-full-v, --adam-mini-manifest",
+        ),
+        (["--adam-mini-rules", "x"], "--adam-mini-rules"),
+        (["--adam-mini-backend", "reference"], "--adam-mini-backend"),
+    ],
+)
+def test_stray_flags_are_refused(flags, named):
+    found = run_ranks(1, parse_errors, [["--optimizer", "adam", *flags]])
+    text = f"{named} need --optimizer adam_mini, but --optimizer is 'adam'."
+    assert only(only(found)) == ("ValueError", text)
+
+
+def test_bad_values_are_refused_before_megatron_validates(tmp_path):
+    missing = str(tmp_path / "missing.json")
+    lines = {
+        ("--lr", "-1"): ("ValueError", "lr=-1.0 is not allowed"),
+        ("--adam-beta1", "1"): ("ValueError", "beta1=1.0 is not allowed"),
+        ("--adam-beta2", "-0.5"): ("ValueError", "beta2=-0.5 is not allowed"),
+        ("--adam-eps", "0"): ("ValueError", "eps=0.0 is not allowed"),
+        ("--weight-decay", "-1"): ("ValueError", "weight_decay=-1.0 is not allowed"),
+        ("--adam-mini-rules", missing): ("ValueError", f"{missing!r} cannot be read"),
+        ("--save", "x"): ("NotImplementedError", "Remedy: add --no-save-optim"),
+        ("--load", "x"): ("NotImplementedError", "Remedy: add --no-load-optim."),
+    }
+    found = only(run_ranks(1, parse_errors, [[*ADAM_MINI, *line] for line in lines]))
+    for (kind, text), error in zip(lines.values(), found, strict=True):
+        assert error[0] == kind
+        assert text in error[1]
+
+
+def optimizer_after_failure() -> tuple[tuple[str, str] | None, str]:
+    """Let Megatron's own validation fail: the name must come back."""
+    from megatron.training import arguments as megatron_arguments
+
+    megatron_adam_mini.register()
+    sys.argv = ["pretrain_gpt.py", *MODEL, *ADAM_MINI, "--tensor-model-parallel-size", "7"]
+    args = megatron_arguments.parse_args()
+    return error_of(megatron_arguments.validate_args, args), args.optimizer
+
+
+def test_name_comes_back_when_megatron_refuses():
+    error, optimizer = only(run_ranks(1, optimizer_after_failure))
+    assert error[0] == "AssertionError"
+    assert optimizer == "adam_mini"
+
+
+def test_parser_without_optimizer_choices_is_refused():
+    parser = argparse.ArgumentParser()
+    with pytest.raises(RuntimeError, match=r"no --optimizer with choices; this Megatron-Core"):
+        add_arguments(parser)
+    parser.add_argument("--optimizer")
+    with pytest.raises(RuntimeError, match=r"no --optimizer with choices"):
+        add_arguments(parser)
+
+
+# Combinations that are not supported.
+
+#: What each flag needs on a command line, where it has a flag in the tested Megatron-Core.
+COMMAND_LINES = {
+    "use_megatron_fsdp": ["--use-megatron-fsdp"],
+    "use_torch_fsdp2": ["--use-torch-fsdp2"],
+    "optimizer_cpu_offload": ["--optimizer-cpu-offload"],
+    "use_precision_aware_optimizer": ["--use-precision-aware-optimizer"],
+    "optimizer_cuda_graph": ["--optimizer-cuda-graph"],
+    "overlap_param_gather_with_optimizer_step": ["--overlap-param-gather-with-optimizer-step"],
+    "fp8_param_gather": ["--fp8-param-gather"],
+    "fp4_param_gather": ["--fp4-param-gather"],
+    "reuse_grad_buf_for_mxfp8_param_ag": ["--reuse-grad-buf-for-mxfp8-param-ag"],
+    "param_name_patterns_for_fp32_local_accumulation": [
+        "--ddp-param-name-patterns-for-fp32-local-accumulation",
+        "*.weight",
+    ],
+    "dump_param_to_param_group_map": ["--dump-param-to-param-group-map", "map.json"],
+    "qk_clip": ["--qk-clip"],
+}
+
+#: Entries that a user can reach through Megatron's configs only.
+CONFIG_ONLY = {"use_layer_wise_distributed_optimizer"}
+
+
+def refusal(attribute: str) -> tuple[str, str]:
+    flag, reason, remedy = preflight._REFUSED[attribute]
+    return (
+        "NotImplementedError",
+        f"--optimizer adam_mini does not support {flag}: {reason}. Remedy: {remedy}.",
+    )
+
+
+def test_every_refusal_is_tested():
+    assert set(preflight._REFUSED) == set(COMMAND_LINES) | CONFIG_ONLY
+    for attribute, line in COMMAND_LINES.items():
+        assert preflight._REFUSED[attribute][0] == line[0]
+    # What the issue lists.
+    reasons = {attribute: preflight._REFUSED[attribute][1] for attribute in preflight._REFUSED}
+    assert all(len(reason) > 10 for reason in reasons.values())
+
+
+def test_refused_by_argument():
+    lines = [[*ADAM_MINI, *line] for line in COMMAND_LINES.values()]
+    found = only(run_ranks(1, parse_errors, lines))
+    assert dict(zip(COMMAND_LINES, found, strict=True)) == {a: refusal(a) for a in COMMAND_LINES}
+
+
+def test_the_same_flags_pass_with_adam_where_megatron_lets_them():
+    """Shows that it is Adam-mini that refuses above."""
+    lines = [["--optimizer", "adam", "--use-distributed-optimizer", "--qk-clip"]]
+    error = only(only(run_ranks(1, parse_errors, lines)))
+    assert error is None or "adam_mini" not in error[1]
+
+
+def config_errors(attributes: Sequence[str]) -> dict[str, list[tuple[str, tuple[str, str] | None]]]:
+    """Set each attribute on Megatron's configs and ask Megatron for an optimizer."""
+    from dataclasses import fields, replace
+
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    from tests.megatron_job import Job, Trainer
+
+    trainer = Trainer(Job(layers=1, hidden=16, heads=4, groups=2, ffn=24, vocab=16))
+    config, ddp_config = trainer.optimizer.config, trainer.chunks[0].ddp_config
+    found: dict[str, list[tuple[str, tuple[str, str] | None]]] = {}
+    for attribute in attributes:
+        found[attribute] = []
+        if attribute in {field.name for field in fields(config)}:
+            changed = replace(config)
+            setattr(changed, attribute, True)
+            error = error_of(get_megatron_optimizer, changed, trainer.chunks)
+            found[attribute].append(("OptimizerConfig", error))
+        if attribute in {field.name for field in fields(ddp_config)}:
+            usual = getattr(ddp_config, attribute)
+            setattr(ddp_config, attribute, ["*"] if isinstance(usual, list | tuple) else True)
+            error = error_of(get_megatron_optimizer, config, trainer.chunks)
+            found[attribute].append(("DistributedDataParallelConfig", error))
+            setattr(ddp_config, attribute, usual)
+    changed = replace(config)
+    changed.decoupled_weight_decay = False
+    error = error_of(get_megatron_optimizer, changed, trainer.chunks)
+    found["decoupled_weight_decay"] = [("OptimizerConfig", error)]
+    found["nothing"] = [("", error_of(get_megatron_optimizer, config, trainer.chunks))]
+    return found
+
+
+def test_refused_by_config():
+    found = only(run_ranks(1, config_errors, list(preflight._REFUSED)))
+    assert found.pop("nothing") == [("", None)]
+    ((_, error),) = found.pop("decoupled_weight_decay")
+    assert error[0] == "NotImplementedError"
+    assert error[1].startswith("--optimizer adam_mini needs decoupled weight decay (AdamW)")
+    for attribute, errors in found.items():
+        for where, error in errors:
+            assert error == refusal(attribute), where
+    # Where a config has no such field, the command line is the only way to ask for it.
+    assert {a for a, errors in found.items() if not errors} <= set(COMMAND_LINES)
+    assert {a for a, errors in found.items() if errors} >= {
+        *CONFIG_ONLY,
+        "use_megatron_fsdp",
+        "fp8_param_gather",
+        "optimizer_cpu_offload",
+        "use_precision_aware_optimizer",
+        "param_name_patterns_for_fp32_local_accumulation",
+    }
+
+
+# Registration.
+
+
+def replaced() -> dict[str, Any]:
+    from megatron.core import optimizer
+    from megatron.training import arguments, training
+
+    return {
+        "factory": optimizer._get_megatron_emerging_optimizer,
+        "add": arguments.add_megatron_arguments,
+        "validate": arguments.validate_args,
+        "config": training.get_megatron_optimizer_config,
+    }
+
+
+def registration_story() -> dict[str, Any]:
+    from megatron.training import arguments
+
+    facts: dict[str, Any] = {}
+    originals = replaced()
+    handle = megatron_adam_mini.register()
+    wrapped = replaced()
+    facts["all four are replaced"] = all(wrapped[k] is not originals[k] for k in originals)
+    facts["wrapped once"] = all(wrapped[k].__wrapped__ is originals[k] for k in originals)
+    facts["names are kept"] = all(wrapped[k].__name__ == originals[k].__name__ for k in originals)
+    facts["same handle"] = megatron_adam_mini.register() is handle
+    facts["idempotent"] = replaced() == wrapped
+    parser = arguments.add_megatron_arguments(argparse.ArgumentParser())
+    facts["flag once"] = sum("--adam-mini-preset" in a.option_strings for a in parser._actions)
+
+    later = arguments.validate_args
+    arguments.validate_args = lambda *args, **kwargs: later(*args, **kwargs)
+    facts["wrapped later"] = error_of(handle.undo)
+    facts["nothing half undone"] = all(
+        replaced()[key] is wrapped[key] for key in ("factory", "add", "config")
+    )
+    arguments.validate_args = later
+    handle.undo()
+    facts["restored"] = replaced() == originals
+    handle.undo()
+    facts["undo twice"] = replaced() == originals
+    parser = arguments.add_megatron_arguments(argparse.ArgumentParser())
+    facts["flags gone"] = not any("--adam-mini-preset" in a.option_strings for a in parser._actions)
+    with megatron_adam_mini.register() as again:
+        facts["new handle"] = again is not handle
+        facts["replaced again"] = replaced() != originals
+    facts["restored again"] = replaced() == originals
+    return facts
+
+
+def test_registration_is_idempotent_and_reversible():
+    facts = only(run_ranks(1, registration_story))
+    assert facts.pop("flag once") == 1
+    assert facts.pop("wrapped later") == (
+        "RuntimeError",
+        "megatron.training.arguments.validate_args was replaced after "
+        "megatron_adam_mini.register(); undo the later replacement first.",
+    )
+    assert facts
+    assert facts == dict.fromkeys(facts, True)
+
+
+def warnings_at_registration(version: str | None) -> list[str]:
+    import logging
+
+    from megatron_adam_mini.mcore import compat
+
+    records: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(f"{record.levelname} {record.getMessage()}")
+
+    logging.getLogger("megatron_adam_mini").addHandler(Handler())
+    if version is not None:
+        compat.MCORE_VERSION = version
+    megatron_adam_mini.register()
+    megatron_adam_mini.register()
+    return records
+
+
+def test_untested_version_of_megatron_core_warns_once_with_both_versions():
+    (warning,) = only(run_ranks(1, warnings_at_registration, "0.99.0"))
+    assert warning.startswith(
+        "WARNING megatron-adam-mini was tested with megatron-core 0.19.2, but this is 0.99.0."
+    )
+    assert "make test" in warning
+    assert "install megatron-core==0.19.2" in warning
+
+
+def test_tested_version_does_not_warn():
+    assert only(run_ranks(1, warnings_at_registration, None)) == []
+
+
+# The launcher.
+
+
+def launch(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_adam_mini.launch", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=300,
+    )
+
+
+def test_launcher_shows_its_version():
+    result = launch("--version")
+    assert result.returncode == 0
+    assert result.stdout.strip() == megatron_adam_mini.__version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["nowhere.py", "--lr", "1"], "script 'nowhere.py' does not exist; name a Megatron"),
+        ([], "the following arguments are required: SCRIPT"),
+        (["--cpu", "nowhere.py"], "unrecognized arguments: --cpu"),
+    ],
+)
+def test_launcher_refuses(arguments, text):
+    result = launch(*arguments)
+    assert result.returncode == 2
+    assert text in result.stderr
+
+
+SCRIPT = """
+import sys
+import neighbour
+import megatron_adam_mini
+from megatron.training import arguments
+
+print("RESULT", __name__, neighbour.VALUE, hasattr(arguments.validate_args, "__wrapped__"))
+print("ARGV", *sys.argv)
+"""
+
+
+def write_script(folder: Path) -> Path:
+    (folder / "neighbour.py").write_text("VALUE = 'found'\n")
+    script = folder / "train.py"
+    script.write_text(SCRIPT)
+    return script
+
+
+def test_launcher_runs_a_script_as_main_with_its_arguments_and_its_folder(tmp_path):
+    script = write_script(tmp_path)
+    given = ["--lr", "1e-3", "--version", "--cpu-host", "a b"]
+    result = launch("--cpu-host", str(script), *given)
+    assert result.returncode == 0, result.stderr
+    lines = dict(line.split(" ", 1) for line in result.stdout.splitlines() if " " in line)
+    assert lines["RESULT"] == "__main__ found True"
+    assert lines["ARGV"].startswith(" ".join([str(script), *given]) + " --distributed-backend gloo")
+
+
+def launched(script: str, arguments: Sequence[str]) -> tuple[list[str], str, bool]:
+    """Run the launcher inside a rank, where the CPU host is already there."""
+    import contextlib
+    import io
+
+    from megatron_adam_mini import launch as launcher
+
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        launcher.main([script, *arguments])
+    return sys.argv, output.getvalue(), sys.path[0] == str(Path(script).parent)
+
+
+def test_launcher_adds_no_argument_without_cpu_host(tmp_path):
+    script = str(write_script(tmp_path))
+    argv, output, first = only(run_ranks(1, launched, script, ["--lr", "1", "--help"]))
+    assert argv == [script, "--lr", "1", "--help"]
+    assert "RESULT __main__ found True" in output
+    assert first

@@ -1,0 +1,342 @@
+"""The examples: they tokenise without loss, train through the launcher, and report errors."""
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import demo
+import tokenize_bytes
+from tests.ranks import run_ranks
+
+RUN_TIMEOUT_S = 150.0
+
+TINY_MODEL = """
+    --num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4
+    --group-query-attention --num-query-groups 2 --seq-length 32 --max-position-embeddings 32
+    --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear
+    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
+    --tokenizer-type NullTokenizer --vocab-size 257 --make-vocab-size-divisible-by 1
+    --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+    --micro-batch-size 4 --global-batch-size 8 --train-iters 8 --lr 1e-2 --min-lr 1e-2
+    --lr-decay-style constant --weight-decay 0.1 --split 90,10,0 --eval-iters 1
+    --eval-interval 1000 --seed 3 --log-interval 1 --no-create-attention-mask-in-dataloader
+"""
+
+
+def read_indexed_dataset(prefix: Path) -> list[numpy.ndarray]:
+    """Read Megatron's format by its definition, without Megatron; return the documents."""
+    index = prefix.with_suffix(".idx").read_bytes()
+    magic, version, code, num_sequences, num_documents = struct.unpack_from("<9sQBQQ", index)
+    assert (magic, version, code) == (b"MMIDIDX\x00\x00", 1, 8)  # code 8: uint16
+    offset = struct.calcsize("<9sQBQQ")
+    lengths = numpy.frombuffer(index, numpy.int32, num_sequences, offset)
+    offset += 4 * num_sequences
+    pointers = numpy.frombuffer(index, numpy.int64, num_sequences, offset)
+    offset += 8 * num_sequences
+    documents = numpy.frombuffer(index, numpy.int64, num_documents, offset)
+    assert documents.tolist() == list(range(num_sequences + 1))  # a sequence for each document
+    data = prefix.with_suffix(".bin").read_bytes()
+    assert len(data) == 2 * lengths.sum()
+    return [
+        numpy.frombuffer(data, numpy.uint16, length, pointer)
+        for length, pointer in zip(lengths, pointers, strict=True)
+    ]
+
+
+def tokenize(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", str(EXAMPLES / "tokenize_bytes.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=RUN_TIMEOUT_S,
+    )
+
+
+@pytest.fixture(scope="module")
+def text_source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """A folder that stands for the standard library, and the files in it that count."""
+    folder = tmp_path_factory.mktemp("source")
+    contents = {f"module_{i}.py": f"value = {i}\n".encode() * (20 + i) for i in range(60)}
+    contents["package/all_bytes.py"] = bytes(range(256)) * 2
+    others = {
+        "empty.py": b"",
+        "notes.txt": b"not source",
+        "test/test_a.py": b"assert True",
+        "site-packages/b.py": b"import b",
+        "package/__pycache__/c.py": b"cached",
+    }
+    for name, content in (contents | others).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder, contents
+
+
+@pytest.fixture(scope="module")
+def dataset(
+    text_source: tuple[Path, dict[str, bytes]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    prefix = tmp_path_factory.mktemp("dataset") / "new folder" / "text"
+    result = tokenize("--source", str(text_source[0]), "--output-prefix", str(prefix))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"{len(text_source[1])} documents, ")
+    return prefix
+
+
+def test_tokens_are_the_bytes_of_every_file(
+    text_source: tuple[Path, dict[str, bytes]], dataset: Path
+) -> None:
+    documents = read_indexed_dataset(dataset)
+    assert all(tokens[-1] == 256 for tokens in documents)
+    texts = [tokens[:-1].astype(numpy.uint8).tobytes() for tokens in documents]
+    assert all((tokens[:-1] < 256).all() for tokens in documents)
+    assert sorted(texts) == sorted(text_source[1].values())
+
+
+def test_order_is_fixed_and_size_is_bounded(text_source: tuple[Path, dict[str, bytes]]) -> None:
+    folder, contents = text_source
+    paths = tokenize_bytes.list_documents(folder)
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    assert set(names) == {*contents, "empty.py"}
+    assert names[:3] == ["package/all_bytes.py", "module_5.py", "module_30.py"]  # on every machine
+    assert names != sorted(names)
+
+    def sizes(max_bytes: int) -> list[int]:
+        return [len(tokens) - 1 for tokens in tokenize_bytes.read_documents(paths, max_bytes)]
+
+    everything = sizes(10**9)
+    assert len(everything) == len(contents)
+    assert sizes(0) == []
+    for max_bytes in (1000, 5000):
+        some = sizes(max_bytes)
+        assert max_bytes * 0.3 < sum(some) <= max_bytes
+        assert some == everything[: len(some)]
+
+
+def test_nothing_to_tokenize_is_an_error(tmp_path: Path) -> None:
+    result = tokenize("--source", str(tmp_path), "--output-prefix", str(tmp_path / "text"))
+    assert result.returncode == 2
+    assert f"--source {tmp_path} has no *.py file within --max-bytes" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "layout"),
+    [("adam", []), ("adam_mini", ["--tensor-model-parallel-size", "2"])],
+)
+def test_two_ranks_train_through_the_launcher(
+    optimizer: str,
+    layout: list[str],
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    report = tmp_path / "state.json"
+    losses: list[float] = []
+
+    def on_line(line: str) -> None:
+        if match := demo._ITERATION.search(line):
+            losses.append(float(match[2]))
+
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    demo.run_command(
+        [
+            *launch,
+            *("-m", "megatron_adam_mini.launch", "--cpu-host"),
+            *(str(EXAMPLES / "pretrain_llama.py"), "--optimizer", optimizer),
+            *(*TINY_MODEL.split(), *layout),
+            *("--data-path", str(dataset), "--data-cache-path", str(tmp_path / "cache")),
+            *("--state-report", str(report)),
+        ],
+        tmp_path / "log",
+        on_line,
+        timeout_s=RUN_TIMEOUT_S,
+    )
+    capsys.readouterr()
+    assert len(losses) == 8
+    assert abs(losses[0] - numpy.log(257)) < 0.3  # untrained: every byte is as likely
+    assert losses[-1] < losses[0] - 0.5
+    assert demo._VALIDATION.search((tmp_path / "log").read_text()) is not None
+
+    measured = json.loads(report.read_text())
+    # Embedding and output; per layer QKV, projection, gate and up, down, two norms; final norm.
+    vocabulary = 258 if layout else 257
+    num_parameters = 2 * vocabulary * 32 + 2 * (64 * 32 + 32 * 32 + 128 * 32 + 64 * 32 + 64) + 32
+    replicated_norms = (5 * 32) if layout else 0  # on both ranks of the tensor-parallel group
+    bytes_per_kind = 4 * (num_parameters + replicated_norms)
+    for kind in ("main_param", "exp_avg"):
+        # Adam-mini's are as long as the bucket's slices, with their padding.
+        assert bytes_per_kind <= measured["state_bytes"][kind] < 1.05 * bytes_per_kind
+    communication = measured["communication"]
+    if optimizer == "adam":
+        assert measured["optimizer"] == ["DistributedOptimizer"]
+        assert measured["state_bytes"]["exp_avg_sq"] == bytes_per_kind
+        assert communication == {"collectives_per_step": 0, "bytes_per_step": 0}
+    else:
+        assert 0 < measured["state_bytes"]["exp_avg_sq"] < bytes_per_kind / 10
+        assert 1 <= communication["collectives_per_step"] <= 2
+        assert 0 < communication["bytes_per_step"] < 10_000
+
+
+def test_failure_of_a_run_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = "print('before'); raise ValueError('the cause')"
+    with pytest.raises(demo.RunError, match=r"failed with exit code 1; (?s:.*)the cause"):
+        demo.run_command([sys.executable, "-c", script], tmp_path / "log")
+    assert capsys.readouterr().out.startswith("  $ ")
+    assert "before" in (tmp_path / "log").read_text()
+
+
+def test_run_that_hangs_is_ended_with_its_ranks(tmp_path: Path) -> None:
+    """As torchrun's: the ranks are in sessions of their own and end when their parent ends them."""
+    script = """
+import signal, subprocess, sys, time
+sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+rank = subprocess.Popen(sleep, start_new_session=True)
+def end(*_):
+    rank.kill()
+    rank.wait()
+    sys.exit(1)
+signal.signal(signal.SIGTERM, end)
+print(rank.pid, flush=True)
+time.sleep(60)
+"""
+    pids: list[int] = []
+    started = time.monotonic()
+    with pytest.raises(demo.RunError, match="was not done after 2 s"):
+        demo.run_command(
+            [sys.executable, "-c", script],
+            tmp_path / "log",
+            lambda line: pids.append(int(line)),
+            timeout_s=2,
+        )
+    assert time.monotonic() - started < 30
+    assert len(pids) == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], signal.SIG_DFL)
+
+
+def test_demo_ends_with_the_error_of_its_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "EXAMPLES", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--output", str(tmp_path / "results")])
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert demo.main() == 1
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    errors = capsys.readouterr().err
+    assert "demo: the command above failed with exit code 2" in errors
+    assert "tokenize_bytes.py" in errors
+
+
+def test_demo_table_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(title: str, exp_avg_sq: int, collectives: int) -> demo.Run:
+        report: dict[str, Any] = {
+            "state_bytes": {
+                "main_param": 4_000_000,
+                "exp_avg": 4_000_000,
+                "exp_avg_sq": exp_avg_sq,
+            },
+            "communication": {"collectives_per_step": collectives, "bytes_per_step": 1536},
+        }
+        return demo.Run(title, [1, 2, 4], [5.5, 4.0, 2.5], 2.75, report)
+
+    runs = run("Adam", 4_000_000, 0), run("Adam-mini", 20_000, 2)
+    demo.print_table(*runs)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["validation", "loss", "2.750", "2.750"] in rows
+    assert ["8,000.0", "kB", "4,020.0", "kB"] in [row[-4:] for row in rows]
+    assert ["added", "collectives", "per", "step", "0", "2"] in rows
+    demo.plot_losses(runs, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_megatron_log_lines_are_understood() -> None:
+    line = (
+        " [2026-01-02 03:04:05.678901] iteration       20/     120 | consumed samples:     320 "
+        "| elapsed time per iteration (ms): 543.1 | learning rate: 2.9E-03 | global batch size: 9 "
+        "| lm loss: 2.966246E+00 | loss scale: 1.0 | grad norm: 0.655 |"
+    )
+    match = demo._ITERATION.search(line)
+    assert match is not None
+    assert (int(match[1]), float(match[2])) == (20, 2.966246)
+    line = "validation loss at iteration 120 on validation set | lm loss value: 2.2E+00 | lm loss"
+    match = demo._VALIDATION.search(line)
+    assert match is not None
+    assert float(match[1]) == 2.2
+
+
+def check_llama2_flags(flags: list[str]) -> None:
+    """Parse and check the flags as rank 0 of 32 would. (A rank, because those have Megatron.)"""
+    os.environ.update(WORLD_SIZE="32", RANK="0")
+    from megatron.training import arguments
+
+    import megatron_adam_mini
+
+    megatron_adam_mini.register()
+    sys.argv = ["pretrain_gpt.py", *flags]
+    args = arguments.parse_args()
+    assert args.optimizer == "adam_mini"
+    arguments.validate_args(args)
+    assert args.use_distributed_optimizer
+    assert args.overlap_param_gather
+    assert args.sequence_parallel
+    assert (args.data_parallel_size, args.lr_warmup_iters, args.exit_interval) == (4, 2500, 7)
+    assert (args.adam_beta1, args.adam_beta2, args.adam_eps) == (0.9, 0.95, 1e-8)
+    assert (args.weight_decay, args.clip_grad) == (0.1, 1.0)
+    assert (args.ffn_hidden_size, args.swiglu, args.normalization) == (11008, True, "RMSNorm")
+
+
+class TestLlama2Script:
+    """The GPU script, as far as it goes without GPUs: with a torchrun that prints its arguments."""
+
+    def run(self, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        torchrun = tmp_path / "torchrun"
+        torchrun.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+        torchrun.chmod(0o755)
+        return subprocess.run(
+            ["bash", str(EXAMPLES / "train_llama2_7b.sh"), "--exit-interval", "7"],
+            env={"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **environment},
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+
+    REQUIRED: ClassVar = {
+        "MEGATRON_LM": "/lm",
+        "TOKENIZER_MODEL": "/t.model",
+        "DATA_PATH": "/data/text",
+    }
+
+    @pytest.mark.parametrize("missing", REQUIRED)
+    def test_missing_input_is_named(self, tmp_path: Path, missing: str) -> None:
+        result = self.run(tmp_path, **{k: v for k, v in self.REQUIRED.items() if k != missing})
+        assert result.returncode == 1
+        assert f"set {missing} to" in result.stderr
+
+    def test_layout_that_does_not_divide(self, tmp_path: Path) -> None:
+        result = self.run(tmp_path, **self.REQUIRED, TP="3")
+        assert result.returncode == 2
+        assert "TP x PP = 3 does not divide the 8 GPUs" in result.stderr
+
+    def test_flags_are_known_and_valid(self, tmp_path: Path) -> None:
+        result = self.run(tmp_path, **self.REQUIRED, NUM_NODES="4", TP="4", PP="2")
+        assert result.returncode == 0, result.stderr
+        first_line, *words = result.stdout.splitlines()
+        assert "TP 4 x PP 2 x DP 4 on 4 x 8 GPUs" in first_line
+        script = words.index("/lm/pretrain_gpt.py")
+        assert words[script - 2 : script] == ["-m", "megatron_adam_mini.launch"]
+        run_ranks(1, check_llama2_flags, words[script + 1 :])
