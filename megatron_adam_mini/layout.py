@@ -112,7 +112,8 @@ def segment_slice(
     """
     begin = rank * bucket.slice_numel
     end = begin + bucket.slice_numel
-    columns: list[list[IntArray | BoolArray]] = [[] for _ in range(8)]
+    integers: list[list[IntArray]] = [[] for _ in range(6)]
+    clipped: list[list[BoolArray]] = [[], []]
     ranges: list[tuple[int, int, int]] = []
     for placement in _overlapping(bucket, begin, end):
         blocks = parameters[placement.parameter]
@@ -134,28 +135,27 @@ def segment_slice(
         low = np.maximum((low - offset) * width, 0)
         high = np.minimum((high - offset) * width, blocks.info.numel)
         whole_width = width * (blocks.info.tp_size if (blocks.info.tp_dim or 0) > 0 else 1)
-        for column, value in zip(
-            columns,
-            (
-                np.maximum(low, first) + shift,
-                np.minimum(high, last) + shift,
-                np.full(len(segments), placement.parameter, dtype=np.int64),
-                segments,
-                blocks.pattern.block_of_segment(segments),
-                blocks.pattern.rows_of_segment_block(segments) * whole_width,
-                low < first,
-                high > last,
-            ),
-            strict=True,
-        ):
+        values = (
+            np.maximum(low, first) + shift,
+            np.minimum(high, last) + shift,
+            np.full(len(segments), placement.parameter, dtype=np.int64),
+            segments,
+            blocks.pattern.block_of_segment(segments),
+            blocks.pattern.rows_of_segment_block(segments) * whole_width,
+        )
+        for column, value in zip(integers, values, strict=True):
             column.append(value)
-    kinds = [np.int64] * 6 + [np.bool_] * 2
-    joined = [
-        np.concatenate(column) if column else np.empty(0, dtype=kind)
-        for column, kind in zip(columns, kinds, strict=True)
-    ]
+        clipped[0].append(low < first)
+        clipped[1].append(high > last)
+    no_integers, no_flags = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.bool_)
+    starts, ends, parameter, row_segment, block, block_numel = (
+        np.concatenate([no_integers, *column]) for column in integers
+    )
+    left, right = (np.concatenate([no_flags, *column]) for column in clipped)
     table = np.asarray(ranges, dtype=np.int64).reshape(-1, 3)
-    return SliceSegments(*joined, table[:, 0], table[:, 1], table[:, 2])
+    return SliceSegments(
+        starts, ends, parameter, row_segment, block, block_numel, left, right, *table.T.copy()
+    )
 
 
 def cut_boundaries(bucket: BucketLayout, parameters: Sequence[ParameterBlocks]) -> BoolArray:
@@ -178,7 +178,7 @@ def cut_boundaries(bucket: BucketLayout, parameters: Sequence[ParameterBlocks]) 
         offset, width = blocks.info.row_offset, blocks.info.row_numel
         before = blocks.pattern.segment_of_row(offset + (position - placement.start - 1) // width)
         after = blocks.pattern.segment_of_row(offset + (position - placement.start) // width)
-        block = blocks.pattern.block_of_segment(np.asarray([after]))[0]
+        block = blocks.pattern.block_of_segment(np.asarray([after], dtype=np.int64))[0]
         cuts[index] = before == after and block not in spread_blocks(blocks)
     return cuts
 

@@ -367,7 +367,7 @@ def is_coarsening(fine: ParameterBlocks, coarse: ParameterBlocks) -> bool:
         return False
     rows = np.arange(fine.pattern.num_rows)
     labels = np.stack([_block_of_rows(pattern, rows) for pattern in (fine.pattern, coarse.pattern)])
-    return np.unique(labels, axis=1).shape[1] == fine.num_blocks
+    return bool(np.unique(labels, axis=1).shape[1] == fine.num_blocks)
 
 
 def _block_of_rows(pattern: RowPattern, rows: IntArray) -> IntArray:
@@ -390,8 +390,7 @@ def manifest_of(entries: Sequence[dict[str, Any]], config: AdamMiniConfig) -> di
     """
     ordered = sorted(entries, key=lambda entry: str(entry["name"]))
     hashed = [
-        [e["name"], e["shape"][1:] if e["role"] in ("embedding", "output") else e["shape"], e["rule"]]
-        for e in ordered
+        [e["name"], e["shape"][e["role"] in ("embedding", "output") :], e["rule"]] for e in ordered
     ]
     return {
         **config.partition_fields(),

@@ -39,7 +39,7 @@ def rectangles(shape: tuple[int, ...], begin: int, end: int) -> list[Rectangle]:
 def _boxes(
     shape: tuple[int, ...], begin: int, end: int, index: tuple[int, ...], origin: int
 ) -> Iterator[Rectangle]:
-    """Yield the boxes of ``[begin, end)`` in the sub-tensor at ``index``, which starts at origin."""
+    """Yield the boxes of ``[begin, end)`` of the sub-tensor at ``index``; it starts at origin."""
     ones = (1,) * len(index)
     if not shape:
         yield Rectangle(index, ones, origin + begin, origin + end)
@@ -53,7 +53,9 @@ def _boxes(
         return
     if begin < first * row:
         above = first - 1
-        yield from _boxes(shape[1:], begin - above * row, row, (*index, above), origin + above * row)
+        yield from _boxes(
+            shape[1:], begin - above * row, row, (*index, above), origin + above * row
+        )
     if first < last:
         offset = (*index, first, *(0,) * (len(shape) - 1))
         box = (*ones, last - first, *shape[1:])

@@ -126,21 +126,21 @@ def plan_reduction(
     for index, (bucket, part) in enumerate(zip(buckets, slices, strict=True)):
         base = int(offsets[index])
         spread = _slots_of(part, parameters, slots)
-        for segment in np.flatnonzero(spread >= 0):
-            own[spread[segment]].append(base + int(segment))
-            spread_segments.append((base + int(segment), int(spread[segment])))
+        for segment in np.flatnonzero(spread >= 0).tolist():
+            own[spread[segment]].append(base + segment)
+            spread_segments.append((base + segment, int(spread[segment])))
         if not cut_boundaries(bucket, parameters).any():
             continue
         head_at = len(edges)
         edges += [[], []]
         clipped = (part.clipped_left_S | part.clipped_right_S) & (spread < 0)
-        for segment in np.flatnonzero(clipped):
+        for segment in np.flatnonzero(clipped).tolist():
             is_head = bool(part.clipped_left_S[segment])
-            edges[head_at if is_head else head_at + 1].append(base + int(segment))
-            first, last = _ranks_of_segment(bucket, part, parameters, int(segment))
+            edges[head_at if is_head else head_at + 1].append(base + segment)
+            first, last = _ranks_of_segment(bucket, part, parameters, segment)
             chain = [(first, head_at + 1)] + [(r, head_at) for r in range(first + 1, last + 1)]
-            chains.append((base + int(segment), chain))
-            cut.add(base + int(segment))
+            chains.append((base + segment, chain))
+            cut.add(base + segment)
 
     num_edges = len(edges)
     contributions = num_edges + len(slots)

@@ -67,9 +67,7 @@ def slices_of(trainer: Trainer, *, grads_only: bool = False) -> list[Part]:
                 param = params[placement.parameter]
                 window = slice(first - offset, last - offset)
                 values = {key: tensor[window].float() for key, tensor in tensors.items()}
-                parts.append(
-                    _part(trainer, names[param], param, first - placement.start, values)
-                )
+                parts.append(_part(trainer, names[param], param, first - placement.start, values))
     return parts
 
 

@@ -171,8 +171,9 @@ class Trainer:
         )
 
     def _build_optimizer(self) -> Any:
-        import megatron_adam_mini
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+        import megatron_adam_mini
         from megatron_adam_mini import AdamMiniConfig
 
         job = self.job

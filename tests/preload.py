@@ -11,12 +11,6 @@ from megatron_adam_mini import cpu_host
 
 cpu_host.enable()
 
-import megatron.core.distributed
-import megatron.core.models.gpt.gpt_layer_specs
-import megatron.core.optimizer
-import megatron.core.pipeline_parallel
-import megatron.training.arguments
-import megatron.training.training
 import torch
 
 torch.set_num_threads(1)

@@ -51,8 +51,8 @@ def build(job: Job) -> list[str]:
         ),
         (
             {"rules": (("*.bias", "column"),)},
-            "Adam-mini rule 'column' for pattern '*.bias' is not known; allowed: row, head, tensor, "
-            "element.",
+            "Adam-mini rule 'column' for pattern '*.bias' is not known; allowed: row, head, "
+            "tensor, element.",
         ),
     ],
 )
@@ -152,7 +152,9 @@ def test_presets_that_differ_between_ranks(layout, world_size):
     for kind, text in errors_of(world_size, build_with_rank_options, *args):
         assert kind == "RuntimeError"
         assert "Adam-mini's options differs between ranks that must share it" in text
-        assert re.search(r'rank 0 has \{.*"preset": "paper".*\}, rank 1 has \{.*"preset": "first"', text)
+        assert re.search(
+            r'rank 0 has \{.*"preset": "paper".*\}, rank 1 has \{.*"preset": "first"', text
+        )
         assert text.endswith("Start every rank with the same flags and model (also requires_grad).")
 
 
@@ -241,7 +243,7 @@ def test_exception_while_planning_on_one_rank(layout, world_size, kind):
 
 @pytest.mark.parametrize("kind", [AttributeError, KeyError, AssertionError, RuntimeError])
 def test_unforeseen_exception_while_planning_on_one_rank(kind):
-    """A mistake of our own, or a model that nobody thought of, must not leave the others waiting."""
+    """A mistake of our own, or an unforeseen model, must not leave the others waiting."""
     found = errors_of(2, build_with_failure, {"tp": 2}, kind, [ODD])
     assert found[ODD][0] == kind.__name__
     assert found[0][0] == "RuntimeError"

@@ -11,7 +11,7 @@ import torch
 
 from tests.gather import slices_of, weights_of, whole_tensors
 from tests.megatron_job import Job, Trainer
-from tests.ranks import RankError, run_ranks
+from tests.ranks import run_ranks
 
 # Hidden 56 pads buckets, small buckets cut rows, heads and norms.
 BASE = Job(
@@ -41,7 +41,11 @@ def metadata_of(sharding: str | None) -> dict[str, Any]:
     from megatron.core import parallel_state
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    found = {"dp_cp_group": group, "singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    found = {
+        "dp_cp_group": group,
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+    }
     return found | ({"distrib_optim_sharding_type": sharding} if sharding else {})
 
 

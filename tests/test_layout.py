@@ -347,9 +347,10 @@ def test_norm_that_spans_three_slices():
     case = Case([Kind((2,), "row"), Kind((10,), "tensor"), Kind((3,), "row")], (0,) * 4, 3)
     check(case)
     parts = [part_of(case, rank) for rank in range(3)]
-    assert [part.clipped_left_S[-1 if r == 0 else 0] for r, part in enumerate(parts)] == [0, 1, 1]
-    assert [part.clipped_right_S[-1 if r == 0 else 0] for r, part in enumerate(parts)] == [1, 1, 0]
-    assert [int(part.block_numel_S[-1 if r == 0 else 0]) for r, part in enumerate(parts)] == [10] * 3
+    norm = [(part, part.parameter_S.tolist().index(1)) for part in parts]
+    assert [part.clipped_left_S[s] for part, s in norm] == [False, True, True]
+    assert [part.clipped_right_S[s] for part, s in norm] == [True, True, False]
+    assert [part.block_numel_S[s] for part, s in norm] == [10, 10, 10]
 
 
 def test_cut_inside_a_head():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tests.gather import slices_of, weights_of, whole_tensors
-from tests.megatron_job import Job, Trainer, global_names, whole_shape
+from tests.megatron_job import Job, Trainer, global_names
 from tests.ranks import run_ranks
 from tests.reference import (
     WholeTensorAdamMini,
@@ -36,7 +36,7 @@ TRAJECTORY_TOLERANCE = 2e-5
 # Same gradients: float32 state against float64, ten steps, a few roundings of 6e-8 each.
 SAME_GRADIENT_TOLERANCE = 1e-6
 
-BETAS = dict(beta1=0.9, beta2=0.95, eps=1e-8)
+BETAS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
 
 
 def labels_of(name: str, shape: tuple[int, ...], job: Job) -> Tensor:
@@ -79,7 +79,9 @@ def unsharded_run(job: Job) -> dict[str, Any]:
     """Train the whole model on one rank with the oracle as optimizer."""
     trainer = Trainer(replace(job, optimizer="sgd", distributed_optimizer=False, adam_mini={}))
     params = global_names(trainer.chunks)
-    oracle = {n: WholeTensorAdamMini(p, labels_of(n, tuple(p.shape), job)) for n, p in params.items()}
+    oracle = {
+        n: WholeTensorAdamMini(p, labels_of(n, tuple(p.shape), job)) for n, p in params.items()
+    }
     norms = []
     for step in range(job.steps):
         trainer.backward(step)
@@ -138,7 +140,8 @@ def check_same_gradients(ranks: list[dict[str, Any]], job: Job) -> None:
     """Feed the run's own gradients to the oracle, and compare all state."""
     start = whole_tensors([r["initial"] for r in ranks], "param", job)
     final = {
-        key: whole_tensors([r["final"] for r in ranks], key, job) for key in ("param", "exp_avg", "v")
+        key: whole_tensors([r["final"] for r in ranks], key, job)
+        for key in ("param", "exp_avg", "v")
     }
     oracle = {
         name: WholeTensorAdamMini(value, labels_of(name, tuple(value.shape), job))
@@ -161,7 +164,9 @@ def check_same_gradients(ranks: list[dict[str, Any]], job: Job) -> None:
         assert_close(
             final["exp_avg"][name], expected.exp_avg, SAME_GRADIENT_TOLERANCE, f"exp_avg {name}"
         )
-        assert_close(final["v"][name], expected.v_of_elements(), SAME_GRADIENT_TOLERANCE, f"v {name}")
+        assert_close(
+            final["v"][name], expected.v_of_elements(), SAME_GRADIENT_TOLERANCE, f"v {name}"
+        )
 
 
 def check_replicas(ranks: list[dict[str, Any]], job: Job) -> None:
@@ -246,13 +251,20 @@ def test_sharded_run_equals_unsharded_oracle(case: str, unsharded: Any) -> None:
             assert_close(found[name], value, TRAJECTORY_TOLERANCE, f"{key} {name}")
     # A comparison of states that never moved would prove nothing.
     start = whole_tensors([r["initial"] for r in ranks], "param", job)
-    moved = [float((start[n] - expected["param"][n]).abs().max()) for n in start if n in expected["param"]]
+    moved = [
+        float((start[n] - expected["param"][n]).abs().max())
+        for n in start
+        if n in expected["param"]
+    ]
     assert min(moved) > 1e-3
 
 
 PARTITIONS = {
     "first": (replace(BASE, adam_mini={"preset": "first"}, tp=2, groups=2), 3),
-    "tensor, heads on all ranks": (replace(BASE, adam_mini={"preset": "tensor"}, tp=4, groups=1), 2),
+    "tensor, heads on all ranks": (
+        replace(BASE, adam_mini={"preset": "tensor"}, tp=4, groups=1),
+        2,
+    ),
     "tensor, one rank": (replace(BASE, adam_mini={"preset": "tensor"}), 1),
     "tensor, replicated state": (
         replace(BASE, adam_mini={"preset": "tensor"}, distributed_optimizer=False, tp=2),
@@ -279,7 +291,9 @@ PRECISIONS = {
     "bf16, bf16 gradients": (replace(BASE, bf16=True, grad_fp32=False), 3),
     "bf16, replicated state": (replace(BASE, bf16=True, distributed_optimizer=False, tp=2), 2),
     "float32 and bf16 parameters in one group": (
-        replace(BASE, bf16=True, float32_modules=("final_layernorm", "q_layernorm"), qk_layernorm=True),
+        replace(
+            BASE, bf16=True, float32_modules=("final_layernorm", "q_layernorm"), qk_layernorm=True
+        ),
         3,
     ),
     "bf16, tied embeddings": (replace(BASE, bf16=True, tied=True, pp=2), 2),

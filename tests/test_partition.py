@@ -33,7 +33,7 @@ from megatron_adam_mini.partition import (
 
 LAYER = "decoder.layers.0."
 
-#: What issue and paper ask for, written down apart from the package: role -> (paper, first, tensor).
+#: What the paper asks for, written down apart from the package: role -> (paper, first, tensor).
 EXPECTED_RULES = {
     "embedding": ("row", "element", "tensor"),
     "output": ("row", "element", "tensor"),
@@ -431,7 +431,9 @@ def test_heads_that_do_not_divide_into_groups(preset):
         )
 
 
-@pytest.mark.parametrize(("gated", "rows", "note"), [(False, 16, ""), (True, 24, " with an output gate")])
+@pytest.mark.parametrize(
+    ("gated", "rows", "note"), [(False, 16, ""), (True, 24, " with an output gate")]
+)
 def test_rows_that_do_not_fit_the_heads(gated, rows, note):
     geometry = HeadGeometry(num_heads=4, num_query_groups=2, head_dim=2, gated=gated)
     text = (
@@ -476,7 +478,10 @@ def test_adam_values_at_the_edge_of_what_is_allowed(values):
         ({"betas": (0.9, float("nan"))}, "beta2=nan is not allowed; it must be in [0, 1)."),
         ({"eps": 0.0}, "eps=0.0 is not allowed; it must be > 0 (the usual value is 1e-8)."),
         ({"eps": -1e-8}, "eps=-1e-08 is not allowed; it must be > 0 (the usual value is 1e-8)."),
-        ({"eps": float("nan")}, "eps=nan is not allowed; it must be > 0 (the usual value is 1e-8)."),
+        (
+            {"eps": float("nan")},
+            "eps=nan is not allowed; it must be > 0 (the usual value is 1e-8).",
+        ),
         ({"weight_decay": -0.1}, "weight_decay=-0.1 is not allowed; it must be >= 0."),
         ({"weight_decay": float("nan")}, "weight_decay=nan is not allowed; it must be >= 0."),
     ],

@@ -59,7 +59,7 @@ def labels_of(name: str, shape: tuple[int, ...]) -> Tensor:
 
 def test_oracle_equals_the_public_adam_mini() -> None:
     model = PlainLlamaLayer()
-    options = dict(lr=1e-2, eps=1e-8, weight_decay=0.1)
+    options = {"lr": 1e-2, "eps": 1e-8, "weight_decay": 0.1}
     public = adam_mini.Adam_mini(
         model.named_parameters(),
         betas=(0.9, 0.95),
@@ -108,9 +108,7 @@ def test_oracle_with_one_element_per_block_is_adamw(weight_decay: float) -> None
     )
     for _ in range(20):
         param.grad = torch.randn(7, 5)
-        oracle.step(
-            param.grad, lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=weight_decay
-        )
+        oracle.step(param.grad, lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=weight_decay)
         adamw.step()
     assert torch.allclose(param.double(), oracle.param, rtol=TOLERANCE, atol=TOLERANCE)
 

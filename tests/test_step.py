@@ -96,7 +96,9 @@ def clipped_steps(job: Job) -> Any:
 def test_folded_clipping_equals_megatrons_clipping_of_the_buffer() -> None:
     job = replace(SHARDED, pp=1, clip_grad=0.1)
     ours = run_ranks(4, clipped_steps, job)
-    stock = run_ranks(4, clipped_steps, replace(job, optimizer_args={"grad_norm_skip_threshold": 1e9}))
+    stock = run_ranks(
+        4, clipped_steps, replace(job, optimizer_args={"grad_norm_skip_threshold": 1e9})
+    )
     assert ours[0][0][0] > 0.1, "nothing was clipped"
     np.testing.assert_allclose(ours[0][0], stock[0][0], rtol=1e-5)
     for key in ("param", "exp_avg", "v"):

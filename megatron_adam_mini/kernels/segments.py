@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -76,5 +77,5 @@ class SegmentTable:
         first = np.concatenate([[0], np.flatnonzero(breaks) + 1, [len(self)]])
         return tuple(
             Run(int(a), int(b - a), int(self.start_S[a]), int(length[a]))
-            for a, b in zip(first[:-1], first[1:], strict=True)
+            for a, b in pairwise(first)
         )

@@ -93,14 +93,22 @@ def state_to_save(
                 _put(shards, f"{kind}.{number}", entry.elements(_kind(kind), data, *_run(piece)))
         if piece.ranges.stop:
             values = _elementwise_v(optimizer, piece).clone()
-            _put(shards, f"v_element.{number}", entry.elements(_kind("v_element"), values, *_run(piece)))
+            _put(
+                shards,
+                f"v_element.{number}",
+                entry.elements(_kind("v_element"), values, *_run(piece)),
+            )
         else:
             rows = _rows_from_blocks(optimizer, piece)
             _put(
                 shards,
                 f"v_row.{number}",
                 entry.rows(
-                    _kind("v_row"), rows, *_run(piece), loading=False, tp_rank=_tp_rank(optimizer, piece)
+                    _kind("v_row"),
+                    rows,
+                    *_run(piece),
+                    loading=False,
+                    tp_rank=_tp_rank(optimizer, piece),
                 ),
             )
     if layout == "dp_reshardable":
@@ -262,7 +270,7 @@ def _partition_of_checkpoint(
         raise ValueError(
             f"The checkpoint's Adam-mini state has another partition: {difference}. It cannot be "
             f"converted, because this run's blocks are finer or cut otherwise ({finer[0]}, and "
-            f"{len(finer) - 1} more on this rank). Use the checkpoint's options, or --no-load-optim."
+            f"{len(finer) - 1} more on this rank). Use the checkpoint's options or --no-load-optim."
         )
     if sources != list(engine.parameters) and not engine.config.convert_partition:
         raise ValueError(
@@ -313,8 +321,8 @@ def _entry(
     if found is None:
         name = optimizer.engine.parameters[piece.parameter].info.name
         raise ValueError(
-            f"Parameter {name!r} is not in the model's sharded state dict, so Adam-mini cannot tell "
-            "where its state belongs; build that dict with keep_vars=True."
+            f"Parameter {name!r} is not in the model's sharded state dict, so Adam-mini cannot "
+            "tell where its state belongs; build that dict with keep_vars=True."
         )
     return ModelEntry(found, optimizer.replica_number)
 

@@ -22,7 +22,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, distributed
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 
 from megatron_adam_mini.engine import Engine
 from megatron_adam_mini.mcore import checkpoint
@@ -52,7 +52,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         self,
         engine: Engine,
         config: OptimizerConfig,
-        model_chunks: Sequence[Module],
+        model_chunks: Sequence[Any],
         param_groups: list[dict[str, Any]],
         parameters: Sequence[Parameter],
         manifest: dict[str, Any],

@@ -19,7 +19,7 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import distributed
 from torch.distributed import ProcessGroup
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 
 from megatron_adam_mini.agreement import PlanRecord, check_agreement
 from megatron_adam_mini.config import AdamMiniConfig, check_adam_values
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 def build_optimizer(
     config: OptimizerConfig,
-    model_chunks: Sequence[Module],
+    model_chunks: Sequence[Any],
     config_overrides: dict[Any, Any] | None = None,
     pg_collection: ProcessGroupCollection | None = None,
 ) -> AdamMiniOptimizer:
@@ -114,7 +114,7 @@ def build_optimizer(
     return optimizer
 
 
-def _check_chunks(model_chunks: Sequence[Module]) -> None:
+def _check_chunks(model_chunks: Sequence[Any]) -> None:
     for chunk in model_chunks:
         if not isinstance(chunk, DistributedDataParallel):
             raise TypeError(
@@ -124,7 +124,7 @@ def _check_chunks(model_chunks: Sequence[Module]) -> None:
 
 
 def _param_groups(
-    model_chunks: Sequence[Module], config: OptimizerConfig, overrides: dict[Any, Any] | None
+    model_chunks: Sequence[Any], config: OptimizerConfig, overrides: dict[Any, Any] | None
 ) -> list[dict[str, Any]]:
     """Let Megatron make its groups, and add what Adam's own constructor would add."""
     groups: list[dict[str, Any]] = mcore_optimizer._get_param_groups(
@@ -139,7 +139,7 @@ def _param_groups(
 
 
 def _dense_domain(
-    model_chunks: Sequence[Module],
+    model_chunks: Sequence[Any],
     params: Sequence[Parameter],
     groups: ProcessGroupCollection,
     config: OptimizerConfig,
@@ -149,14 +149,12 @@ def _dense_domain(
     if config.use_distributed_optimizer:
         # With several optimizer instances this is the group inside one of them: Megatron has
         # already added the gradients of the others.
-        dp_group: ProcessGroup | None = groups.intra_dp_cp if buffers else None
-        if buffers:
-            dp_group = buffers[0].data_parallel_group
+        dp_group: ProcessGroup | None = buffers[0].data_parallel_group if buffers else None
         dp_rank = dp_group.rank() if dp_group else 0
         dp_size = dp_group.size() if dp_group else 1
         layouts, slices = bucket_slices(buffers, index_of, dp_rank, dp_size)
         instances = model_chunks[0].ddp_config.num_distributed_optimizer_instances
-        replicas = instances > 1  # type: ignore[operator]
+        replicas = instances > 1
         norm_group = getattr(groups, "intra_dist_opt", None)
     else:
         dp_group, dp_rank = None, 0
@@ -193,7 +191,7 @@ def _layout_record(blocks: Sequence[ParameterBlocks], domain: Domain) -> list[di
 
 
 def _gather_manifest(
-    model_chunks: Sequence[Module],
+    model_chunks: Sequence[Any],
     params: Sequence[Parameter],
     blocks: Sequence[ParameterBlocks],
     options: AdamMiniConfig,
@@ -226,7 +224,7 @@ def _report(optimizer: AdamMiniOptimizer, options: AdamMiniConfig) -> None:
         for (role, rule), row in sorted(by_rule.items())
     ]
     added = optimizer.communication_per_step()
-    print(
+    print(  # noqa: T201 (where Megatron prints its own start-up report)
         f"Adam-mini partition {manifest['preset']!r} (manifest {manifest['hash']}): "
         f"{manifest['elements']:,} elements share {manifest['blocks']:,} second moments\n"
         + "\n".join(lines)

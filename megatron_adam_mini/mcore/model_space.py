@@ -131,7 +131,9 @@ def entries_by_parameter(model_state: Mapping[str, Any]) -> dict[int, ShardedBas
     By identity, not by name: Megatron renames some keys, and virtual stages repeat them.
     """
     return {
-        id(entry.data): entry for entry in nested_values(model_state) if isinstance(entry, ShardedBase)
+        id(entry.data): entry
+        for entry in nested_values(model_state)
+        if isinstance(entry, ShardedBase)
     }
 
 
@@ -237,4 +239,5 @@ def _leaves(tree: Any) -> Iterator[ShardedTensor]:
 
 
 def _clip(position: int, view: ShardedTensor) -> int:
-    return min(max(position, 0), math.prod(view.local_shape))
+    numel: int = math.prod(view.local_shape)
+    return min(max(position, 0), numel)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 
 from megatron_adam_mini.layout import BucketLayout, Placement
 from megatron_adam_mini.state import Slice
@@ -57,9 +57,9 @@ class WholeParameter:
         return self.param.data.view(-1)
 
 
-def dense_buffers(model_chunks: Sequence[Module]) -> list[Any]:
+def dense_buffers(model_chunks: Sequence[Any]) -> list[Any]:
     """Return the buffers of dense parameters in Megatron's order, equal on all ranks of a stage."""
-    return [buffer for chunk in model_chunks for buffer in chunk.buffers]  # type: ignore[union-attr,operator]
+    return [buffer for chunk in model_chunks for buffer in chunk.buffers]
 
 
 def bucket_slices(
@@ -70,7 +70,8 @@ def bucket_slices(
     Args:
         buffers: Megatron's parameter and gradient buffers.
         index_of: number of each parameter.
-        dp_rank, dp_size: this rank in the group that shares the buckets.
+        dp_rank: this rank in the group that shares the buckets.
+        dp_size: size of that group.
     """
     layouts: list[BucketLayout] = []
     slices: list[Slice] = []
