@@ -121,5 +121,8 @@ def _rank_main(
         partial.write_bytes(pickle.dumps(outcome))
         partial.rename(Path(folder, f"{rank}.pickle"))
         faulthandler.cancel_dump_traceback_later()
+        # Checkpoint writers leave processes of their own behind.
+        for child in multiprocessing.active_children():
+            child.kill()
     # Tearing gloo down one group at a time takes longer than the tests, and can wait for peers.
     os._exit(0)

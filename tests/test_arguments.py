@@ -33,6 +33,7 @@ FLAGS = (
     "--adam-mini-rules",
     "--adam-mini-backend",
     "--adam-mini-manifest",
+    "--adam-mini-convert-partition",
 )
 
 
@@ -112,7 +113,7 @@ def test_flags_reach_the_config(tmp_path):
         *("--adam-mini-preset", "first", "--adam-mini-value-as-block"),
         *("--adam-mini-full-v", "*.bias", "embedding.*"),
         *("--adam-mini-rules", str(rules), "--adam-mini-backend", "reference"),
-        *("--adam-mini-manifest", "manifest.json"),
+        *("--adam-mini-manifest", "manifest.json", "--adam-mini-convert-partition"),
     ]
     assert [flag for flag in flags if flag.startswith("--")] == list(FLAGS)
     assert only(run_ranks(1, parsed, [*ADAM_MINI, *flags]))["adam_mini"] == AdamMiniConfig(
@@ -122,6 +123,7 @@ def test_flags_reach_the_config(tmp_path):
         rules=(("*.linear_fc1.weight", "tensor"), ("*", "row")),
         backend="reference",
         manifest="manifest.json",
+        convert_partition=True,
     )
 
 
@@ -190,8 +192,18 @@ def test_bad_values_are_refused_before_megatron_validates(tmp_path):
         ("--adam-eps", "0"): ("ValueError", "eps=0.0 is not allowed"),
         ("--weight-decay", "-1"): ("ValueError", "weight_decay=-1.0 is not allowed"),
         ("--adam-mini-rules", missing): ("ValueError", f"{missing!r} cannot be read"),
-        ("--save", "x"): ("NotImplementedError", "Remedy: add --no-save-optim"),
-        ("--load", "x"): ("NotImplementedError", "Remedy: add --no-load-optim."),
+        ("--save", "x", "--ckpt-format", "torch"): (
+            "NotImplementedError",
+            "does not support --ckpt-format torch",
+        ),
+        ("--load", "x", "--ckpt-format", "zarr"): (
+            "NotImplementedError",
+            "Remedy: --ckpt-format torch_dist, or --no-save-optim and --no-load-optim.",
+        ),
+        ("--save", "x", "--non-persistent-ckpt-type", "global"): (
+            "NotImplementedError",
+            "does not support --non-persistent-ckpt-type yet. Remedy: drop the flag.",
+        ),
     }
     found = only(run_ranks(1, parse_errors, [[*ADAM_MINI, *line] for line in lines]))
     for (kind, text), error in zip(lines.values(), found, strict=True):

@@ -11,7 +11,8 @@ import torch
 
 from tests.gather import slices_of, weights_of, whole_tensors
 from tests.megatron_job import Job, Trainer
-from tests.ranks import run_ranks
+from tests.ranks import RankError, run_ranks
+from tests.test_oracle import labels_of
 
 # Hidden 56 pads buckets, small buckets cut rows, heads and norms.
 BASE = Job(
@@ -52,12 +53,18 @@ def metadata_of(sharding: str | None) -> dict[str, Any]:
 def save(trainer: Trainer, folder: str, sharding: str | None = "fully_reshardable") -> None:
     """Save as megatron.training does, fully parallel."""
     from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import (
+        get_write_results_queue,
+    )
     from megatron.core.dist_checkpointing.strategies.fully_parallel import (
         FullyParallelSaveStrategyWrapper,
     )
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
     from megatron.core.dist_checkpointing.utils import _clean_metadata_for_serialization
 
+    # The writer's results come back through a process that is forked here, not spawned: importing
+    # torch once more per rank would take longer than the test.
+    get_write_results_queue("fork")
     metadata = metadata_of(sharding)
     state = model_state(trainer, metadata)
     state["optimizer"] = trainer.optimizer.sharded_state_dict(state, metadata=metadata)
@@ -142,10 +149,170 @@ LAYOUTS = {
 }
 
 
+# Every layout is written and read four times; `docs/checkpoint.md` names the command for all pairs.
+PAIRS = [
+    (source, list(LAYOUTS)[(index + step) % len(LAYOUTS)])
+    for index, source in enumerate(LAYOUTS)
+    for step in (0, 1, 3, 6)
+]
+
+
 @pytest.mark.parametrize("source", LAYOUTS)
-def test_saved_under_one_layout_loads_under_every_other(source: str, tmp_path: Path) -> None:
+def test_saved_under_one_layout_loads_under_others(source: str, tmp_path: Path) -> None:
     saved_job, world = LAYOUTS[source]
     saved = run_ranks(world, train_and_save, saved_job, str(tmp_path))
-    for index, (job, load_world) in enumerate(LAYOUTS.values()):
+    for index, (_, target) in enumerate(pair for pair in PAIRS if pair[0] == source):
+        job, load_world = LAYOUTS[target]
         loaded = run_ranks(load_world, load_and_show, job, str(tmp_path), index % 2 == 1)
         compare(saved, saved_job, loaded, job)
+
+
+def test_dp_reshardable_is_supported_and_changes_the_data_parallel_size(tmp_path: Path) -> None:
+    saved_job = replace(BASE, tp=2, pp=2)
+    saved = run_ranks(8, train_and_save, saved_job, str(tmp_path), "dp_reshardable")
+    job = replace(saved_job, overlap=True)
+    compare(saved, saved_job, run_ranks(4, load_and_show, job, str(tmp_path)), job)
+
+
+# From Megatron's Adam.
+
+
+def train_adam_and_save(job: Job, folder: str, sharding: str | None) -> Any:
+    """Train with Megatron's own Adam; return its state, whole parameter shards by name."""
+    trainer = Trainer(job)
+    for step in range(job.steps):
+        trainer.step(step)
+    trainer.sync_params()
+    save(trainer, folder, sharding)
+    return adam_state(trainer), weights_of(trainer)
+
+
+def adam_state(trainer: Trainer) -> Any:
+    """Return param, exp_avg and exp_avg_sq of every slice that stock Adam holds on this rank."""
+    from tests.gather import _part
+    from tests.megatron_job import global_names
+
+    names = {param: name for name, param in global_names(trainer.chunks).items()}
+    member = trainer.optimizer.chained_optimizers[0]
+    parts = []
+    if trainer.job.distributed_optimizer:
+        for param, name in names.items():
+            if param not in member.model_param_gbuf_map:
+                continue
+            begin = member._get_model_param_range_map(param)["param"].start
+            state = member._get_main_param_and_optimizer_states(param)
+            values = {key: state[key].float() for key in ("param", "exp_avg", "exp_avg_sq")}
+            parts.append(_part(trainer, name, param, begin, values))
+    else:
+        groups = zip(member.float16_groups, member.fp32_from_float16_groups, strict=True)
+        for models, mains in groups:
+            for param, main in zip(models, mains, strict=True):
+                state = member.optimizer.state[main]
+                values = {
+                    "param": main,
+                    "exp_avg": state["exp_avg"],
+                    "exp_avg_sq": state["exp_avg_sq"],
+                }
+                parts.append(_part(trainer, names[param], param, 0, values))
+    return parts
+
+
+ADAM_FORMATS = {
+    # one bucket: Megatron writes what it holds
+    "fully_reshardable": (replace(BASE, tp=2, pp=2, optimizer="adam", bucket_size=None), 4),
+    "dp_reshardable": (replace(BASE, tp=2, pp=2, optimizer="adam"), 8),
+    "plain": (replace(BASE, tp=2, optimizer="adam", distributed_optimizer=False), 2),
+}
+
+
+@pytest.mark.parametrize("layout", ADAM_FORMATS)
+def test_adam_checkpoint_gives_its_masters_and_m_and_the_mean_of_v(
+    layout: str, tmp_path: Path
+) -> None:
+    adam_job, world = ADAM_FORMATS[layout]
+    sharding = None if layout == "plain" else layout
+    adam = run_ranks(world, train_adam_and_save, adam_job, str(tmp_path), sharding)
+    targets = [(replace(adam_job, optimizer="adam_mini"), world)]
+    if layout == "dp_reshardable":
+        targets = [(replace(adam_job, optimizer="adam_mini"), 4)]  # another data-parallel size
+    else:
+        targets.append((replace(adam_job, optimizer="adam_mini", tp=1, pp=1, groups=2), 3))
+        targets.append((replace(targets[0][0], adam_mini={"preset": "tensor"}), world))
+    wanted = {
+        key: whole_tensors([r[0] for r in adam], key, adam_job)
+        for key in ("param", "exp_avg", "exp_avg_sq")
+    }
+    for job, ranks in targets:
+        loaded = run_ranks(ranks, load_and_show, job, str(tmp_path))
+        for key in ("param", "exp_avg"):
+            for name, value in whole_tensors([r[0] for r in loaded], key, job).items():
+                assert torch.equal(value, wanted[key][name]), f"{key} {name}"
+        for name, value in whole_tensors([r[0] for r in loaded], "v", job).items():
+            labels = labels_of(name, tuple(value.shape), job).reshape(-1)
+            flat = wanted["exp_avg_sq"][name].double().reshape(-1)
+            mean = torch.zeros(int(labels.max()) + 1, dtype=torch.float64)
+            mean = mean.index_add(0, labels, flat) / torch.bincount(labels)
+            expected = mean[labels].reshape(value.shape)
+            assert torch.allclose(value.double(), expected, rtol=1e-6, atol=0.0), f"v {name}"
+        assert {r[2] for r in loaded} == {adam_job.steps}
+
+
+def test_unsound_adam_checkpoint_is_refused_on_all_ranks(tmp_path: Path) -> None:
+    """Megatron's fully_reshardable format is wrong where bucket ends are padded."""
+    job = replace(BASE, optimizer="adam")
+    run_ranks(3, train_adam_and_save, job, str(tmp_path), "fully_reshardable")
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, load_and_show, replace(job, optimizer="adam_mini"), str(tmp_path))
+    assert len(caught.value.errors) == 2
+    for kind, text in caught.value.errors.values():
+        assert kind == "ValueError"
+        assert "unsound" in text
+        assert "--no-load-optim" in text
+
+
+# Identity.
+
+
+def refusal(job: Job, folder: str) -> str:
+    with pytest.raises(ValueError, match="partition") as caught:
+        load(Trainer(job), folder)
+    return str(caught.value)
+
+
+def test_another_partition_is_refused_in_words_or_converted_when_asked(tmp_path: Path) -> None:
+    job = replace(BASE, tp=2)
+    saved = run_ranks(2, train_and_save, job, str(tmp_path))
+    coarse = replace(job, adam_mini={"value_as_block": True})
+    for text in run_ranks(2, refusal, coarse, str(tmp_path)):
+        assert "'paper' (manifest" in text
+        assert "value as block" in text
+        assert "--adam-mini-convert-partition" in text
+    fine = replace(job, adam_mini={"full_v": ["*linear_fc1*"], "convert_partition": True})
+    for text in run_ranks(2, refusal, fine, str(tmp_path)):
+        assert "cannot be converted" in text
+        assert "linear_fc1" in text
+    asked = replace(job, adam_mini={"preset": "tensor", "convert_partition": True}, tp=1, pp=2)
+    loaded = run_ranks(4, load_and_show, asked, str(tmp_path))
+    before = whole_tensors([r[0] for r in saved], "v", job)
+    for name, value in whole_tensors([r[0] for r in loaded], "v", asked).items():
+        labels = labels_of(name, tuple(value.shape), asked).reshape(-1)
+        count = torch.bincount(labels)
+        total = torch.zeros(len(count), dtype=torch.float64)
+        mean = total.index_add(0, labels, before[name].double().reshape(-1)) / count
+        assert torch.allclose(
+            value.double(), mean[labels].reshape(value.shape), rtol=1e-6, atol=0.0
+        ), name
+
+
+def test_full_v_can_be_averaged_to_rows(tmp_path: Path) -> None:
+    job = replace(BASE, adam_mini={"full_v": ["*linear_fc1*"]})
+    saved = run_ranks(3, train_and_save, job, str(tmp_path))
+    asked = replace(BASE, adam_mini={"convert_partition": True}, tp=2)
+    loaded = run_ranks(2, load_and_show, asked, str(tmp_path))
+    before = whole_tensors([r[0] for r in saved], "v", job)
+    for name, value in whole_tensors([r[0] for r in loaded], "v", asked).items():
+        expected = before[name]
+        if "linear_fc1" in name:
+            expected = expected.mean(dim=1, keepdim=True).expand_as(expected)
+            assert not torch.equal(before[name][:, 0], before[name][:, 1])
+        assert torch.allclose(value, expected, rtol=2e-6, atol=0.0), name

@@ -385,8 +385,8 @@ def test_unknown_rule():
 
 def test_unknown_option():
     text = (
-        "Adam-mini options ['blocks', 'fullv'] are not known; allowed: backend, full_v, manifest, "
-        "preset, rules, value_as_block."
+        "Adam-mini options ['blocks', 'fullv'] are not known; allowed: backend, "
+        "convert_partition, full_v, manifest, preset, rules, value_as_block."
     )
     with pytest.raises(ValueError, match=message(text)):
         AdamMiniConfig.from_mapping({"preset": "paper", "fullv": (), "blocks": 3})

@@ -21,20 +21,8 @@ from torch.distributed import ProcessGroup
 from torch.nn import Module, Parameter
 
 from megatron_adam_mini.partition import HeadGeometry, ParameterInfo
+from megatron_adam_mini.roles import role_of
 
-#: Name suffix -> role, for parameters with two dimensions. First match wins.
-_MATRIX_ROLES = (
-    ("word_embeddings.weight", "embedding"),
-    ("position_embeddings.weight", "position_embedding"),
-    ("output_layer.weight", "output"),
-    ("self_attention.linear_qkv.weight", "qkv"),
-    ("self_attention.linear_proj.weight", "attention_projection"),
-    ("mlp.linear_fc1.weight", "mlp"),
-    ("mlp.linear_fc2.weight", "mlp"),
-    ("mlp.router.weight", "router"),
-)
-
-_NORM_WEIGHT = re.compile(r"(norm\w*\.weight|\.layer_norm_weight)$")
 _LAYER = re.compile(r"layers\.\d+$")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -78,7 +66,7 @@ def _describe(
     expert = not getattr(param, "allreduce", True)
     group = expert_tp_group if expert else tp_group
     split = bool(getattr(param, "tensor_model_parallel", False)) and group.size() > 1
-    role = _role(name, param)
+    role = role_of(name, param.ndim)
     return ParameterInfo(
         name=name,
         shape=tuple(param.shape),
@@ -91,18 +79,6 @@ def _describe(
         in_norm=param_is_not_shared(param)
         and _is_not_tp_duplicate(param, tp_group, expert_tp_group),
     )
-
-
-def _role(name: str, param: Parameter) -> str:
-    if param.ndim == 1:
-        if _NORM_WEIGHT.search(name):
-            return "norm"
-        return "bias" if name.endswith("bias") else "unknown"
-    if param.ndim == 2:
-        for suffix, role in _MATRIX_ROLES:
-            if name.endswith(suffix):
-                return role
-    return "unknown"
 
 
 def _heads(config: Any) -> HeadGeometry:

@@ -25,6 +25,8 @@ class BucketSlice:
     bucket: Any
     begin: int
     end: int
+    #: What Megatron's own checkpoints call the bucket: buffer, dtypes, bucket within the buffer.
+    number: tuple[int, str, int]
 
     @property
     def grad(self) -> Tensor:
@@ -75,7 +77,8 @@ def bucket_slices(
     """
     layouts: list[BucketLayout] = []
     slices: list[Slice] = []
-    for buffer in buffers:
+    for buffer_number, buffer in enumerate(buffers):
+        dtypes = str((buffer.param_dtype, buffer.grad_dtype))
         placements: dict[int, list[Placement]] = {}
         for param, (start, end, bucket_id, *_) in buffer.param_index_map.items():
             offset = buffer.buckets[bucket_id].offset
@@ -87,7 +90,8 @@ def bucket_slices(
             layout = BucketLayout(bucket.grad_data.numel(), dp_size, tuple(ordered))
             layouts.append(layout)
             begin = dp_rank * layout.slice_numel
-            slices.append(BucketSlice(bucket, begin, begin + layout.slice_numel))
+            number = (buffer_number, dtypes, bucket_id)
+            slices.append(BucketSlice(bucket, begin, begin + layout.slice_numel, number))
     return layouts, slices
 
 

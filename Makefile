@@ -1,0 +1,34 @@
+# make demo   train a small Llama with Adam and with Adam-mini on this machine's CPU, and compare
+# make test   lint, types and all tests
+# make lint   lint and types only
+#
+# Each makes .venv first if it is missing; see tools/bootstrap.sh.
+
+SHELL := /bin/sh
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bootstrap clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+bootstrap:
+	@PYTHON='$(PYTHON)' tools/bootstrap.sh
+
+demo: bootstrap
+	@$(BIN)/python examples/demo.py $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: bootstrap
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: bootstrap
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

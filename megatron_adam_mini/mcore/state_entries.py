@@ -1,0 +1,195 @@
+"""Pieces of this rank's state as entries of a checkpoint, and back.
+
+Imports megatron.core's checkpoint types, ``engine`` and ``model_space``. Used by ``checkpoint``
+(Adam-mini's own formats) and ``adam_import`` (those of Megatron's Adam).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
+from torch import Tensor
+
+from megatron_adam_mini.engine import Piece
+from megatron_adam_mini.mcore.model_space import ModelEntry
+
+if TYPE_CHECKING:
+    from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
+
+PREFIX = "optimizer.adam_mini."
+#: Names within the optimizer's state dict; Megatron's own optimizers use neither.
+SHARDS, OBJECTS = "adam_mini_shards", "adam_mini_objects"
+
+
+@dataclass
+class PendingLoad:
+    """What :func:`state_to_load` asked for, until :func:`take_over` gets it.
+
+    Attributes:
+        asked: entries by name, as put in the state dict.
+        rows: row values of each piece, by the piece's number.
+        elements: element values of each piece whose v is averaged over blocks.
+        objects: entries that are not tensors.
+        average: whether v is averaged over blocks rather than taken as it is.
+        adam: format of Megatron's Adam that is read, ``None`` for Adam-mini's own.
+    """
+
+    asked: dict[str, dict[str, ShardedTensor]] = field(default_factory=dict)
+    rows: dict[int, Tensor] = field(default_factory=dict)
+    elements: dict[int, Tensor] = field(default_factory=dict)
+    average: bool = False
+    adam: str | None = None
+    objects: dict[str, ShardedObject] = field(default_factory=dict)
+
+
+def remember(optimizer: AdamMiniOptimizer, pending: PendingLoad) -> dict[str, Any]:
+    """Keep what was asked for until the data is there; return it as a state dict."""
+    optimizer._pending_load = pending
+    return {
+        key: dict(value)
+        for key, value in ((SHARDS, pending.asked), (OBJECTS, pending.objects))
+        if value
+    }
+
+
+def kind_key(name: str) -> str:
+    """Return the prefix of a kind's keys in Adam-mini's own formats."""
+    return f"{PREFIX}{name}."
+
+
+def flat_state(piece: Piece) -> dict[str, Tensor]:
+    """Return the tensors of the piece's slice that are shaped like it, by kind."""
+    return {"param": piece.bucket.state.main_param, "exp_avg": piece.bucket.state.exp_avg}
+
+
+def entry_of(
+    optimizer: AdamMiniOptimizer, piece: Piece, entries: Mapping[int, ShardedBase]
+) -> ModelEntry:
+    """Return where a piece's parameter lies in the whole model.
+
+    Raises:
+        ValueError: the model's sharded state dict lacks the parameter.
+    """
+    found = entries.get(id(optimizer.get_parameters()[piece.parameter]))
+    if found is None:
+        name = optimizer.engine.parameters[piece.parameter].info.name
+        raise ValueError(
+            f"Parameter {name!r} is not in the model's sharded state dict, so Adam-mini cannot "
+            "tell where its state belongs; build that dict with keep_vars=True."
+        )
+    return ModelEntry(found, optimizer.replica_number)
+
+
+def put(shards: dict[str, dict[str, ShardedTensor]], name: str, found: list[ShardedTensor]) -> None:
+    """Add entries under a name, unless there are none: an empty dict would become common state."""
+    if found:
+        shards[name] = {str(index): shard for index, shard in enumerate(found)}
+
+
+def tp_rank_of_rows(optimizer: AdamMiniOptimizer, piece: Piece) -> int | None:
+    """Return the tensor-parallel rank if each of its ranks holds a part of every row."""
+    info = optimizer.engine.parameters[piece.parameter].info
+    return info.tp_rank if (info.tp_dim or 0) > 0 else None
+
+
+def unshared(data: Tensor) -> Tensor:
+    """Copy what an asynchronous writer process would share with training.
+
+    On the CPU, Megatron's writer clones views but hands over tensors that fill their storage, and
+    the next step would write into the checkpoint. On a GPU everything is copied to the host.
+    """
+    fills = data.nbytes == data.untyped_storage().nbytes()
+    return data.clone() if data.device.type == "cpu" and fills else data
+
+
+def elementwise_v(optimizer: AdamMiniOptimizer, piece: Piece) -> Tensor:
+    """Return the view of v of a piece that keeps one per element (else an empty one)."""
+    if not piece.ranges.stop:
+        return optimizer.engine.exp_avg_sq_E[:0]
+    lengths = piece.bucket.part.end_R - piece.bucket.part.start_R
+    begin = piece.bucket.elements_at.start + int(lengths[: piece.ranges.start].sum())
+    return optimizer.engine.exp_avg_sq_E[begin : begin + piece.end - piece.begin]
+
+
+def _segments(optimizer: AdamMiniOptimizer, piece: Piece) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Return v, first and last element of a piece's segments, and the parameter's row width."""
+    device = optimizer.engine.device
+    at = piece.bucket.blocks_at.start
+    v = optimizer.engine.exp_avg_sq_B[at + piece.segments.start : at + piece.segments.stop]
+    shift = piece.begin - piece.window.start
+    first = torch.from_numpy(piece.bucket.part.start_S[piece.segments] + shift).to(device)
+    last = torch.from_numpy(piece.bucket.part.end_S[piece.segments] + shift).to(device)
+    return v, first, last, optimizer.engine.parameters[piece.parameter].info.row_numel
+
+
+def rows_from_blocks(optimizer: AdamMiniOptimizer, piece: Piece) -> Tensor:
+    """Return v of every row that the piece touches, from row ``begin // width`` on."""
+    v, first, last, width = _segments(optimizer, piece)
+    counts = -(-last // width) - first // width
+    # Two segments in one row are one block: the second one's count of new rows is smaller.
+    shared = first % width != 0
+    shared[0] = False
+    return torch.repeat_interleave(v, counts - shared.long())
+
+
+def blocks_from_rows(optimizer: AdamMiniOptimizer, piece: Piece, rows: Tensor) -> None:
+    """Set v of the piece's segments from row values, see :func:`rows_from_blocks`."""
+    v, first, _, width = _segments(optimizer, piece)
+    v.copy_(rows[first // width - piece.begin // width])
+
+
+def sums_over_segments(optimizer: AdamMiniOptimizer, pending: PendingLoad) -> Tensor:
+    """Return, for each segment, the sum over its elements of the v that they had."""
+    engine = optimizer.engine
+    sums = torch.zeros(engine.num_blocks, dtype=torch.float32, device=engine.device)
+    for number, piece in enumerate(engine.pieces()):
+        at = piece.bucket.blocks_at.start
+        out = sums[at + piece.segments.start : at + piece.segments.stop]
+        if not len(out):
+            continue
+        _, first, last, width = _segments(optimizer, piece)
+        if number in pending.elements:
+            elements = pending.elements[number].double()
+        else:
+            elements = pending.rows[number].double().repeat_interleave(width)
+            skipped = piece.begin % width
+            elements = elements[skipped : skipped + piece.end - piece.begin]
+        # Prefix sums in float64: one pass whatever the number of segments.
+        prefix = torch.cat([elements.new_zeros(1), elements.cumsum(0)])
+        out.copy_(prefix[last - piece.begin] - prefix[first - piece.begin])
+    return sums
+
+
+def bucket_shards(
+    optimizer: AdamMiniOptimizer, *, loading: bool
+) -> dict[str, dict[str, ShardedTensor]]:
+    """Return ``param`` and ``exp_avg`` of whole bucket slices, padding at the end left out."""
+    shards: dict[str, dict[str, ShardedTensor]] = {}
+    stage = optimizer.model_parallel_rank
+    for number, bucket in enumerate(optimizer.engine.buckets):
+        source: Any = bucket.source
+        numel = source.bucket.numel_unpadded
+        length = min(source.end, numel) - source.begin
+        if length <= 0:
+            continue
+        flats = {"param": bucket.state.main_param, "exp_avg": bucket.state.exp_avg}
+        for kind, flat in flats.items():
+            data = flat[:length] if loading else unshared(flat[:length])
+            shards[f"bucket_{kind}.{number}"] = {
+                "0": ShardedTensor(
+                    key=f"{PREFIX}bucket.{kind}.model_parallel_{stage}.bucket_{number}",
+                    data=data,
+                    dtype=data.dtype,
+                    local_shape=(length,),
+                    global_shape=(numel,),
+                    global_offset=(source.begin,),
+                    axis_fragmentations=None,
+                    replica_id=(0, 0, optimizer.replica_number or 0),
+                )
+            }
+    return shards
