@@ -42,6 +42,8 @@ class AdamMiniConfig:
         manifest: path of a JSON file that rank 0 writes the partition to; ``None`` writes none.
         convert_partition: when a checkpoint has finer blocks, average its v over this run's
             (exact) instead of refusing it.
+        check_files: before a load, read the whole checkpoint once (all ranks together) and check
+            sizes and checksums.
 
     Raises:
         ValueError: a value that is not allowed; the message names it and what is.
@@ -56,6 +58,7 @@ class AdamMiniConfig:
     backend: str = "auto"
     manifest: str | None = None
     convert_partition: bool = False
+    check_files: bool = True
 
     def __post_init__(self) -> None:
         """Normalise sequences to tuples and check every value."""

@@ -196,7 +196,7 @@ def test_bad_values_are_refused_before_megatron_validates(tmp_path):
             "NotImplementedError",
             "does not support --ckpt-format torch",
         ),
-        ("--load", "x", "--ckpt-format", "zarr"): (
+        ("--load", "x", "--ckpt-format", "torch_dcp"): (
             "NotImplementedError",
             "Remedy: --ckpt-format torch_dist, or --no-save-optim and --no-load-optim.",
         ),

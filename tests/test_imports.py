@@ -16,21 +16,23 @@ ROOT = Path(megatron_adam_mini.__file__).parent
 
 #: A module may import from its own layer and from those before it.
 LAYERS = (
-    ("config",),
+    ("config", "roles"),
     ("partition",),
     ("layout", "rectangles"),
     ("reduction", "agreement"),
     ("state",),
     ("kernels",),
     ("engine",),
+    ("offline",),
     ("mcore",),
     ("cpu_host",),
-    ("launch",),
+    ("launch", "cli"),
 )
 
 #: Third-party packages that each layer may import (what the modules' first lines promise).
 THIRD_PARTY = {
     "config": set(),
+    "roles": set(),
     "partition": {"numpy"},
     "layout": {"numpy"},
     "rectangles": set(),
@@ -39,9 +41,11 @@ THIRD_PARTY = {
     "state": {"torch"},
     "kernels": {"numpy", "torch"},
     "engine": {"numpy", "torch"},
+    "offline": {"numpy", "torch"},
     "mcore": {"numpy", "torch", "megatron"},
     "cpu_host": {"torch"},
     "launch": set(),
+    "cli": set(),
     "__init__": set(),
 }
 

@@ -74,6 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action="store_true",
         help="load a checkpoint with finer blocks by averaging v over this run's, which is exact",
     )
+    group.add_argument(
+        "--adam-mini-no-file-check",
+        dest="adam_mini_check_files",
+        action="store_false",
+        help="load a checkpoint without reading it once before to check its checksums",
+    )
     return parser
 
 
@@ -87,6 +93,7 @@ def config_from_args(args: argparse.Namespace) -> AdamMiniConfig:
         backend=args.adam_mini_backend,
         manifest=args.adam_mini_manifest,
         convert_partition=args.adam_mini_convert_partition,
+        check_files=args.adam_mini_check_files,
     )
 
 

@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedBase,
+    ShardedObject,
+)
 from torch import Tensor
 
 from megatron_adam_mini.engine import Piece
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
 PREFIX = "optimizer.adam_mini."
 #: Names within the optimizer's state dict; Megatron's own optimizers use neither.
 SHARDS, OBJECTS = "adam_mini_shards", "adam_mini_objects"
+#: Tells ``load_guard`` that a load is Adam-mini's, and whether it is to check the files.
+MARK = "adam_mini_check_files"
 
 
 @dataclass
@@ -50,7 +56,8 @@ class PendingLoad:
 def remember(optimizer: AdamMiniOptimizer, pending: PendingLoad) -> dict[str, Any]:
     """Keep what was asked for until the data is there; return it as a state dict."""
     optimizer._pending_load = pending
-    return {
+    check_files = LocalNonpersistentObject(optimizer.engine.config.check_files)
+    return {MARK: check_files} | {
         key: dict(value)
         for key, value in ((SHARDS, pending.asked), (OBJECTS, pending.objects))
         if value

@@ -1,0 +1,187 @@
+"""``megatron-adam-mini``: look at checkpoints, check them, convert them. No GPU, no Megatron.
+
+Imports ``config`` and, once a command runs, ``offline``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_adam_mini import __version__
+from megatron_adam_mini.config import PRESETS, AdamMiniConfig, read_rules
+
+_CODES = """exit codes:
+  0  done, and nothing wrong was found
+  1  the checkpoint is wrong: damaged, incomplete, or not what it says
+  2  wrong usage, or something that cannot be read as a checkpoint
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments without the program's name; ``None`` takes the process's.
+
+    Returns:
+        0: done; 1: the checkpoint is wrong; 2: wrong usage or unreadable.
+    """
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit as stop:  # --help and usage errors
+        return int(stop.code or 0)
+    from megatron_adam_mini.offline.errors import CorruptError
+
+    try:
+        return int(args.run(args))
+    except CorruptError as error:
+        sys.stderr.write(f"megatron-adam-mini: {error}\n")
+        return 1
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"megatron-adam-mini: {error}\n")
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-adam-mini",
+        description="Look at, check and convert torch_dist checkpoints of Megatron.",
+        epilog=_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_inspect(commands)
+    _add_verify(commands)
+    _add_convert(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _command(commands, "inspect", "say what is in a checkpoint", _inspect)
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help=_CKPT)
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+
+
+def _add_verify(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "verify",
+        "check that every element is stored once, undamaged and finite, and blocks as promised",
+        _verify,
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help=_CKPT)
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+
+
+def _add_convert(commands: Any) -> None:
+    parser = _command(commands, "convert", "make a checkpoint for another optimizer", _convert)
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument(
+        "--to",
+        choices=("adam-mini", "adam", "public"),
+        help="'adam-mini': from Megatron's Adam; 'adam': from Adam-mini to Megatron's Adam; "
+        "'public': from Adam-mini to a file for adam_mini.Adam_mini 1.1.1",
+    )
+    way.add_argument(
+        "--from",
+        dest="source_kind",
+        choices=("public",),
+        help="'public': from a file with the state of adam_mini.Adam_mini 1.1.1; needs --like",
+    )
+    parser.add_argument("source", type=Path, metavar="SRC", help=_CKPT)
+    parser.add_argument("destination", type=Path, metavar="DST", help="must not exist yet")
+    parser.add_argument(
+        "--like",
+        type=Path,
+        metavar="CKPT",
+        help="for --from public: an Adam-mini checkpoint of the same model in Megatron (its first "
+        "will do), which gives everything that the file does not hold",
+    )
+    group = parser.add_argument_group("partition, for --to adam-mini (as the flags of a run)")
+    group.add_argument("--preset", choices=PRESETS, default=AdamMiniConfig.preset)
+    group.add_argument("--value-as-block", action="store_true")
+    group.add_argument("--full-v", nargs="+", default=[], metavar="PATTERN")
+    group.add_argument("--rules", metavar="FILE")
+
+
+_CKPT = "iteration folder (iter_0000010), or the folder of --save (its latest iteration)"
+
+
+def _open(path: Path) -> Any:
+    from megatron_adam_mini.offline.reader import Checkpoint, iteration_folder
+
+    return Checkpoint(iteration_folder(path)[0])
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from megatron_adam_mini.offline.inspection import in_words, inspect
+
+    report = inspect(_open(args.checkpoint))
+    _say(json.dumps(report, default=str) if args.json else in_words(report))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from megatron_adam_mini.offline.verification import verify
+
+    checkpoint = _open(args.checkpoint)
+    findings = verify(checkpoint)
+    if args.json:
+        _say(json.dumps({"checkpoint": str(checkpoint.folder), **findings.to_dict()}))
+    else:
+        counts = ", ".join(f"{count:,} {what}" for what, count in findings.checked.items())
+        lines = [f"problem: {text}" for text in findings.problems]
+        lines += [f"note: {text}" for text in findings.notes]
+        verdict = f"{len(findings.problems)} problems" if findings.problems else "ok"
+        _say("\n".join([*lines, f"{checkpoint.folder}: {verdict} ({counts})"]))
+    return 1 if findings.problems else 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from megatron_adam_mini.offline import convert
+
+    config = AdamMiniConfig(
+        preset=args.preset,
+        value_as_block=args.value_as_block,
+        full_v=tuple(args.full_v),
+        rules=read_rules(args.rules) if args.rules else (),
+    )
+    if args.to != "adam-mini" and config != AdamMiniConfig():
+        raise ValueError("--preset, --value-as-block, --full-v and --rules need --to adam-mini.")
+    if (args.like is None) != (args.source_kind is None):
+        raise ValueError("--from public needs --like CKPT, and nothing else takes it.")
+    if args.to == "adam-mini":
+        convert.adam_to_adam_mini(args.source, args.destination, config)
+    elif args.to == "adam":
+        convert.adam_mini_to_adam(args.source, args.destination)
+    elif args.to == "public":
+        convert.adam_mini_to_public(args.source, args.destination)
+    else:
+        convert.public_to_adam_mini(args.source, args.destination, args.like)
+    return 0
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
