@@ -98,6 +98,15 @@ def _raise_difference(
     a, b = everyone[left], everyone[right]
     if what == "options":
         difference = f"rank {left} has {json.dumps(a)}, rank {right} has {json.dumps(b)}"
+    elif lacking := [
+        f"rank {has} has {sorted(names)}, which rank {lacks} lacks"
+        for has, lacks, names in (
+            (left, right, _names(a) - _names(b)),
+            (right, left, _names(b) - _names(a)),
+        )
+        if names
+    ]:
+        difference = "; ".join(lacking)
     else:
         index = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
         if index is None:
@@ -113,6 +122,10 @@ def _raise_difference(
         f"Adam-mini's {what} differs between ranks that must share it: {difference}. "
         "Start every rank with the same flags and model (also requires_grad)."
     )
+
+
+def _names(layout: Sequence[dict[str, Any]]) -> set[str]:
+    return {str(entry.get("name")) for entry in layout}
 
 
 def _gather(value: Any, group: distributed.ProcessGroup | None) -> list[Any]:

@@ -62,6 +62,11 @@ class AdamMiniConfig:
 
     def __post_init__(self) -> None:
         """Normalise sequences to tuples and check every value."""
+        if isinstance(self.full_v, str):
+            raise TypeError(
+                f"Adam-mini full_v={self.full_v!r} is one string; give a sequence of patterns, "
+                f"such as ({self.full_v!r},)."
+            )
         object.__setattr__(self, "full_v", tuple(self.full_v))
         object.__setattr__(self, "rules", tuple((str(p), str(r)) for p, r in self.rules))
         _one_of("preset", self.preset, PRESETS)

@@ -230,8 +230,8 @@ class Engine:
             p   <- p - lr * weight_decay * p
             p   <- p - lr / (1 - beta1^t) * m / (sqrt(v_b / (1 - beta2^t)) + eps)
         """
-        self.step_count += 1
         beta1, beta2 = self._betas()
+        self.step_count += 1
         self._grad_scale.copy_(torch.as_tensor(grad_scale, dtype=torch.float32))
         lr_B, eps_B, decay_B, lr_R, eps_R, decay_R = self._hyper_parameters()
         scalars = {

@@ -1,7 +1,7 @@
 """Name of a parameter -> what it is.
 
-Standard library only, so that offline tools know roles without Megatron. Data flow: mcore/param_info
-and offline/naming ask here; ``partition`` turns roles into rules.
+Standard library only, so that offline tools know roles without Megatron. Data flow:
+mcore/param_info and offline/naming ask here; ``partition`` turns roles into rules.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.gather import slices_of, weights_of
 from tests.megatron_job import Job, Trainer, global_names
+from tests.ranks import run_ranks
 from tests.test_checkpoint import load, metadata_of, model_state
 
 #: Buckets without padding at DP 1, so that stock Adam's fully_reshardable content is right.
@@ -19,6 +20,25 @@ MINI = Job(hidden=64, heads=4, groups=2, ffn=96, vocab=96, layers=2, bf16=True, 
 ADAM = replace(MINI, optimizer="adam")
 PLAIN = replace(ADAM, distributed_optimizer=False)
 SHARDING = "fully_reshardable"
+#: Name -> job, ranks, sharding type.
+SAVED: dict[str, tuple[Job, int, str | None]] = {
+    "adam": (ADAM, 1, SHARDING),
+    "adam-tp2": (replace(ADAM, tp=2), 2, SHARDING),
+    "plain": (PLAIN, 1, None),
+    "mini": (replace(MINI, tp=2, pp=2), 4, SHARDING),
+    "buckets": (MINI, 2, "dp_reshardable"),
+}
+_made: dict[str, Path] = {}
+
+
+def saved(name: str, factory: Any) -> Path:
+    """Return an iteration folder that a real run saved, once per session; do not write into it."""
+    if name not in _made:
+        job, world, sharding = SAVED[name]
+        folder = factory.mktemp("saved") / name
+        run_ranks(world, train_and_save, job, str(folder), sharding)
+        _made[name] = folder
+    return _made[name]
 
 
 def args_of(job: Job, dtype: torch.dtype) -> argparse.Namespace:
@@ -75,13 +95,25 @@ def load_and_train(job: Job, folder: str, steps: int) -> Any:
     """Load; return the state, then train on and return weights and losses."""
     trainer = Trainer(job)
     if job.optimizer == "adam":
-        trainer.step(0)  # without Transformer Engine, Megatron's Adam must have stepped to load
-        trainer.losses.clear()
+        _prepare_stock_adam(trainer)
     load(trainer, folder)
     state = slices_of(trainer) if job.optimizer == "adam_mini" else adam_state(trainer)
     for step in range(job.steps, job.steps + steps):
         trainer.step(step)
     return state, weights_of(trainer), trainer.losses
+
+
+def _prepare_stock_adam(trainer: Trainer) -> None:
+    """Help over two faults of Megatron's Adam without Transformer Engine: it cannot load before a
+    step, and then does not find torch's per-parameter step, which it has loaded already."""
+    trainer.step(0)
+    trainer.losses.clear()
+    if trainer.job.distributed_optimizer:
+        (optimizer,) = trainer.optimizer.chained_optimizers
+        original = optimizer._set_main_param_and_optimizer_states
+        optimizer._set_main_param_and_optimizer_states = lambda param, tensors: original(
+            param, {"step": None, **tensors}
+        )
 
 
 def adam_state(trainer: Trainer) -> dict[str, dict[str, Tensor]]:

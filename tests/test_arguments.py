@@ -34,6 +34,7 @@ FLAGS = (
     "--adam-mini-backend",
     "--adam-mini-manifest",
     "--adam-mini-convert-partition",
+    "--adam-mini-no-file-check",
 )
 
 
@@ -114,6 +115,7 @@ def test_flags_reach_the_config(tmp_path):
         *("--adam-mini-full-v", "*.bias", "embedding.*"),
         *("--adam-mini-rules", str(rules), "--adam-mini-backend", "reference"),
         *("--adam-mini-manifest", "manifest.json", "--adam-mini-convert-partition"),
+        "--adam-mini-no-file-check",
     ]
     assert [flag for flag in flags if flag.startswith("--")] == list(FLAGS)
     assert only(run_ranks(1, parsed, [*ADAM_MINI, *flags]))["adam_mini"] == AdamMiniConfig(
@@ -124,6 +126,7 @@ def test_flags_reach_the_config(tmp_path):
         backend="reference",
         manifest="manifest.json",
         convert_partition=True,
+        check_files=False,
     )
 
 
@@ -175,6 +178,7 @@ def test_help_shows_the_flags():
         ),
         (["--adam-mini-rules", "x"], "--adam-mini-rules"),
         (["--adam-mini-backend", "reference"], "--adam-mini-backend"),
+        (["--adam-mini-no-file-check"], "--adam-mini-no-file-check"),
     ],
 )
 def test_stray_flags_are_refused(flags, named):

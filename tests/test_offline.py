@@ -20,9 +20,9 @@ from tests.gather import whole_tensors
 from tests.offline_checkpoints import (
     ADAM,
     MINI,
-    PLAIN,
     load_and_train,
     read_all,
+    saved,
     train_and_save,
 )
 from tests.ranks import run_ranks
@@ -34,17 +34,19 @@ MEAN_TOLERANCE = 2.0**-23
 OURS, STOCK = "optimizer.adam_mini.", "optimizer.state."
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return iteration folders that real runs saved; tests must not write into them."""
-    root = tmp_path_factory.mktemp("saved")
-    folders = {name: root / name for name in ("adam", "adam-tp2", "plain", "mini", "buckets")}
-    run_ranks(1, train_and_save, ADAM, str(folders["adam"]))
-    run_ranks(2, train_and_save, replace(ADAM, tp=2), str(folders["adam-tp2"]))
-    run_ranks(1, train_and_save, PLAIN, str(folders["plain"]), None)
-    run_ranks(4, train_and_save, replace(MINI, tp=2, pp=2), str(folders["mini"]))
-    run_ranks(2, train_and_save, MINI, str(folders["buckets"]), "dp_reshardable")
-    return folders
+class Checkpoints:
+    """Folders of real runs, saved when first asked for."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self._factory = factory
+
+    def __getitem__(self, name: str) -> Path:
+        return saved(name, self._factory)
+
+
+@pytest.fixture
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return Checkpoints(tmp_path_factory)
 
 
 def labels_of(key: str, shape: torch.Size) -> Tensor:
@@ -144,8 +146,9 @@ def test_adam_mini_trains_on_from_a_converted_checkpoint(checkpoints, tmp_path):
             if stored_key.startswith(f"{OURS}{kind}."):
                 name = name_of(stored_key.removeprefix(f"{OURS}{kind}."), local=True)
                 got = found.pop(name)
-                want = value.view(-1, *(1,) * (got.ndim - value.ndim)).expand(got.shape)
-                assert torch.equal(got, want if kind == "v_row" else value), stored_key
+                if kind == "v_row":
+                    value = value.view(-1, *(1,) * (got.ndim - 1)).expand(got.shape)
+                assert torch.equal(got, value), stored_key
         assert not found
     losses = loaded[0][2]
     assert len(losses) == 3
@@ -198,7 +201,9 @@ def test_save_folders_keep_their_tracker_and_other_files(checkpoints, tmp_path):
 def test_common_state_survives_with_its_classes(checkpoints, tmp_path):
     from megatron.core import dist_checkpointing
 
-    assert main(["convert", "--to", "adam-mini", str(checkpoints["adam"]), str(tmp_path / "x")]) == 0
+    assert (
+        main(["convert", "--to", "adam-mini", str(checkpoints["adam"]), str(tmp_path / "x")]) == 0
+    )
     old = dist_checkpointing.load_common_state_dict(str(checkpoints["adam"]))
     new = dist_checkpointing.load_common_state_dict(str(tmp_path / "x"))
     assert vars(old["args"]) == vars(new["args"])
@@ -229,7 +234,7 @@ def test_stock_flat_buckets_are_refused(tmp_path, capsys):
 
 def test_unsound_content_of_megatron_is_refused(tmp_path, capsys):
     # Hidden 56 and small buckets: padded bucket ends, which these releases write wrongly.
-    job = replace(ADAM, hidden=56, ffn=120, bucket_size=3000)
+    job = replace(ADAM, hidden=56, ffn=120, bucket_size=3000, overlap=True)
     run_ranks(2, train_and_save, job, str(tmp_path / "a"))
     assert main(["convert", "--to", "adam-mini", str(tmp_path / "a"), str(tmp_path / "x")]) == 1
     error = capsys.readouterr().err
@@ -304,7 +309,7 @@ def test_memory_does_not_grow_with_the_checkpoint(checkpoints, tmp_path):
     # Held at once, of one window: float32 values, their bytes as read, as written (and in float64
     # for sums), and the weights next to them.
     assert peaks["big"] - peaks["small"] < 6 * 4 * WINDOW_NUMEL
-    assert 6 * 4 * WINDOW_NUMEL < 2 * largest
+    assert 2 * largest > 6 * 4 * WINDOW_NUMEL
 
 
 def enlarged(source: Path, destination: Path, rows: int) -> Path:

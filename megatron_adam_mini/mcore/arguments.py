@@ -36,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             "Megatron's parser has no --optimizer with choices; this Megatron-Core release is not "
             "supported by megatron-adam-mini."
         )
+    for action in parser._actions:
+        # Megatron-Core 0.19.2 has a help text with a bare "%", with which --help raises.
+        if action.help:
+            try:
+                parser._get_formatter()._expand_help(action)
+            except ValueError:
+                action.help = action.help.replace("%", "%%")
     group = parser.add_argument_group(
         "Adam-mini", "options of --optimizer adam_mini (arXiv:2406.16793)"
     )

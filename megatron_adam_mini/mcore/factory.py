@@ -60,33 +60,37 @@ def build_optimizer(
         RuntimeError: ranks disagree on the plan, or another rank failed.
     """
     options: AdamMiniConfig = getattr(config, "adam_mini", None) or AdamMiniConfig()
-    _check_chunks(model_chunks)
-    ddp_config = model_chunks[0].ddp_config
-    refuse_unsupported(config, ddp_config)
-    check_adam_values(
-        lr=config.lr,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_eps,
-        weight_decay=config.weight_decay,
-    )
-    groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-    expert_tp = getattr(groups, "expt_tp", None) or groups.tp
-    param_groups = _param_groups(model_chunks, config, config_overrides)
 
-    # Whatever goes wrong on one rank must reach all of them before the first collective.
+    # Whatever goes wrong on one rank must reach all of them before the first collective, also
+    # what nobody foresaw.
     params: dict[Parameter, Any] = {}
     blocks: list[ParameterBlocks] = []
     error: Exception | None = None
     try:
+        _check_chunks(model_chunks)
+        refuse_unsupported(config, model_chunks[0].ddp_config)
+        check_adam_values(
+            lr=config.lr,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+        )
+        if options.manifest and not Path(options.manifest).resolve().parent.is_dir():
+            raise ValueError(
+                f"Adam-mini manifest={options.manifest!r} cannot be written: its folder does not "
+                "exist; create it first."
+            )
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        expert_tp = getattr(groups, "expt_tp", None) or groups.tp
         params = collect_parameters(model_chunks, tp_group=groups.tp, expert_tp_group=expert_tp)
         blocks = [partition_parameter(info, options) for info in params.values()]
         domain = _dense_domain(model_chunks, list(params), groups, config)
-    except (ValueError, TypeError, NotImplementedError) as caught:
+    except Exception as caught:
         error = caught
     patterns = [pattern for pattern, _ in options.overrides()]
     check_agreement(
         PlanRecord(
-            stage=f"pipeline stage {groups.pp.rank()}",
+            stage=f"pipeline stage {groups.pp.rank()}" if error is None else "",
             rules=options.partition_fields(),
             layout=_layout_record(blocks, domain) if error is None else (),
             matched=frozenset(patterns).difference(
@@ -97,6 +101,8 @@ def build_optimizer(
         patterns=patterns,
     )
 
+    # Megatron's own grouping gathers from all ranks, so it comes after the check.
+    param_groups = _param_groups(model_chunks, config, config_overrides)
     group_of = {p: i for i, group in enumerate(param_groups) for p in group["params"]}
     engine = Engine(
         options,

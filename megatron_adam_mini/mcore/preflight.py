@@ -89,7 +89,8 @@ def refuse_unsupported(*sources: Any) -> None:
     """
     for source in sources:
         for attribute, (flag, reason, remedy) in _REFUSED.items():
-            if getattr(source, attribute, None):
+            # Megatron's arguments put "ddp_" in front of some options of its DDP config.
+            if getattr(source, attribute, None) or getattr(source, f"ddp_{attribute}", None):
                 raise NotImplementedError(
                     f"--optimizer adam_mini does not support {flag}: {reason}. Remedy: {remedy}."
                 )

@@ -2,5 +2,5 @@
 
 May import torch, ``config``, ``partition`` and ``roles``. Data flow: ``metadata`` and ``chunks``
 (bytes) -> ``reader`` -> ``inspection`` | ``verification`` | ``from_adam`` | ``to_adam`` |
-``from_public`` | ``to_public`` -> ``writer``. Everything works on one window of one chunk at a time.
+``from_public`` | ``to_public`` -> ``writer``. Work is done on one window of one chunk at a time.
 """

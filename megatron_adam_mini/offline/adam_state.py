@@ -1,7 +1,7 @@
 """State of Megatron's own Adam in a checkpoint: what there is, and whether it can be trusted.
 
 Imports torch. Two formats hold it in the model's coordinates: the distributed optimizer's
-``fully_reshardable`` (keys ``optimizer.state.{param,exp_avg,exp_avg_sq}.{model key}``) and the plain
+``fully_reshardable`` (``optimizer.state.{param,exp_avg,exp_avg_sq}.{model key}``) and the plain
 optimizer's (``fp32_param`` instead of ``param``, nothing for weights that are float32 anyway).
 """
 
@@ -54,8 +54,8 @@ def find_adam_state(checkpoint: Checkpoint) -> AdamState:
     model_keys = kinds.get("exp_avg", [])
     if not model_keys:
         raise UnreadableError(
-            f"{checkpoint.folder} holds no state of Adam that can be converted; its optimizer state "
-            f"is {sorted(kinds) or 'missing'}. Save it without --no-save-optim, with "
+            f"{checkpoint.folder} holds no state of Adam that can be converted; its optimizer "
+            f"state is {sorted(kinds) or 'missing'}. Save it without --no-save-optim, with "
             "--optimizer adam."
         )
     main = {key: f"{ADAM_PREFIX}param.{key}" for key in kinds.get("param", [])}
@@ -73,7 +73,9 @@ def find_adam_state(checkpoint: Checkpoint) -> AdamState:
     for kind, keys in found.items():
         if keys != set(model_keys):
             odd = sorted(keys ^ set(model_keys))[0]
-            raise CorruptError(f"{checkpoint.folder}: {kind} and exp_avg do not agree about {odd!r}.")
+            raise CorruptError(
+                f"{checkpoint.folder}: {kind} and exp_avg do not agree about {odd!r}."
+            )
     inner = checkpoint.optimizer.get("optimizer", {})
     groups = inner.get("param_groups", [])
     state = AdamState(tuple(model_keys), main, _step(checkpoint, inner, groups), groups)
@@ -106,8 +108,8 @@ def refuse_unsound(checkpoint: Checkpoint, key: str, count: int, numel: int) -> 
     if count:
         raise CorruptError(
             f"{checkpoint.folder}: {key} is not the state of the stored model: rounded to the "
-            f"weight's type, {count} of {numel} main parameters in one box differ from the weights. "
-            "Megatron-Core 0.16.1 to 0.19.2 write wrong values with "
+            f"weight's type, {count} of {numel} main parameters in one box differ from the weights."
+            " Megatron-Core 0.16.1 to 0.19.2 write wrong values with "
             "--dist-ckpt-optim-fully-reshardable when a bucket is padded before the last one. "
             "Save again from the run without that flag and load the result in an Adam-mini run, or "
             "start from the weights alone with --no-load-optim."
@@ -124,10 +126,12 @@ def _refuse_other_formats(checkpoint: Checkpoint) -> None:
     if "adam_mini" in optimizer or any(key.startswith(PREFIX) for key in checkpoint.tensors):
         raise UnreadableError(f"{checkpoint.folder} holds the state of Adam-mini already.")
     sharding = checkpoint.content.get("distrib_optim_sharding_type")
-    flat = any(".dp_group_idx_" in k or k.startswith("optimizer.distributed.") for k in checkpoint.tensors)
+    flat = any(
+        ".dp_group_idx_" in k or k.startswith("optimizer.distributed.") for k in checkpoint.tensors
+    )
     if flat or sharding not in (None, "fully_reshardable"):
         raise UnreadableError(
-            f"{checkpoint.folder} holds Adam's state as {sharding or 'flat buckets'!r}, flat buckets "
+            f"{checkpoint.folder} holds Adam's state as {sharding or 'flat buckets'!r}, buckets "
             "whose contents depend on the layout. Load it in its own run and save it again with "
             "--dist-ckpt-optim-fully-reshardable, or load it in an Adam-mini run directly."
         )
@@ -135,8 +139,8 @@ def _refuse_other_formats(checkpoint: Checkpoint) -> None:
         optimizer and all(isinstance(key, int) for key in optimizer)
     ):
         raise UnreadableError(
-            f"{checkpoint.folder} holds the state of several optimizers (mixture of experts), which "
-            "cannot be converted yet."
+            f"{checkpoint.folder} holds the state of several optimizers (mixture of experts), "
+            "which cannot be converted yet."
         )
 
 

@@ -1,8 +1,8 @@
 """State that is not a tensor: read without running foreign code, and written back as it was.
 
-Imports torch. ``args`` of a Megatron run mention enumerations and classes of Megatron. They are read
-as inert stand-ins, which keep what was stored and are written as what they stood for; so neither
-Megatron nor its release matters here.
+Imports torch. ``args`` of a Megatron run mention enumerations and classes of Megatron. They are
+read as inert stand-ins, which keep what was stored and are written as what they stood for; so
+neither Megatron nor its release matters here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import copyreg
 import io
 import pickle
 import types
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -58,7 +58,11 @@ class _StandIn:
         return f"{type(self).__name__}{self.arguments}"
 
 
-class _Pickler(pickle._Pickler):  # type: ignore[name-defined,misc]
+#: The pickler in Python: only it can be told how to write a name that is not imported.
+_PurePickler: Any = vars(pickle)["_Pickler"]
+
+
+class _Pickler(_PurePickler):  # type: ignore[misc]
     """Writes a stand-in's class as the name that it stands for."""
 
     def save_global(self, obj: Any, name: str | None = None) -> None:
@@ -69,14 +73,14 @@ class _Pickler(pickle._Pickler):  # type: ignore[name-defined,misc]
         super().save_global(obj, name)
 
     # The pure-Python pickler finds the function for a class here.
-    dispatch = {**pickle._Pickler.dispatch}  # type: ignore[attr-defined]  # noqa: RUF012
+    dispatch: ClassVar[dict[type, Any]] = {**_PurePickler.dispatch}
 
 
 def _save_type(pickler: _Pickler, obj: Any) -> None:
     if isinstance(obj, type) and issubclass(obj, _StandIn):
         pickler.save_global(obj)
     else:
-        pickle._Pickler.save_type(pickler, obj)  # type: ignore[attr-defined]
+        _PurePickler.save_type(pickler, obj)
 
 
 _Pickler.dispatch[type] = _save_type

@@ -71,10 +71,10 @@ def convert_from_adam(
     identity = identity_of(blocks, config, args, "adam")
     total = sum(source.tensors[k].num_bytes for key in state.model_keys for k in state.keys(key))
     with Progress(total, "Adam -> Adam-mini") as progress:
-        for key, layers in parameters.items():
+        for layers in parameters.values():
             _convert_key(source, writer, state, layers, blocks, progress)
         writer.copy([k for k in source.tensors if not k.startswith(ADAM_PREFIX)])
-        writer.copy([k for k in source.objects])
+        writer.copy(list(source.objects))
     writer.finish(_common(source, state, identity))
     return identity
 
@@ -97,8 +97,8 @@ def _convert_key(
             for layer, rest, values in by_layer(layers, offset, window):
                 writer.add(f"{PREFIX}{kind}.{layer.key}", layer.shape, rest, values.float())
             progress.advance(window.nbytes)
-    for layer, sums in _convert_v(source, writer, v_key, layers, blocks, progress).items():
-        parameter = layers[layer]
+    for number, sums in _convert_v(source, writer, v_key, layers, blocks, progress).items():
+        parameter = layers[number]
         rows = means_of_blocks(blocks[parameter.key], sums)
         writer.add(f"{PREFIX}v_row.{parameter.key}", parameter.shape[:1], (0,), rows)
 

@@ -13,7 +13,7 @@ _SHOWN = 12
 
 
 def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return a report of plain values: step, layout, rules, blocks, bytes by kind, other content."""
+    """Return a report of plain values: step, layout, rules, blocks, bytes by kind, the rest."""
     common, optimizer = checkpoint.common, checkpoint.optimizer
     identity = optimizer.get("adam_mini")
     chunks = [chunk for tensor in checkpoint.tensors.values() for chunk in tensor.chunks]

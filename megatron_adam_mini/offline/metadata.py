@@ -1,7 +1,7 @@
 """``.metadata`` of a torch_dist checkpoint: read without trusting it, and written.
 
-Imports torch's metadata classes only. The file is a pickle, and a pickle can call anything; so it is
-read by an unpickler that knows these classes and refuses every other name.
+Imports torch's metadata classes only. The file is a pickle, and a pickle can call anything; so it
+is read by an unpickler that knows these classes and refuses every other name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_adam_mini.offline.errors import UnreadableError
 
 FILE_NAME = ".metadata"
 
-#: Module -> names that a metadata file may mention. Megatron adds the plans of the ranks that saved.
+#: Module -> names that a metadata file may mention. Megatron adds the ranks' plans.
 _ALLOWED: dict[str, tuple[str, ...]] = {
     metadata.__name__: (
         "BytesStorageMetadata",

@@ -113,8 +113,8 @@ def args_of(checkpoint: Checkpoint) -> Any:
     args = checkpoint.common.get("args")
     if args is None:
         raise UnreadableError(
-            f"{checkpoint.folder} holds no 'args', which say how its attention heads lie in memory; "
-            "Megatron's training loop stores them. Load it in a run and save it again."
+            f"{checkpoint.folder} holds no 'args', which say how its attention heads lie in "
+            "memory; Megatron's training loop stores them. Load it in a run and save it again."
         )
     return args
 

@@ -149,9 +149,7 @@ class Checkpoint:
             )
         return found
 
-    def _locate(
-        self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]
-    ) -> StoredChunk:
+    def _locate(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> StoredChunk:
         storage: Any = self.metadata.storage_data
         index = MetadataIndex(key, offset) if shape or offset else MetadataIndex(key)
         info = storage.get(index)

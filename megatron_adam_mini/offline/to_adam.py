@@ -65,17 +65,13 @@ def _convert_parameter(
         for offset, window in source.windows(stored):
             add(kind, offset, window)
     if parameter.key in state.elementwise:
-        for offset, window in source.windows(
-            source.tensors[f"{PREFIX}v_element.{parameter.key}"]
-        ):
+        for offset, window in source.windows(source.tensors[f"{PREFIX}v_element.{parameter.key}"]):
             add("exp_avg_sq", offset, window)
         return
     rows = source.whole(f"{PREFIX}v_row.{parameter.key}")
     narrow = (1,) * (len(parameter.shape) - 1)
     # The boxes of m, so that the three tensors of a parameter have one grid.
-    for chunk_offset, window in source.windows(
-        source.tensors[f"{PREFIX}exp_avg.{parameter.key}"]
-    ):
+    for chunk_offset, window in source.windows(source.tensors[f"{PREFIX}exp_avg.{parameter.key}"]):
         first, count = chunk_offset[0], len(window)
         values = rows[first : first + count].reshape(count, *narrow).expand(window.shape)
         add("exp_avg_sq", chunk_offset, values.contiguous())

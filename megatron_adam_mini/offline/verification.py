@@ -26,6 +26,7 @@ from megatron_adam_mini.offline.naming import (
     config_of,
     heads_of,
     name_of,
+    parameter_of,
 )
 from megatron_adam_mini.offline.progress import Progress
 from megatron_adam_mini.offline.reader import Checkpoint, StoredTensor, tiling_problem
@@ -61,7 +62,7 @@ class Findings:
 
 
 def verify(checkpoint: Checkpoint) -> Findings:
-    """Check a checkpoint: coverage, checksums, values, blocks, manifest, masters against weights."""
+    """Check a checkpoint: coverage, checksums, values, masters, blocks, manifest."""
     findings = Findings()
     chunks = [c for t in checkpoint.tensors.values() for c in t.chunks]
     chunks += checkpoint.objects.values()
@@ -145,8 +146,6 @@ def _check_masters(checkpoint: Checkpoint, broken: set[str], findings: Findings)
 
 
 def _weight_of(checkpoint: Checkpoint, key: str) -> tuple[str | None, tuple[int, ...]]:
-    from megatron_adam_mini.offline.naming import parameter_of
-
     try:
         parameter = parameter_of(checkpoint, key)
     except CorruptError:
@@ -260,6 +259,6 @@ def _check_blocks(
     odd = np.flatnonzero(first[labels].view(np.int32) != values.view(np.int32))
     if len(odd):
         findings.problems.append(
-            f"{PREFIX}v_row.{parameter.key}: row {odd[0]} holds {values[odd[0]]}, other rows of its "
-            f"block {first[labels[odd[0]]]}; {len(odd)} rows differ from their block."
+            f"{PREFIX}v_row.{parameter.key}: row {odd[0]} holds {values[odd[0]]}, other rows of "
+            f"its block {first[labels[odd[0]]]}; {len(odd)} rows differ from their block."
         )

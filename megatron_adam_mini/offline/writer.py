@@ -116,9 +116,7 @@ class CheckpointWriter:
                 TensorProperties(dtype=dtype), torch.Size(shape), []
             )
 
-    def _place(
-        self, key: str, offset: tuple[int, ...], shape: tuple[int, ...], data: Any
-    ) -> None:
+    def _place(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...], data: Any) -> None:
         file = self._next_file()
         position = file.tell()
         file.write(data)

@@ -1,0 +1,172 @@
+"""Real training runs that are killed and go on: bit for bit as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_adam_mini.offline.reader import Checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = ["--num-layers", "2", "--hidden-size", "56", "--ffn-hidden-size", "120", "--num-attention-heads", "4", "--group-query-attention", "--num-query-groups", "2", "--seq-length", "32", "--max-position-embeddings", "32", "--swiglu", "--normalization", "RMSNorm", "--position-embedding-type", "rope", "--disable-bias-linear", "--untie-embeddings-and-output-weights", "--attention-dropout", "0.1", "--hidden-dropout", "0.1", "--tokenizer-type", "NullTokenizer", "--vocab-size", "257", "--make-vocab-size-divisible-by", "1", "--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "6000", "--tensor-model-parallel-size", "2", "--micro-batch-size", "2", "--global-batch-size", "8", "--train-iters", "12", "--lr", "1e-2", "--min-lr", "0", "--lr-decay-style", "cosine", "--lr-warmup-iters", "2", "--weight-decay", "0.1", "--split", "90,10,0", "--eval-iters", "1", "--eval-interval", "1000", "--seed", "3", "--log-interval", "1", "--no-create-attention-mask-in-dataloader", "--save-interval", "4", "--dist-ckpt-optim-fully-reshardable", "--optimizer", "adam_mini"]
+TIMEOUT = 240
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    prefix = tmp_path_factory.mktemp("data") / "text"
+    subprocess.run(
+        [sys.executable, "examples/tokenize_bytes.py", "--max-bytes", "200000"]
+        + ["--output-prefix", str(prefix)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        timeout=TIMEOUT,
+    )
+    return prefix
+
+
+def start(dataset: Path, folder: Path, *flags: str, ranks: int = 4) -> subprocess.Popen[bytes]:
+    """Start a training run that saves to ``folder`` and goes on from what is there."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={ranks}", "-m", "megatron_adam_mini.launch", "--cpu-host"]
+    command += ["examples/pretrain_llama.py", *FLAGS, "--save", str(folder), "--load", str(folder)]
+    command += ["--data-path", str(dataset), "--data-cache-path", str(dataset.parent / "cache")]
+    log = open(folder.with_suffix(".log"), "ab")  # noqa: SIM115 (the run writes to it)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *flags],
+        cwd=ROOT,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def kill(run: subprocess.Popen[bytes]) -> None:
+    """Kill torchrun and every rank at once; ranks have sessions of their own."""
+    children = subprocess.run(
+        ["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
+    ).stdout
+    parents = [tuple(map(int, line.split())) for line in children.splitlines()]
+    doomed = {run.pid}
+    for _ in range(4):
+        doomed |= {pid for pid, parent in parents if parent in doomed}
+    for pid in doomed:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    run.wait(TIMEOUT)
+
+
+def finish(run: subprocess.Popen[bytes], folder: Path) -> str:
+    code = run.wait(TIMEOUT)
+    text = folder.with_suffix(".log").read_text(errors="replace")
+    assert code == 0, text[-4000:]
+    return text
+
+
+def tracker(folder: Path) -> str:
+    path = folder / "latest_checkpointed_iteration.txt"
+    return path.read_text().strip() if path.exists() else ""
+
+
+def everything(folder: Path) -> dict[str, Any]:
+    """Return all tensors of a checkpoint, and the state of the schedule."""
+    checkpoint = Checkpoint(folder)
+    found: dict[str, Any] = {key: checkpoint.whole(key) for key in sorted(checkpoint.tensors)}
+    found["schedule"] = checkpoint.common["opt_param_scheduler"]
+    found["groups"] = checkpoint.optimizer["param_groups"]
+    found["step"] = checkpoint.optimizer["step"]
+    return found
+
+
+def assert_same(left: dict[str, Any], right: dict[str, Any]) -> None:
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, right[key]), key
+        else:
+            assert value == right[key], key
+
+
+@pytest.mark.parametrize("flags", [(), ("--async-save", "--async-strategy", "mcore")])
+def test_killed_while_it_saves_a_run_goes_on_bit_for_bit(
+    flags: tuple[str, ...], dataset: Path, tmp_path: Path
+) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    finish(start(dataset, straight, *flags), straight)
+    assert tracker(straight) == "12"
+
+    run = start(dataset, broken, *flags)
+    begun = time.monotonic()
+    while not (broken / "iter_0000008").exists():
+        assert run.poll() is None, broken.with_suffix(".log").read_text()[-4000:]
+        assert time.monotonic() - begun < TIMEOUT
+        time.sleep(0.005)
+    kill(run)
+    assert tracker(broken) == "4", "the kill came too late to prove anything"
+    text = finish(start(dataset, broken, *flags), broken)
+    assert "successfully loaded checkpoint from" in text
+    assert tracker(broken) == "12"
+    assert_same(everything(straight / "iter_0000012"), everything(broken / "iter_0000012"))
+
+
+def test_a_run_goes_on_under_another_layout(dataset: Path, tmp_path: Path) -> None:
+    """Same data order, other sums: the losses agree, and every state value arrives."""
+    folder = tmp_path / "run"
+    no_dropout = ("--attention-dropout", "0", "--hidden-dropout", "0")
+    finish(start(dataset, folder, *no_dropout), folder)
+    losses = losses_of(folder.with_suffix(".log").read_text())
+    (folder / "latest_checkpointed_iteration.txt").write_text("8")
+    other = ("--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "2")
+    text = finish(start(dataset, folder, *no_dropout, *other, ranks=2), folder)
+    again = losses_of(text.split("successfully loaded checkpoint")[1])
+    assert sorted(again) == [9, 10, 11, 12]
+    for iteration, loss in again.items():
+        # bfloat16 activations: another order of sums changes the third digit.
+        assert loss == pytest.approx(losses[iteration], rel=5e-3)
+
+
+def losses_of(log: str) -> dict[int, float]:
+    found = {}
+    for line in log.splitlines():
+        if "lm loss:" in line and " iteration " in line:
+            number = int(line.split("iteration")[1].split("/")[0])
+            found[number] = float(line.split("lm loss:")[1].split("|")[0])
+    return found
+
+
+def test_write_error_is_reported_and_the_old_checkpoint_lives(
+    dataset: Path, tmp_path: Path
+) -> None:
+    """A file size limit stands for a full disk: writes fail in the middle of a save."""
+    folder = tmp_path / "run"
+    finish(start(dataset, folder, "--train-iters", "4"), folder)
+    assert tracker(folder) == "4"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(limit + "\n")
+    os.environ["PYTHONPATH"] = str(site)
+    try:
+        run = start(dataset, folder, "--train-iters", "8")
+        assert run.wait(TIMEOUT) != 0
+    finally:
+        del os.environ["PYTHONPATH"]
+    log = folder.with_suffix(".log").read_text(errors="replace")
+    assert "File too large" in log or "CheckpointException" in log, log[-3000:]
+    assert tracker(folder) == "4"
+    text = finish(start(dataset, folder, "--train-iters", "8"), folder)
+    assert tracker(folder) == "8"
+    assert "successfully loaded checkpoint from" in text
