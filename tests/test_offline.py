@@ -155,6 +155,23 @@ def test_adam_mini_trains_on_from_a_converted_checkpoint(checkpoints, tmp_path):
     assert all(torch.isfinite(torch.tensor(losses)))
 
 
+def test_offline_and_on_load_adam_becomes_the_same_adam_mini(checkpoints, tmp_path):
+    source, result = checkpoints["adam"], tmp_path / "a"
+    assert main(["convert", "--to", "adam-mini", str(source), str(result)]) == 0
+    job = replace(MINI, tp=2)
+    offline = run_ranks(2, load_and_train, job, str(result), 0)
+    online = run_ranks(2, load_and_train, job, str(source), 0)
+    for key in ("param", "exp_avg", "v"):
+        a = whole_tensors([r[0] for r in offline], key, job)
+        b = whole_tensors([r[0] for r in online], key, job)
+        assert a.keys() == b.keys()
+        for name, value in a.items():
+            if key == "v":  # summed in other orders, once in float64
+                torch.testing.assert_close(value, b[name], rtol=1e-5, atol=0.0, msg=name)
+            else:
+                assert torch.equal(value, b[name]), name
+
+
 def test_megatrons_adam_trains_on_from_a_checkpoint_of_adam_mini(checkpoints, tmp_path):
     result = tmp_path / "a"
     assert main(["convert", "--to", "adam", str(checkpoints["mini"]), str(result)]) == 0
@@ -210,6 +227,41 @@ def test_common_state_survives_with_its_classes(checkpoints, tmp_path):
     assert type(new["args"].attention_backend).__name__ == "AttnBackend"
     assert old["iteration"] == new["iteration"] == ADAM.steps
     assert new["optimizer"]["step"] == ADAM.steps
+
+
+def test_reading_leaves_megatrons_safe_classes_alone(checkpoints):
+    from megatron.core.safe_globals import register_safe_globals
+
+    from megatron_adam_mini.offline.reader import Checkpoint
+
+    register_safe_globals()
+    before = set(torch.serialization.get_safe_globals())
+    Checkpoint(checkpoints["adam"])
+    assert set(torch.serialization.get_safe_globals()) == before
+
+
+def test_common_state_in_a_file_of_its_own_stays_there(checkpoints, tmp_path):
+    """As older releases of Megatron have it."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_adam_mini.offline.common_state import save_common
+    from megatron_adam_mini.offline.reader import Checkpoint
+    from megatron_adam_mini.offline.writer import CheckpointWriter
+
+    checkpoint = Checkpoint(checkpoints["adam"])
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    (old / "common.pt").write_bytes(save_common(checkpoint.common, as_object=False))
+    del checkpoint.objects["common_state/shard_0_1"]
+    writer = CheckpointWriter(checkpoint, old)
+    writer.copy([*checkpoint.tensors, *checkpoint.objects])
+    writer.finish(checkpoint.common)
+    assert main(["convert", "--to", "adam-mini", str(old), str(new)]) == 0
+    assert main(["verify", str(new)]) == 0
+    common = dist_checkpointing.load_common_state_dict(str(new))
+    assert (new / "common.pt").exists()
+    assert common["optimizer"]["step"] == ADAM.steps
+    assert common["args"].num_attention_heads == ADAM.heads
 
 
 @pytest.mark.parametrize(
