@@ -16,6 +16,12 @@ from typing import Any
 #: Raised whenever the same model and config would be cut into other blocks than before.
 RULE_VERSION = 1
 
+#: Raised when older code could not read the checkpoints that newer code writes.
+FORMAT_VERSION = 1
+
+#: Keys of Adam-mini's state in checkpoints start with it.
+STATE_PREFIX = "optimizer.adam_mini."
+
 #: How the table of roles is filled in; see ``partition.rule_for``.
 PRESETS = ("paper", "first", "tensor")
 
@@ -62,7 +68,8 @@ class AdamMiniConfig:
 
     def __post_init__(self) -> None:
         """Normalise sequences to tuples and check every value."""
-        if isinstance(self.full_v, str):
+        given: object = self.full_v
+        if isinstance(given, str):
             raise TypeError(
                 f"Adam-mini full_v={self.full_v!r} is one string; give a sequence of patterns, "
                 f"such as ({self.full_v!r},)."

@@ -18,7 +18,6 @@ from megatron_adam_mini.config import (
 from megatron_adam_mini.mcore.preflight import refuse_unsupported
 
 OPTIMIZER = "adam_mini"
-_PREFIX = "adam_mini_"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -134,16 +133,18 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
 
 
-def refuse_stray_options(args: argparse.Namespace, parser_defaults: dict[str, Any]) -> None:
+def refuse_stray_options(args: argparse.Namespace, options: dict[str, tuple[str, Any]]) -> None:
     """Refuse ``--adam-mini-*`` flags that another optimizer would ignore in silence.
+
+    Args:
+        args: parsed arguments.
+        options: flag and default of each of Adam-mini's arguments, by name.
 
     Raises:
         ValueError: names the flags.
     """
     stray = [
-        "--" + name.replace("_", "-")
-        for name, default in parser_defaults.items()
-        if name.startswith(_PREFIX) and getattr(args, name, default) != default
+        flag for name, (flag, default) in options.items() if getattr(args, name, default) != default
     ]
     if stray:
         raise ValueError(

@@ -8,14 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.config import FORMAT_VERSION, AdamMiniConfig
 from megatron_adam_mini.partition import ParameterBlocks, is_coarsening, partition_parameter
 
 if TYPE_CHECKING:
     from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
-
-#: Raised when older code could not read what newer code writes.
-FORMAT_VERSION = 1
 
 
 def identity_of(optimizer: AdamMiniOptimizer, layout: str) -> dict[str, Any]:

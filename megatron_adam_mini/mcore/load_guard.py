@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import distributed
 
-from megatron_adam_mini.mcore.state_entries import MARK, PREFIX
+from megatron_adam_mini.config import STATE_PREFIX
+from megatron_adam_mini.mcore.state_entries import MARK
 from megatron_adam_mini.offline.chunks import ChunkReader
 from megatron_adam_mini.offline.reader import Checkpoint, tiling_problem
 
@@ -55,7 +56,7 @@ def check_share(folder: Path, rank: int, size: int) -> None:
     for chunk in [*chunks, *checkpoint.objects.values()][rank::size]:
         with ChunkReader(chunk) as reader:
             reader.check_members()
-    own = sorted(key for key in checkpoint.tensors if key.startswith(PREFIX))
+    own = sorted(key for key in checkpoint.tensors if key.startswith(STATE_PREFIX))
     for key in own[rank::size]:
         problem = tiling_problem(checkpoint.tensors[key])
         if problem is not None:

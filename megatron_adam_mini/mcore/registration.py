@@ -142,7 +142,7 @@ def _wrap_add(defaults: dict[str, Any], original: Callable[..., Any]) -> Callabl
         parser = add_arguments(original(parser))
         defaults.update(
             {
-                action.dest: action.default
+                action.dest: (action.option_strings[0], action.default)
                 for action in parser._actions
                 if action.dest.startswith("adam_mini_")
             }

@@ -19,13 +19,13 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from torch import Tensor
 
+from megatron_adam_mini.config import STATE_PREFIX
 from megatron_adam_mini.engine import Piece
 from megatron_adam_mini.mcore.model_space import ModelEntry
 
 if TYPE_CHECKING:
     from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
 
-PREFIX = "optimizer.adam_mini."
 #: Names within the optimizer's state dict; Megatron's own optimizers use neither.
 SHARDS, OBJECTS = "adam_mini_shards", "adam_mini_objects"
 #: Tells ``load_guard`` that a load is Adam-mini's, and whether it is to check the files.
@@ -66,7 +66,7 @@ def remember(optimizer: AdamMiniOptimizer, pending: PendingLoad) -> dict[str, An
 
 def kind_key(name: str) -> str:
     """Return the prefix of a kind's keys in Adam-mini's own formats."""
-    return f"{PREFIX}{name}."
+    return f"{STATE_PREFIX}{name}."
 
 
 def flat_state(piece: Piece) -> dict[str, Tensor]:
@@ -189,7 +189,7 @@ def bucket_shards(
             data = flat[:length] if loading else unshared(flat[:length])
             shards[f"bucket_{kind}.{number}"] = {
                 "0": ShardedTensor(
-                    key=f"{PREFIX}bucket.{kind}.model_parallel_{stage}.bucket_{number}",
+                    key=f"{STATE_PREFIX}bucket.{kind}.model_parallel_{stage}.bucket_{number}",
                     data=data,
                     dtype=data.dtype,
                     local_shape=(length,),

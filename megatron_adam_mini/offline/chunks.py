@@ -1,8 +1,8 @@
 """One stored chunk: a ``torch.save`` container, which is a zip, inside a larger file.
 
 Imports torch and zipfile. torch's own reader ignores the checksums of the zip; here every chunk
-that is read as a whole is checked against them. Tensors are read in windows, so that memory does not
-depend on the size of a chunk.
+that is read as a whole is checked against them. Tensors are read in windows, so that memory does
+not depend on the size of a chunk.
 """
 
 from __future__ import annotations

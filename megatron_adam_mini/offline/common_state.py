@@ -101,8 +101,12 @@ def load_common(data: bytes, where: str) -> dict[str, Any]:
         strange = [name for name in sorted(names) if not _known(name)]
         if strange:
             raise pickle.UnpicklingError(f"it names {strange[0]}, which is not allowed")
-        known: list[Any] = [argparse.Namespace]
-        known += [(_stand_in(name), name) for name in names if name != "argparse.Namespace"]
+        # Only names that nobody has allowed yet are in the list; leaving the context would take
+        # others away from Megatron, if it runs in this process.
+        known: list[Any] = [
+            (argparse.Namespace if name == "argparse.Namespace" else _stand_in(name), name)
+            for name in names
+        ]
         with torch.serialization.safe_globals(known):
             found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way

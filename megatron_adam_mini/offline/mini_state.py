@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_adam_mini.config import FORMAT_VERSION
 from megatron_adam_mini.offline.errors import CorruptError, UnreadableError
 from megatron_adam_mini.offline.naming import PREFIX, Parameter, keys_by_kind, parameter_of
 from megatron_adam_mini.offline.reader import Checkpoint
-
-#: Newest format that is understood; see ``mcore/checkpoint_identity``.
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)

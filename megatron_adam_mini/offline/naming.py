@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.config import STATE_PREFIX, AdamMiniConfig
 from megatron_adam_mini.offline.errors import CorruptError, UnreadableError
 from megatron_adam_mini.offline.reader import Checkpoint
 from megatron_adam_mini.partition import (
@@ -30,7 +30,7 @@ from megatron_adam_mini.partition import (
 )
 from megatron_adam_mini.roles import role_of
 
-PREFIX = "optimizer.adam_mini."
+PREFIX = STATE_PREFIX
 #: Stock Adam: the distributed optimizer's fully_reshardable format, and the plain optimizer's.
 ADAM_PREFIX = "optimizer.state."
 

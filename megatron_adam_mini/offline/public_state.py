@@ -1,8 +1,8 @@
 """State of the public package ``adam-mini`` 1.1.1, one parameter at a time.
 
-Imports torch. Its optimizer keeps ``m`` (viewed as ``(heads, -1)`` for Query and Key) and ``vmean``:
-one number per head for Query and Key, one for a whole norm (and for Value if the user emptied
-``wv_names``), else one per row.
+Imports torch. Its optimizer keeps ``m`` (for Query and Key viewed as ``(heads, -1)``) and
+``vmean``: one number per head for Query and Key, one for a whole norm (and for Value if the user
+emptied ``wv_names``), else one per row.
 """
 
 from __future__ import annotations

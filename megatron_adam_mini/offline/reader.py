@@ -82,7 +82,7 @@ class Checkpoint:
 
     @property
     def has_common_file(self) -> bool:
-        """Whether the common state is a file, as releases before 0.18 have it."""
+        """Whether the common state is a file, as older releases of Megatron have it."""
         return COMMON_KEY not in self.objects
 
     @property
