@@ -6,11 +6,12 @@ Imports torch.distributed and the standard library. Runs once, at construction a
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import distributed
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_adam_mini.config import short_hash
 
@@ -82,6 +83,32 @@ def check_agreement(
             "matched with fnmatch against global names such as "
             "'decoder.layers.0.mlp.linear_fc1.weight'; --adam-mini-manifest lists all of them."
         )
+
+
+def on_all_ranks[T](work: Callable[[], T], failure: str) -> T:
+    """Do something on all ranks, and raise on all of them if it fails on any.
+
+    Args:
+        work: what every rank does; it must not leave some ranks waiting for others that fail.
+        failure: what went wrong, for ranks that did not fail themselves.
+
+    Raises:
+        Exception: on a rank that failed, its own error.
+        RuntimeError: on the others.
+    """
+    outcome: list[T] = []
+    error: Exception | CheckpointException | None = None
+    try:
+        outcome.append(work())
+    except (Exception, CheckpointException) as caught:  # torch's own is no Exception
+        error = caught
+    everyone = _gather(None if error is None else f"{type(error).__name__}: {error}", None)
+    if error is not None:
+        raise error
+    for rank, message in enumerate(everyone):
+        if message is not None:
+            raise RuntimeError(f"{failure}: rank {rank} found {message}")
+    return outcome[0]
 
 
 def _raise_difference(

@@ -193,7 +193,8 @@ class Engine:
 
         All ranks must call it. Collectives, in this order: all-gather in the dense
         data-parallel group, in the expert's; all-reduce in the dense tensor-parallel group, in
-        the expert's; one all-reduce for the norm. Each is left out where nothing is cut.
+        the expert's; one all-reduce for the norm. All but the last are left out where nothing is
+        cut.
 
         Returns:
             float64 tensor ``[squared gradient norm, number of non-finite sums]``, of the

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: command line without the program's name; default ``sys.argv[1:]``.
 
     Raises:
-        SystemExit: the script does not exist, or an option is unknown.
+        SystemExit: the script does not exist, an option is unknown, or the CPU host refuses.
     """
     parser = argparse.ArgumentParser(
         prog="python -m megatron_adam_mini.launch",
@@ -49,8 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.cpu_host:
         from megatron_adam_mini import cpu_host
 
-        cpu_host.enable()
-        script_arguments = cpu_host.with_cpu_flags(script_arguments)
+        try:
+            cpu_host.enable()
+            script_arguments = cpu_host.with_cpu_flags(script_arguments)
+        except (RuntimeError, ValueError) as error:
+            parser.error(str(error))
     megatron_adam_mini.register()
     sys.argv = [str(script), *script_arguments]
     # As for `python SCRIPT`: the script's own folder is where it finds its modules.
@@ -58,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runpy.run_path(str(script), run_name="__main__")
 
 
-# Checkpoint writers are spawned processes that import this module again.
+# Processes that are spawned import the main module again: this one until the script runs, then the
+# script, which needs a guard like this of its own.
 if __name__ == "__main__":
     main()

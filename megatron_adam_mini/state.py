@@ -1,6 +1,6 @@
 """The optimizer state of one rank: what is allocated, and how large it is.
 
-Imports torch and ``layout``. Everything is allocated at construction, on every rank alike, so
+Imports torch. Everything is allocated at construction, on every rank alike, so
 that memory does not grow at the first step and a checkpoint can be loaded before it.
 
 Data flow: layout -> **SliceState** -> kernels (modified in place) -> checkpoint.
@@ -18,7 +18,8 @@ from torch import Tensor
 class Slice(Protocol):
     """The live tensors of one slice; they are asked for anew in each step.
 
-    Megatron may move a buffer between steps (offloading), so nobody keeps what these return.
+    Megatron may move a buffer between steps (offloading), so the step does not keep what these
+    return.
     """
 
     @property

@@ -211,7 +211,6 @@ LAYOUTS = {
     "GELU with biases, no GLU": (replace(BASE, tp=2, swiglu=False, bias=True), 2),
     "tied embeddings": (replace(BASE, tied=True, tp=2, pp=2), 2),
     "virtual pipeline stages": (replace(BASE, layers=4, pp=2, vpp=2), 1),
-    "context parallel": (replace(BASE, tp=2), 2),
     "several optimizer instances": (replace(BASE, instances=2, tp=2), 4),
     "replicated state": (replace(BASE, distributed_optimizer=False, tp=2), 2),
     "no clipping": (replace(BASE, clip_grad=0.0), 3),

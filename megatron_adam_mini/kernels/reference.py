@@ -1,7 +1,9 @@
 """Plain-torch kernels: the specification that the fast ones are tested against.
 
-Every function modifies its first arguments in place, allocates only what the comment says and
-never synchronises with the host. All scalars that depend on the step are tensors.
+Every function modifies its first arguments in place and never synchronises with the host. Being a
+specification, they are not frugal: temporaries take up to 16 bytes per element of the largest run
+of equal segments, usually one parameter's rows in the slice. All scalars that depend on the step
+are tensors.
 
 Shape legend: ``L`` elements of one slice, ``S`` segments of it, ``R`` element ranges of it,
 ``E`` elements in all element ranges, ``B`` any vector with one entry per segment.

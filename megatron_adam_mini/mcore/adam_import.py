@@ -28,6 +28,7 @@ from megatron_adam_mini.mcore.state_entries import (
     entry_of,
     flat_state,
     put,
+    refuse_buckets,
     remember,
 )
 
@@ -52,6 +53,7 @@ def state_to_load(
             f"start from {', '.join(FORMATS)}. Save it again in one of them, or load the model "
             "alone with --no-load-optim."
         )
+    refuse_buckets(optimizer, layout)
     pending = PendingLoad(average=True, adam=layout)
     entries = entries_by_parameter(model_state)
     for number, piece in enumerate(optimizer.engine.pieces()):

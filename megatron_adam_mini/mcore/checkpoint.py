@@ -27,6 +27,7 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
+from megatron_adam_mini.agreement import on_all_ranks
 from megatron_adam_mini.mcore import adam_import
 from megatron_adam_mini.mcore.checkpoint_identity import identity_of, partition_of_checkpoint
 from megatron_adam_mini.mcore.model_space import entries_by_parameter, put_back
@@ -40,6 +41,7 @@ from megatron_adam_mini.mcore.state_entries import (
     flat_state,
     kind_key,
     put,
+    refuse_buckets,
     remember,
     rows_from_blocks,
     sums_over_segments,
@@ -66,7 +68,7 @@ def state_to_save(
     identity = identity_of(optimizer, layout)
     if metadata is not None:
         metadata["adam_mini"] = identity
-        if wanted is not None and layout == "model_space":
+        if layout == "model_space":
             # What Megatron asks before it lets a run with other TP or PP sizes load the state.
             metadata["distrib_optim_sharding_type"] = "fully_reshardable"
     shards: dict[str, dict[str, ShardedTensor]] = {}
@@ -122,7 +124,20 @@ def state_to_save(
 def state_to_load(
     optimizer: AdamMiniOptimizer, model_state: Mapping[str, Any], metadata: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Return what this rank asks a checkpoint for; it is read into the state in place."""
+    """Return what this rank asks a checkpoint for; it is read into the state in place.
+
+    All ranks must call it: a refusal that concerns the parameters of one pipeline stage is raised
+    on all of them, before any waits for the others in the load.
+    """
+    return on_all_ranks(
+        lambda: _state_to_load(optimizer, model_state, metadata),
+        "Adam-mini's state cannot be loaded",
+    )
+
+
+def _state_to_load(
+    optimizer: AdamMiniOptimizer, model_state: Mapping[str, Any], metadata: Mapping[str, Any] | None
+) -> dict[str, Any]:
     saved = (metadata or {}).get("adam_mini")
     if metadata is not None and saved is None:
         return adam_import.state_to_load(optimizer, model_state, metadata)
@@ -131,6 +146,7 @@ def state_to_load(
     sources: list[ParameterBlocks] = list(optimizer.engine.parameters)
     if saved is not None:
         layout = saved["layout"]
+        refuse_buckets(optimizer, layout)
         sources = partition_of_checkpoint(optimizer, saved)
         pending.average = sources != list(optimizer.engine.parameters)
     entries = entries_by_parameter(model_state)

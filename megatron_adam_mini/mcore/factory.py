@@ -75,11 +75,9 @@ def build_optimizer(
             eps=config.adam_eps,
             weight_decay=config.weight_decay,
         )
-        if options.manifest and not Path(options.manifest).resolve().parent.is_dir():
-            raise ValueError(
-                f"Adam-mini manifest={options.manifest!r} cannot be written: its folder does not "
-                "exist; create it first."
-            )
+        _check_distributed_optimizer(config, model_chunks)
+        if options.manifest and distributed.get_rank() == 0:
+            _check_writable(options.manifest)
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         expert_tp = getattr(groups, "expt_tp", None) or groups.tp
         params = collect_parameters(model_chunks, tp_group=groups.tp, expert_tp_group=expert_tp)
@@ -129,6 +127,29 @@ def _check_chunks(model_chunks: Sequence[Any]) -> None:
             )
 
 
+def _check_distributed_optimizer(config: OptimizerConfig, model_chunks: Sequence[Any]) -> None:
+    """Refuse configs that disagree on who owns which gradients: sums would be wrong in silence."""
+    for chunk in model_chunks:
+        wrapped = bool(chunk.ddp_config.use_distributed_optimizer)
+        if wrapped != bool(config.use_distributed_optimizer):
+            raise ValueError(
+                f"use_distributed_optimizer is {config.use_distributed_optimizer} in "
+                f"OptimizerConfig but {wrapped} in DistributedDataParallelConfig; give both the "
+                "same value."
+            )
+
+
+def _check_writable(manifest: str) -> None:
+    try:
+        with Path(manifest).open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"Adam-mini manifest={manifest!r} cannot be written: {error.strerror}. Name a file in "
+            "a folder that exists and is writable on rank 0's machine."
+        ) from error
+
+
 def _param_groups(
     model_chunks: Sequence[Any], config: OptimizerConfig, overrides: dict[Any, Any] | None
 ) -> list[dict[str, Any]]:
@@ -162,6 +183,11 @@ def _dense_domain(
         instances = model_chunks[0].ddp_config.num_distributed_optimizer_instances
         replicas = instances > 1
         norm_group = getattr(groups, "intra_dist_opt", None)
+        if norm_group is None and instances > 1:
+            raise ValueError(
+                f"{instances} distributed-optimizer instances need pg_collection.intra_dist_opt: "
+                "over all ranks every gradient would count once per instance in the norm."
+            )
     else:
         dp_group, dp_rank = None, 0
         layouts, slices = whole_parameters(buffers, index_of)

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import distributed
 
+from megatron_adam_mini.agreement import on_all_ranks
 from megatron_adam_mini.config import STATE_PREFIX
 from megatron_adam_mini.mcore.state_entries import MARK
 from megatron_adam_mini.offline.chunks import ChunkReader
@@ -33,10 +34,14 @@ def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(optimizer, dict) or MARK not in optimizer:
             return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
         check_checkpoint = optimizer[MARK].unwrap()
+        failure = (
+            f"Checkpoint {str(checkpoint_dir)!r} was not loaded. Load an earlier one (--ckpt-step) "
+            "or restore the file"
+        )
         if check_checkpoint:
-            _together(lambda: check_share(Path(checkpoint_dir), *_rank_and_size()), checkpoint_dir)
-        return _together(
-            lambda: original(sharded_state_dict, checkpoint_dir, *args, **kwargs), checkpoint_dir
+            on_all_ranks(lambda: check_share(Path(checkpoint_dir), *_rank_and_size()), failure)
+        return on_all_ranks(
+            lambda: original(sharded_state_dict, checkpoint_dir, *args, **kwargs), failure
         )
 
     return load
@@ -61,35 +66,6 @@ def check_share(folder: Path, rank: int, size: int) -> None:
         problem = tiling_problem(checkpoint.tensors[key])
         if problem is not None:
             raise ValueError(f"{key}: {problem}")
-
-
-def _together(work: Callable[[], Any], folder: Any) -> Any:
-    """Do something on all ranks, and raise on all of them if it fails on any.
-
-    Raises:
-        Exception: on a rank that failed, its own error.
-        RuntimeError: on the others.
-    """
-    error: Exception | None = None
-    result = None
-    try:
-        result = work()
-    except Exception as caught:  # whatever it is, the other ranks must hear of it
-        error = caught
-    text = None if error is None else f"{type(error).__name__}: {error}"
-    everyone: list[Any] = [text]
-    if distributed.is_initialized():
-        everyone = [None] * distributed.get_world_size()
-        distributed.all_gather_object(everyone, text)
-    if error is not None:
-        raise error
-    for rank, message in enumerate(everyone):
-        if message is not None:
-            raise RuntimeError(
-                f"Checkpoint {str(folder)!r} was not loaded: rank {rank} found {message} Load an "
-                "earlier checkpoint (--ckpt-step), or restore the file."
-            )
-    return result
 
 
 def _rank_and_size() -> tuple[int, int]:

@@ -102,10 +102,9 @@ def _refuse_unsupported(name: str, param: Parameter) -> None:
             f"Parameter {name!r} belongs to an expert; mixture-of-experts models are not "
             "supported yet. Use --optimizer adam for them."
         )
-    if getattr(param, "grad_norm_group", None) is not None:
+    if getattr(param, "grad_norm_group", None) is not None or ".mtp." in f".{name}":
         raise NotImplementedError(
-            f"Parameter {name!r} has a gradient norm of its own "
-            f"({param.grad_norm_group!r}: multi-token prediction), which is not supported yet. "  # type: ignore[attr-defined]
+            f"Parameter {name!r} belongs to multi-token prediction, which is not supported yet. "
             "Train without --mtp-num-layers, or use --optimizer adam."
         )
     if getattr(param, "is_gtp_weight_remat", False):

@@ -70,6 +70,11 @@ _REFUSED = {
         "it describes Megatron's own optimizers",
         "use --adam-mini-manifest",
     ),
+    "mtp_num_layers": (
+        "--mtp-num-layers",
+        "multi-token prediction is not supported yet",
+        "drop the flag",
+    ),
     "qk_clip": (
         "--qk-clip",
         "it edits main parameters as if they had the parameter's shape",

@@ -137,11 +137,8 @@ def _segments(optimizer: AdamMiniOptimizer, piece: Piece) -> tuple[Tensor, Tenso
 def rows_from_blocks(optimizer: AdamMiniOptimizer, piece: Piece) -> Tensor:
     """Return v of every row that the piece touches, from row ``begin // width`` on."""
     v, first, last, width = _segments(optimizer, piece)
-    counts = -(-last // width) - first // width
-    # Two segments in one row are one block: the second one's count of new rows is smaller.
-    shared = first % width != 0
-    shared[0] = False
-    return torch.repeat_interleave(v, counts - shared.long())
+    # Segments end at row ends, except where the slice does: only the first can start within a row.
+    return torch.repeat_interleave(v, -(-last // width) - first // width)
 
 
 def blocks_from_rows(optimizer: AdamMiniOptimizer, piece: Piece, rows: Tensor) -> None:
@@ -170,6 +167,20 @@ def sums_over_segments(optimizer: AdamMiniOptimizer, pending: PendingLoad) -> Te
         prefix = torch.cat([elements.new_zeros(1), elements.cumsum(0)])
         out.copy_(prefix[last - piece.begin] - prefix[first - piece.begin])
     return sums
+
+
+def refuse_buckets(optimizer: AdamMiniOptimizer, layout: str) -> None:
+    """Refuse a checkpoint of flat buckets in a run that has none of its own.
+
+    Raises:
+        ValueError: ``dp_reshardable`` without the distributed optimizer.
+    """
+    if layout == "dp_reshardable" and optimizer.replica_number is None:
+        raise ValueError(
+            "The checkpoint's optimizer state is dp_reshardable: flat buckets of the distributed "
+            "optimizer, which this run does not use. Add --use-distributed-optimizer, or save with "
+            "--dist-ckpt-optim-fully-reshardable."
+        )
 
 
 def bucket_shards(
