@@ -499,3 +499,23 @@ def test_single_process_needs_no_process_group():
         check_agreement(record, patterns=("a", "b"))
     with pytest.raises(KeyError, match="own error"):
         check_agreement(PlanRecord("stage", {}, error=KeyError("own error")), patterns=())
+
+
+def build_with_other_config(job: Job) -> str:
+    import copy
+
+    from megatron_adam_mini.mcore.factory import build_optimizer
+
+    trainer = Trainer(job)
+    config = copy.copy(trainer.optimizer.config)
+    config.use_distributed_optimizer = not config.use_distributed_optimizer
+    with pytest.raises(ValueError, match="give both the same value") as caught:
+        build_optimizer(config, trainer.chunks)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("distributed_optimizer", [True, False])
+def test_configs_that_disagree_on_the_distributed_optimizer(distributed_optimizer):
+    job = Job(distributed_optimizer=distributed_optimizer)
+    for text in run_ranks(2, build_with_other_config, job):
+        assert f"{not distributed_optimizer} in OptimizerConfig" in text

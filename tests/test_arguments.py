@@ -436,8 +436,10 @@ def test_untested_version_of_megatron_core_warns_once_with_both_versions():
     assert "install megatron-core==0.19.2" in warning
 
 
-def test_tested_version_does_not_warn():
-    assert only(run_ranks(1, warnings_at_registration, None)) == []
+@pytest.mark.parametrize("version", [None, "0.19.2", "0.19.2+c9434831"])
+def test_tested_version_does_not_warn(version):
+    """Also not within a git folder, whose commit Megatron-Core adds to its version."""
+    assert only(run_ranks(1, warnings_at_registration, version)) == []
 
 
 # The launcher.

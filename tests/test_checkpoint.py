@@ -316,3 +316,15 @@ def test_full_v_can_be_averaged_to_rows(tmp_path: Path) -> None:
             expected = expected.mean(dim=1, keepdim=True).expand_as(expected)
             assert not torch.equal(before[name][:, 0], before[name][:, 1])
         assert torch.allclose(value, expected, rtol=2e-6, atol=0.0), name
+
+
+def test_refusal_that_concerns_one_stage_reaches_all_ranks(tmp_path: Path) -> None:
+    job = replace(BASE, pp=2)
+    run_ranks(2, train_and_save, job, str(tmp_path))
+    finer = replace(job, adam_mini={"full_v": ["*layers.0.*"]})
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, load_and_show, finer, str(tmp_path), timeout=60)
+    assert caught.value.errors[0][0] == "ValueError"
+    kind, text = caught.value.errors[1]
+    assert kind == "RuntimeError"
+    assert "rank 0 found ValueError" in text

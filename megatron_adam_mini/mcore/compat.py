@@ -17,7 +17,8 @@ logger = logging.getLogger(__name__)
 
 def warn_if_untested() -> None:
     """Warn, once per registration, when Megatron-Core is a release that nobody tested."""
-    if MCORE_VERSION not in TESTED_VERSIONS:
+    # Megatron-Core adds the commit of the git folder around it, which may be anybody's: 0.19.2+c943.
+    if MCORE_VERSION.partition("+")[0] not in TESTED_VERSIONS:
         logger.warning(
             "megatron-adam-mini was tested with megatron-core %s, but this is %s. Run "
             "`make test` of megatron-adam-mini against it before a long run, or install "
