@@ -418,8 +418,8 @@ FC1 = "'decoder.layers.0.mlp.linear_fc1.weight'"
         ),
         (
             "norm group",
-            f"Parameter {FC1} has a gradient norm of its own ('mtp': multi-token prediction), "
-            "which is not supported yet. Train without --mtp-num-layers, or use --optimizer adam.",
+            f"Parameter {FC1} belongs to multi-token prediction, which is not supported yet. "
+            "Train without --mtp-num-layers, or use --optimizer adam.",
         ),
     ],
 )

@@ -258,6 +258,7 @@ COMMAND_LINES = {
         "*.weight",
     ],
     "dump_param_to_param_group_map": ["--dump-param-to-param-group-map", "map.json"],
+    "mtp_num_layers": ["--mtp-num-layers", "1"],
     "qk_clip": ["--qk-clip"],
 }
 
