@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 def warn_if_untested() -> None:
     """Warn, once per registration, when Megatron-Core is a release that nobody tested."""
-    # Megatron-Core adds the commit of the git folder around it, which may be anybody's: 0.19.2+c943.
+    # Megatron-Core adds the commit of the git folder around it, whosever that is: 0.19.2+c943483.
     if MCORE_VERSION.partition("+")[0] not in TESTED_VERSIONS:
         logger.warning(
             "megatron-adam-mini was tested with megatron-core %s, but this is %s. Run "
