@@ -134,7 +134,7 @@ def segment_slice(
         # Rows of other tensor-parallel ranks are not part of the local tensor.
         low = np.maximum((low - offset) * width, 0)
         high = np.minimum((high - offset) * width, blocks.info.numel)
-        whole_width = width * (blocks.info.tp_size if (blocks.info.tp_dim or 0) > 0 else 1)
+        whole_width = width * (blocks.info.tp_size if row_parallel(blocks) else 1)
         values = (
             np.maximum(low, first) + shift,
             np.minimum(high, last) + shift,

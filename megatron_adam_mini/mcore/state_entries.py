@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_adam_mini.config import STATE_PREFIX
 from megatron_adam_mini.engine import Piece
+from megatron_adam_mini.layout import row_parallel
 from megatron_adam_mini.mcore.model_space import ModelEntry
 
 if TYPE_CHECKING:
@@ -100,8 +101,8 @@ def put(shards: dict[str, dict[str, ShardedTensor]], name: str, found: list[Shar
 
 def tp_rank_of_rows(optimizer: AdamMiniOptimizer, piece: Piece) -> int | None:
     """Return the tensor-parallel rank if each of its ranks holds a part of every row."""
-    info = optimizer.engine.parameters[piece.parameter].info
-    return info.tp_rank if (info.tp_dim or 0) > 0 else None
+    blocks = optimizer.engine.parameters[piece.parameter]
+    return blocks.info.tp_rank if row_parallel(blocks) else None
 
 
 def unshared(data: Tensor) -> Tensor:
