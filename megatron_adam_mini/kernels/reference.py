@@ -6,7 +6,8 @@ parameter's rows in the slice; and they read ``grad_scale`` on the host.
 
 Storage, told by dtypes: ``param_L`` float32 holds main parameters; int16 holds remainders, with
 which the bfloat16 ``weight_L`` makes up the main parameters (see ``rounding``). ``exp_avg_L`` is
-float32 or bfloat16 (to the nearest as weights, or stochastically). ``grad_L`` is float32 or bfloat16, and only read.
+float32 or bfloat16 (to the nearest as weights, or stochastically). ``grad_L`` is float32 or
+bfloat16, and only read.
 
 Shape legend: ``L`` elements of one slice, ``S`` segments of a table, ``R`` element ranges,
 ``E`` elements in all element ranges, ``B`` vectors with one entry per segment of the rank, in
@@ -21,15 +22,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_adam_mini.kernels.rounding import (
+from megatron_adam_mini.kernels.scalars import StepScalars
+from megatron_adam_mini.kernels.segments import SegmentTable
+from megatron_adam_mini.rounding import (
     join,
     noise16,
     split,
     to_bfloat16_stochastic,
     to_weight,
 )
-from megatron_adam_mini.kernels.scalars import StepScalars
-from megatron_adam_mini.kernels.segments import SegmentTable
 
 NAME = "reference"
 
@@ -207,7 +208,10 @@ def update_elementwise_(
     """Update the elements that keep a second moment of their own: AdamW.
 
     Args:
-        param_L, exp_avg_L, weight_L, grad_L: as for :func:`update_`.
+        param_L: as for :func:`update_`, as are the next three.
+        exp_avg_L: m.
+        weight_L: model weights.
+        grad_L: gradients.
         exp_avg_sq_E: v of the elements of all ranges, one range after the other, float32,
             modified in place.
         ranges: R element ranges.
