@@ -22,6 +22,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core import optimizer as mcore_optimizer
 
@@ -171,9 +172,12 @@ def _wrap_validate(defaults: dict[str, Any], original: Callable[..., Any]) -> Ca
 def _wrap_config(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_megatron_optimizer_config(args: argparse.Namespace) -> Any:
-        config, overrides = original(args)
-        if config.optimizer == OPTIMIZER:
-            config.adam_mini = config_from_args(args)
+        if args.optimizer != OPTIMIZER:
+            return original(args)
+        # Megatron's config allows another dtype with Transformer Engine's Adam only.
+        megatrons = argparse.Namespace(**vars(args) | {"exp_avg_dtype": torch.float32})
+        config, overrides = original(megatrons)
+        config.adam_mini = config_from_args(args)
         return config, overrides
 
     return get_megatron_optimizer_config
