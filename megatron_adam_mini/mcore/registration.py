@@ -1,6 +1,6 @@
 """Adam-mini behind Megatron's names: which of its functions are wrapped, and how to undo it.
 
-Imports megatron.core, and megatron.training if it is there. Five functions are replaced, all of
+Imports megatron.core, and megatron.training if it is there. Six functions are replaced, all of
 which Megatron looks up as module globals at call time, so it does not matter who imported their
 callers before:
 
@@ -10,7 +10,8 @@ callers before:
 * ``megatron.training.arguments.add_megatron_arguments``: adds the flags;
 * ``megatron.training.arguments.validate_args``: checks ours, then lets Megatron validate as for
   Adam. For any other name it would turn the distributed optimizer into the layer-wise one;
-* ``megatron.training.training.get_megatron_optimizer_config``: carries the options along.
+* ``megatron.training.training.get_megatron_optimizer_config``: carries the options along;
+* ``megatron.training.training.training_log``: adds Adam-mini's metrics to the logs.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from megatron_adam_mini.mcore.arguments import (
 from megatron_adam_mini.mcore.compat import warn_if_untested
 from megatron_adam_mini.mcore.factory import build_optimizer
 from megatron_adam_mini.mcore.load_guard import wrap_load
+from megatron_adam_mini.mcore.metrics import wrap_training_log
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +109,7 @@ def register() -> Registration:
         handle.replace(arguments, "validate_args", functools.partial(_wrap_validate, defaults))
         training = importlib.import_module("megatron.training.training")
         handle.replace(training, "get_megatron_optimizer_config", _wrap_config)
+        handle.replace(training, "training_log", wrap_training_log)
     _active = handle
     return handle
 
