@@ -32,6 +32,7 @@ class Job:
     bias: bool = False
     qk_layernorm: bool = False
     tied: bool = False
+    fused_norms: bool = False  # parameter names as Transformer Engine's
     sequence_parallel: bool = False
     bf16: bool = False
     fp16: bool = False
@@ -152,11 +153,14 @@ class Trainer:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
         job = self.job
+        spec = get_gpt_layer_local_spec(qk_layernorm=job.qk_layernorm, normalization="RMSNorm")
+        if job.fused_norms:
+            from tests.fused_norms import fused_norm_layer_spec
+
+            spec = fused_norm_layer_spec()
         return GPTModel(
             config=self.config,
-            transformer_layer_spec=get_gpt_layer_local_spec(
-                qk_layernorm=job.qk_layernorm, normalization="RMSNorm"
-            ),
+            transformer_layer_spec=spec,
             vocab_size=job.vocab,
             max_sequence_length=job.sequence,
             pre_process=parallel_state.is_pipeline_first_stage(

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from tests.gather import slices_of, weights_of, whole_tensors
-from tests.megatron_job import Job, Trainer
+from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.mcore.checkpoint_identity import partition_of_checkpoint
+from megatron_adam_mini.offline.reader import Checkpoint
+from megatron_adam_mini.partition import ParameterInfo, manifest_of, partition_parameter
+from tests.gather import Part, slices_of, weights_of, whole_tensors
+from tests.megatron_job import Job, Trainer, global_names
 from tests.ranks import RankError, run_ranks
 from tests.test_oracle import labels_of
 
@@ -172,6 +177,96 @@ def test_dp_reshardable_is_supported_and_changes_the_data_parallel_size(tmp_path
     saved = run_ranks(8, train_and_save, saved_job, str(tmp_path), "dp_reshardable")
     job = replace(saved_job, overlap=True)
     compare(saved, saved_job, run_ranks(4, load_and_show, job, str(tmp_path)), job)
+
+
+# Other names of the same parameters.
+
+FUSED_NAMES = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
+
+def with_fused_names(parts: list[Part]) -> list[Part]:
+    return [replace(part, name=fused_name(part.name)) for part in parts]
+
+
+def fused_name(name: str) -> str:
+    for old, new in FUSED_NAMES.items():
+        name = name.replace(old, new)
+    return name
+
+
+def manifest_and_stored_keys(job: Job) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the keys of the manifest, and those under which Megatron stores, by name."""
+    from megatron_adam_mini.mcore.model_space import ModelEntry, entries_by_parameter
+
+    trainer = Trainer(job)
+    entries = entries_by_parameter(model_state(trainer, metadata_of(None)))
+    stored = {}
+    for name, param in global_names(trainer.chunks).items():
+        flat = torch.empty(param.numel())
+        (first, *_) = ModelEntry(entries[id(param)], 0).elements("", flat, 0, len(flat))
+        stored[name] = first.key
+    manifest = trainer.optimizer.manifest["parameters"]
+    return {entry["name"]: entry["key"] for entry in manifest}, stored
+
+
+def test_the_manifest_has_the_keys_that_megatron_stores() -> None:
+    ((manifest, stored),) = run_ranks(1, manifest_and_stored_keys, BASE)
+    assert manifest == stored
+    assert {name for name, key in manifest.items() if name != key} == {
+        f"decoder.layers.{i}.{name}" for i in range(BASE.layers) for name in FUSED_NAMES
+    }
+
+
+def test_the_implementation_of_the_layers_may_change(tmp_path: Path) -> None:
+    """Local layers to fused norms and back, each under another layout."""
+    local, fused = replace(BASE, tp=2), replace(BASE, fused_norms=True, pp=2)
+    hashes = set()
+    for saved_job, job, folder in ((local, fused, tmp_path / "a"), (fused, local, tmp_path / "b")):
+        folder.mkdir()
+        saved = run_ranks(2, train_and_save, saved_job, str(folder))
+        loaded = run_ranks(2, load_and_show, job, str(folder))
+        saved = [tuple(with_fused_names(parts) for parts in r) for r in saved]
+        loaded = [(*(with_fused_names(parts) for parts in r[:2]), *r[2:]) for r in loaded]
+        compare(saved, saved_job, loaded, job)
+        hashes.add(Checkpoint(folder).optimizer["adam_mini"]["manifest_hash"])
+    assert len(hashes) == 1
+
+
+def test_checkpoints_whose_manifest_has_names_are_still_read() -> None:
+    """As the first ones of this format have it."""
+    config = AdamMiniConfig()
+    info = ParameterInfo(
+        name="decoder.layers.0.input_layernorm.weight",
+        key="decoder.layers.0.self_attention.linear_qkv.layer_norm_weight",
+        shape=(8,),
+        role="norm",
+    )
+    blocks = [partition_parameter(info, config)]
+    manifest = manifest_of([blocks[0].manifest_entry()], config)
+    optimizer: Any = SimpleNamespace(
+        engine=SimpleNamespace(config=config, parameters=blocks), manifest=manifest
+    )
+    saved = {"format": 1, "partition": config.partition_fields(), "manifest_hash": "another"}
+    for key in (info.name, info.key):
+        rules = {key: ["tensor", 1]}
+        assert partition_of_checkpoint(optimizer, {**saved, "rules": rules}) == blocks
+    with pytest.raises(ValueError, match="run lacks it"):
+        partition_of_checkpoint(optimizer, {**saved, "rules": {"other": ["tensor", 1]}})
+
+
+def test_patterns_of_another_implementation_count_by_what_they_did(tmp_path: Path) -> None:
+    local = replace(BASE, adam_mini={"full_v": ["*.input_layernorm.*"]})
+    run_ranks(1, train_and_save, local, str(tmp_path))
+    fused = replace(BASE, fused_norms=True)
+    (text,) = run_ranks(1, refusal, fused, str(tmp_path))
+    assert "layers.0.self_attention.linear_qkv.layer_norm_weight: checkpoint element" in text
+    assert f"{BASE.layers} parameters differ" in text
+    same = replace(fused, adam_mini={"full_v": ["*.linear_qkv.layer_norm_weight"]})
+    ((*_, step, _),) = run_ranks(1, load_and_show, same, str(tmp_path))
+    assert step == BASE.steps
 
 
 # From Megatron's Adam.

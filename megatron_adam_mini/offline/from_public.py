@@ -22,10 +22,8 @@ from megatron_adam_mini.offline.naming import (
     PREFIX,
     Parameter,
     args_of,
-    block_of_rows,
-    blocks_of,
-    config_of,
     heads_of,
+    stored_blocks,
 )
 from megatron_adam_mini.offline.progress import Progress
 from megatron_adam_mini.offline.public_state import PublicFile, PublicParameter
@@ -59,7 +57,7 @@ def convert_from_public(file: PublicFile, template: Checkpoint, writer: Checkpoi
     state, args = find_mini_state(template), args_of(template)
     refuse_other_rotation(args)
     heads = heads_of(args)
-    blocks = blocks_of(list(state.parameters), args, config_of(state.identity))
+    blocks = stored_blocks(state.parameters, args, state.identity)
     written = {p.model_key for p in state.parameters}
     used: set[str] = set()
     steps = set()
@@ -154,7 +152,8 @@ def _refuse_finer(
     """
     if blocks.pattern is not None:
         stored = labels >= 0  # without the vocabulary's padding
-        pairs = np.unique(np.stack([labels[stored], block_of_rows(blocks)[stored]]), axis=1)
+        ours = blocks.pattern.block_of_rows()[stored]
+        pairs = np.unique(np.stack([labels[stored], ours]), axis=1)
         if pairs.shape[1] == len(np.unique(labels[stored])):
             return
     raise UnreadableError(

@@ -20,10 +20,8 @@ from megatron_adam_mini.offline.naming import (
     PREFIX,
     Parameter,
     args_of,
-    block_of_rows,
-    blocks_of,
-    config_of,
     heads_of,
+    stored_blocks,
 )
 from megatron_adam_mini.offline.progress import Progress
 from megatron_adam_mini.offline.public_state import state_of
@@ -43,7 +41,7 @@ def public_content(source: Checkpoint) -> dict[str, Any]:
     state, args = find_mini_state(source), args_of(source)
     refuse_other_rotation(args)
     heads = heads_of(args)
-    blocks = blocks_of(list(state.parameters), args, config_of(state.identity))
+    blocks = stored_blocks(state.parameters, args, state.identity)
     weights: dict[str, Tensor] = {}
     states: dict[str, dict[str, Any]] = {}
     total = sum(source.tensors[f"{PREFIX}param.{p.key}"].num_bytes for p in state.parameters)
@@ -82,7 +80,8 @@ def _v_of_rows(
         rows = values.reshape(len(values), -1).mean(dim=1)
         return rows.numpy(), np.arange(len(values))
     rows = source.whole(f"{PREFIX}v_row.{parameter.key}")
-    return rows.double().numpy(), block_of_rows(blocks)
+    assert blocks.pattern is not None  # v is per row, see mini_state
+    return rows.double().numpy(), blocks.pattern.block_of_rows()
 
 
 def _vmean(name: str, v: Any, labels: IntArray, parameter: Parameter, head_dim: int) -> Tensor:
