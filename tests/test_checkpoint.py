@@ -149,7 +149,10 @@ LAYOUTS = {
     "tp4-dp2": (replace(BASE, tp=4), 8),
     "pp2-vpp2-dp1": (replace(BASE, pp=2, vpp=2), 2),
     "pp4-dp1, other buckets": (replace(BASE, pp=4, bucket_size=1), 4),
-    "tp2-dp1, replicated state": (replace(BASE, tp=2, distributed_optimizer=False), 2),
+    "tp2-pp2-dp2, replicated state": (
+        replace(BASE, tp=2, pp=2, distributed_optimizer=False),
+        8,
+    ),
     "tp2-dp2, two instances": (replace(BASE, tp=2, instances=2), 8),
 }
 
