@@ -377,6 +377,16 @@ def refusal(job: Job, folder: str) -> str:
     return str(caught.value)
 
 
+def load_without_metadata(job: Job, folder: str) -> None:
+    from megatron.core import dist_checkpointing
+
+    trainer = Trainer(job)
+    state = model_state(trainer, metadata_of(None))
+    state["optimizer"] = trainer.optimizer.sharded_state_dict(state, is_loading=True)
+    loaded = dist_checkpointing.load(state, folder)
+    trainer.optimizer.load_state_dict(loaded["optimizer"])
+
+
 def test_another_partition_is_refused_in_words_or_converted_when_asked(tmp_path: Path) -> None:
     job = replace(BASE, tp=2)
     saved = run_ranks(2, train_and_save, job, str(tmp_path))
@@ -385,6 +395,11 @@ def test_another_partition_is_refused_in_words_or_converted_when_asked(tmp_path:
         assert "'paper' (manifest" in text
         assert "value as block" in text
         assert "--adam-mini-convert-partition" in text
+    # Asked for without the metadata that says what it is, v would be taken as it is.
+    converting = replace(coarse, adam_mini={"value_as_block": True, "convert_partition": True})
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, load_without_metadata, converting, str(tmp_path))
+    assert all("content metadata" in text for _, text in caught.value.errors.values())
     fine = replace(job, adam_mini={"full_v": ["*linear_fc1*"], "convert_partition": True})
     for text in run_ranks(2, refusal, fine, str(tmp_path)):
         assert "cannot be converted" in text

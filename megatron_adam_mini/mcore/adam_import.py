@@ -62,7 +62,7 @@ def state_to_load(
             values = pending.elements[number] = torch.empty(
                 piece.end - piece.begin, device=optimizer.engine.device
             )
-        flats = {key: flat[piece.window] for key, flat in flat_state(piece).items()}
+        flats = {key: flat[piece.window] for key, flat in flat_state(piece.bucket.state).items()}
         if not piece.bucket.state.owns_main_param:
             del flats["param"]  # the model's weights are the main parameters
         for kind, flat in {**flats, "exp_avg_sq": values}.items():

@@ -76,7 +76,7 @@ def state_to_save(
     for number, piece in enumerate(optimizer.engine.pieces()):
         entry = entry_of(optimizer, piece, entries)
         if layout == "model_space":
-            for kind, flat in flat_state(piece).items():
+            for kind, flat in flat_state(piece.bucket.state).items():
                 data = unshared(flat[piece.window])
                 put(
                     shards,
@@ -141,7 +141,7 @@ def _state_to_load(
     saved = (metadata or {}).get("adam_mini")
     if metadata is not None and saved is None:
         return adam_import.state_to_load(optimizer, model_state, metadata)
-    pending = PendingLoad()
+    pending = PendingLoad(checked=saved is not None)
     layout = "model_space"
     sources: list[ParameterBlocks] = list(optimizer.engine.parameters)
     if saved is not None:
@@ -153,7 +153,7 @@ def _state_to_load(
     for number, piece in enumerate(optimizer.engine.pieces()):
         entry = entry_of(optimizer, piece, entries)
         if layout == "model_space":
-            for kind, flat in flat_state(piece).items():
+            for kind, flat in flat_state(piece.bucket.state).items():
                 found = entry.elements(kind_key(kind), flat[piece.window], piece.begin, piece.end)
                 put(pending.asked, f"{kind}.{number}", found)
         if sources[piece.parameter].pattern is None:
@@ -200,8 +200,8 @@ def take_over(optimizer: AdamMiniOptimizer, loaded: Mapping[str, Any]) -> None:
         )
     optimizer._pending_load = None
     engine = optimizer.engine
-    if pending.adam is None:
-        partition_of_checkpoint(optimizer, loaded["adam_mini"])
+    if not pending.checked:
+        _refuse_surprise(optimizer, loaded["adam_mini"])
     for name, asked in pending.asked.items():
         put_back(asked, loaded[SHARDS][name])
     if pending.adam is not None:
@@ -217,6 +217,20 @@ def take_over(optimizer: AdamMiniOptimizer, loaded: Mapping[str, Any]) -> None:
     if optimizer.grad_scaler is not None and "grad_scaler" in loaded:
         optimizer.grad_scaler.load_state_dict(loaded["grad_scaler"])
     optimizer.write_model_weights()
+
+
+def _refuse_surprise(optimizer: AdamMiniOptimizer, saved: Mapping[str, Any]) -> None:
+    """Refuse state that was asked for without the metadata that says what it is, and is otherwise.
+
+    Raises:
+        ValueError: another partition or format, also one that a load with metadata would convert.
+    """
+    if partition_of_checkpoint(optimizer, saved) != list(optimizer.engine.parameters):
+        raise ValueError(
+            "The checkpoint's Adam-mini state has another partition, and can be converted only if "
+            "sharded_state_dict gets the checkpoint's content metadata: pass "
+            "metadata=load_content_metadata(folder)."
+        )
 
 
 def _load_groups(optimizer: AdamMiniOptimizer, saved: list[dict[str, Any]]) -> None:

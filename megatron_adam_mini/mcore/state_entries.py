@@ -23,6 +23,7 @@ from megatron_adam_mini.config import STATE_PREFIX
 from megatron_adam_mini.engine import Piece
 from megatron_adam_mini.layout import row_parallel
 from megatron_adam_mini.mcore.model_space import ModelEntry
+from megatron_adam_mini.state import SliceState
 
 if TYPE_CHECKING:
     from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
@@ -44,6 +45,7 @@ class PendingLoad:
         objects: entries that are not tensors.
         average: whether v is averaged over blocks rather than taken as it is.
         adam: format of Megatron's Adam that is read, ``None`` for Adam-mini's own.
+        checked: whether the identity of the state was known and checked before it was asked for.
     """
 
     asked: dict[str, dict[str, ShardedTensor]] = field(default_factory=dict)
@@ -51,6 +53,7 @@ class PendingLoad:
     elements: dict[int, Tensor] = field(default_factory=dict)
     average: bool = False
     adam: str | None = None
+    checked: bool = True
     objects: dict[str, ShardedObject] = field(default_factory=dict)
 
 
@@ -70,9 +73,9 @@ def kind_key(name: str) -> str:
     return f"{STATE_PREFIX}{name}."
 
 
-def flat_state(piece: Piece) -> dict[str, Tensor]:
-    """Return the tensors of the piece's slice that are shaped like it, by kind."""
-    return {"param": piece.bucket.state.main_param, "exp_avg": piece.bucket.state.exp_avg}
+def flat_state(state: SliceState) -> dict[str, Tensor]:
+    """Return the tensors that are shaped like the slice, by kind."""
+    return {"param": state.main_param, "exp_avg": state.exp_avg}
 
 
 def entry_of(
@@ -196,8 +199,7 @@ def bucket_shards(
         length = min(source.end, numel) - source.begin
         if length <= 0:
             continue
-        flats = {"param": bucket.state.main_param, "exp_avg": bucket.state.exp_avg}
-        for kind, flat in flats.items():
+        for kind, flat in flat_state(bucket.state).items():
             data = flat[:length] if loading else unshared(flat[:length])
             shards[f"bucket_{kind}.{number}"] = {
                 "0": ShardedTensor(

@@ -16,15 +16,9 @@ import torch
 from megatron_adam_mini.offline.chunks import boxes_of
 from megatron_adam_mini.offline.errors import CorruptError, UnreadableError
 from megatron_adam_mini.offline.from_adam import means_of_blocks
-from megatron_adam_mini.offline.llama import Part, parts_of
-from megatron_adam_mini.offline.mini_state import MiniState, find_mini_state
-from megatron_adam_mini.offline.naming import (
-    PREFIX,
-    Parameter,
-    args_of,
-    heads_of,
-    stored_blocks,
-)
+from megatron_adam_mini.offline.llama import Part, parts_of, read_llama
+from megatron_adam_mini.offline.mini_state import MiniState
+from megatron_adam_mini.offline.naming import PREFIX, Parameter
 from megatron_adam_mini.offline.progress import Progress
 from megatron_adam_mini.offline.public_state import PublicFile, PublicParameter
 from megatron_adam_mini.offline.reader import Checkpoint
@@ -54,10 +48,8 @@ def convert_from_public(file: PublicFile, template: Checkpoint, writer: Checkpoi
         UnreadableError: another model, or a partition that the file's v cannot fill.
         CorruptError: values that are not finite.
     """
-    state, args = find_mini_state(template), args_of(template)
-    refuse_other_rotation(args)
-    heads = heads_of(args)
-    blocks = stored_blocks(state.parameters, args, state.identity)
+    llama = read_llama(template)
+    state, heads, blocks = llama.state, llama.heads, llama.blocks
     written = {p.model_key for p in state.parameters}
     used: set[str] = set()
     steps = set()
@@ -78,19 +70,6 @@ def convert_from_public(file: PublicFile, template: Checkpoint, writer: Checkpoi
         writer.copy([k for k in template.tensors if not k.startswith(PREFIX) and k not in written])
         writer.copy(list(template.objects))
     writer.finish(_common(template, state, file, steps.pop()))
-
-
-def refuse_other_rotation(args: Any) -> None:
-    """Refuse heads whose rows lie in another order than Hugging Face's.
-
-    Raises:
-        UnreadableError: ``--rotary-interleaved``.
-    """
-    if getattr(args, "rotary_interleaved", False):
-        raise UnreadableError(
-            "The Megatron model was made with --rotary-interleaved; Hugging Face's Llama rotates "
-            "halves of a head, and its rows lie in another order."
-        )
 
 
 def _write(
