@@ -91,7 +91,8 @@ class ParameterInfo:
     """What the partition must know of one parameter, as one rank holds it.
 
     Attributes:
-        name: name in the whole model (global layer number), the same on all ranks.
+        name: name in the whole model (global layer number), the same on all ranks; rules select
+            by it.
         shape: shape of this rank's tensor-parallel shard.
         role: what the parameter is: a key of the rule table, or ``"unknown"``.
         tp_dim: dimension that tensor parallelism splits, ``None`` if it is replicated.
@@ -100,6 +101,8 @@ class ParameterInfo:
         heads: for ``role="qkv"``.
         expert: reduced over the expert-data-parallel group.
         in_norm: counts in the gradient norm on this rank (not shared, not a TP duplicate).
+        key: what checkpoints call it, with the layer number in it; ``""``: as ``name``. Models
+            that name their parameters differently can share checkpoints.
     """
 
     name: str
@@ -111,6 +114,7 @@ class ParameterInfo:
     heads: HeadGeometry | None = None
     expert: bool = False
     in_norm: bool = True
+    key: str = ""
 
     @property
     def numel(self) -> int:
@@ -194,6 +198,12 @@ class RowPattern:
         """Blocks of the whole tensor."""
         return self.num_shared + self.num_private * self.num_periods
 
+    def block_of_rows(self) -> IntArray:
+        """Return the block of every row of the whole tensor, shape ``(num_rows,)``."""
+        segments = np.arange(self.num_segments, dtype=np.int64)
+        low, high = self.segment_bounds(segments)
+        return np.repeat(self.block_of_segment(segments), high - low)
+
     def segment_of_row(self, row: int) -> int:
         """Return the row segment that holds ``row``."""
         period, within = divmod(row, self.period_rows)
@@ -250,6 +260,7 @@ class ParameterBlocks:
         """Return this parameter's line of the manifest, independent of the layout."""
         return {
             "name": self.info.name,
+            "key": self.info.key or self.info.name,
             "shape": list(self.info.global_shape),
             "role": self.info.role,
             "rule": self.rule,
@@ -282,7 +293,11 @@ def partition_parameter(info: ParameterInfo, config: AdamMiniConfig) -> Paramete
 
     Source: Zhang et al., arXiv:2406.16793, Section 2.2 (partition principle), Algorithm 3.
     """
-    rule = rule_for(info, config)
+    return partition_by_rule(info, rule_for(info, config), config)
+
+
+def partition_by_rule(info: ParameterInfo, rule: str, config: AdamMiniConfig) -> ParameterBlocks:
+    """Cut one parameter into blocks by a rule that is known; see :func:`partition_parameter`."""
     if rule == "element":
         return ParameterBlocks(info, rule, None)
     if rule in ("qkv", "head"):
@@ -365,15 +380,8 @@ def is_coarsening(fine: ParameterBlocks, coarse: ParameterBlocks) -> bool:
         return True
     if coarse.pattern is None:
         return False
-    rows = np.arange(fine.pattern.num_rows)
-    labels = np.stack([_block_of_rows(pattern, rows) for pattern in (fine.pattern, coarse.pattern)])
+    labels = np.stack([fine.pattern.block_of_rows(), coarse.pattern.block_of_rows()])
     return bool(np.unique(labels, axis=1).shape[1] == fine.num_blocks)
-
-
-def _block_of_rows(pattern: RowPattern, rows: IntArray) -> IntArray:
-    segments = np.arange(pattern.num_segments, dtype=np.int64)
-    low, high = pattern.segment_bounds(segments)
-    return np.repeat(pattern.block_of_segment(segments), high - low)[rows]
 
 
 def manifest_of(entries: Sequence[dict[str, Any]], config: AdamMiniConfig) -> dict[str, Any]:
@@ -384,13 +392,13 @@ def manifest_of(entries: Sequence[dict[str, Any]], config: AdamMiniConfig) -> di
         config: the options that produced them.
 
     Returns:
-        A JSON-serialisable dict; ``hash`` depends on names, shapes and rules only, never on
-        how the model is laid out over ranks (so not on the vocabulary's padding either, which
-        Megatron chooses by tensor-parallel size).
+        A JSON-serialisable dict; ``hash`` depends on checkpoint keys, shapes and rules only, never
+        on how the model is laid out over ranks (so not on the vocabulary's padding either, which
+        Megatron chooses by tensor-parallel size), nor on what its modules call their parameters.
     """
-    ordered = sorted(entries, key=lambda entry: str(entry["name"]))
+    ordered = sorted(entries, key=lambda entry: str(entry["key"]))
     hashed = [
-        [e["name"], e["shape"][e["role"] in ("embedding", "output") :], e["rule"]] for e in ordered
+        [e["key"], e["shape"][e["role"] in ("embedding", "output") :], e["rule"]] for e in ordered
     ]
     return {
         **config.partition_fields(),

@@ -27,11 +27,13 @@ class Job:
     groups: int = 4
     ffn: int = 96
     vocab: int = 128
+    padded_vocab: int | None = None  # rows of the vocabulary's weights, if there are more
     gated_attention: bool = False
     swiglu: bool = True
     bias: bool = False
     qk_layernorm: bool = False
     tied: bool = False
+    fused_norms: bool = False  # parameter names as Transformer Engine's
     sequence_parallel: bool = False
     bf16: bool = False
     fp16: bool = False
@@ -43,6 +45,7 @@ class Job:
     optimizer: str = "adam_mini"
     adam_mini: dict[str, Any] = field(default_factory=dict)
     optimizer_args: dict[str, Any] = field(default_factory=dict)
+    config_args: dict[str, Any] = field(default_factory=dict)
     ddp_args: dict[str, Any] = field(default_factory=dict)
     float32_modules: tuple[str, ...] = ()  # kept in float32 within a 16-bit model
     frozen: tuple[str, ...] = ()  # parameters whose global name starts with one of these
@@ -104,6 +107,7 @@ class Trainer:
             overlap_p2p_comm=job.vpp is not None,
             batch_p2p_comm=job.vpp is None,
             deallocate_pipeline_outputs=False,
+            **job.config_args,
         )
         ddp_config = DDPConfig(
             grad_reduce_in_fp32=job.grad_fp32,
@@ -152,12 +156,15 @@ class Trainer:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
         job = self.job
+        spec = get_gpt_layer_local_spec(qk_layernorm=job.qk_layernorm, normalization="RMSNorm")
+        if job.fused_norms:
+            from tests.fused_norms import fused_norm_layer_spec
+
+            spec = fused_norm_layer_spec()
         return GPTModel(
             config=self.config,
-            transformer_layer_spec=get_gpt_layer_local_spec(
-                qk_layernorm=job.qk_layernorm, normalization="RMSNorm"
-            ),
-            vocab_size=job.vocab,
+            transformer_layer_spec=spec,
+            vocab_size=job.padded_vocab or job.vocab,
             max_sequence_length=job.sequence,
             pre_process=parallel_state.is_pipeline_first_stage(
                 ignore_virtual=False, vp_stage=vp_stage

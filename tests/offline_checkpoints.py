@@ -47,6 +47,7 @@ def args_of(job: Job, dtype: torch.dtype) -> argparse.Namespace:
 
     return argparse.Namespace(
         num_layers=job.layers,
+        vocab_size=job.vocab,
         hidden_size=job.hidden,
         ffn_hidden_size=job.ffn,
         num_attention_heads=job.heads,

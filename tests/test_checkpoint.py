@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from tests.gather import slices_of, weights_of, whole_tensors
-from tests.megatron_job import Job, Trainer
+from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.mcore.checkpoint_identity import partition_of_checkpoint
+from megatron_adam_mini.offline.reader import Checkpoint
+from megatron_adam_mini.partition import ParameterInfo, manifest_of, partition_parameter
+from tests.gather import Part, slices_of, weights_of, whole_tensors
+from tests.megatron_job import Job, Trainer, global_names
 from tests.ranks import RankError, run_ranks
 from tests.test_oracle import labels_of
 
@@ -119,6 +124,11 @@ def load_and_show(job: Job, folder: str, parallel: bool = False) -> Any:
     return *found, [group["lr"] for group in optimizer.param_groups]
 
 
+def nearest_bfloat16(values: torch.Tensor) -> torch.Tensor:
+    """Round to bfloat16, ties away from zero (torch's own rule differs at ties)."""
+    return ((values.view(torch.int32) + 0x8000) >> 16 << 16).view(torch.float32)
+
+
 def compare(saved: list[Any], saved_job: Job, loaded: list[Any], job: Job) -> None:
     """Compare every state value and every weight, bit for bit, beyond padded vocabulary rows."""
     for key in STATE:
@@ -132,7 +142,7 @@ def compare(saved: list[Any], saved_job: Job, loaded: list[Any], job: Job) -> No
     weights = whole_tensors([r[1] for r in loaded], "weight", job)
     masters = whole_tensors([r[0] for r in loaded], "param", job)
     for name, weight in weights.items():
-        assert torch.equal(weight, masters[name].bfloat16().float()), f"weights {name}"
+        assert torch.equal(weight, nearest_bfloat16(masters[name])), f"weights {name}"
     assert {r[2] for r in loaded} == {saved_job.steps}
     assert {lr for r in loaded for lr in r[3]} == {saved_job.lr}
 
@@ -144,7 +154,10 @@ LAYOUTS = {
     "tp4-dp2": (replace(BASE, tp=4), 8),
     "pp2-vpp2-dp1": (replace(BASE, pp=2, vpp=2), 2),
     "pp4-dp1, other buckets": (replace(BASE, pp=4, bucket_size=1), 4),
-    "tp2-dp1, replicated state": (replace(BASE, tp=2, distributed_optimizer=False), 2),
+    "tp2-pp2-dp2, replicated state": (
+        replace(BASE, tp=2, pp=2, distributed_optimizer=False),
+        8,
+    ),
     "tp2-dp2, two instances": (replace(BASE, tp=2, instances=2), 8),
 }
 
@@ -167,11 +180,137 @@ def test_saved_under_one_layout_loads_under_others(source: str, tmp_path: Path) 
         compare(saved, saved_job, loaded, job)
 
 
+#: Storage of the state, each saved by one run and loaded by another.
+MODES: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bf16 m, remainders": {"exp_avg_dtype": "bf16", "param_remainders": True},
+}
+
+
+@pytest.mark.parametrize("sharding", ["fully_reshardable", "dp_reshardable"])
+@pytest.mark.parametrize("source", MODES)
+def test_storage_of_the_state_may_change(source: str, sharding: str, tmp_path: Path) -> None:
+    saved_job = replace(BASE, tp=2, adam_mini=MODES[source])
+    saved = run_ranks(4, train_and_save, saved_job, str(tmp_path), sharding)
+    for options in MODES.values():
+        job = replace(saved_job, adam_mini=options)
+        loaded = run_ranks(2, load_and_show, job, str(tmp_path))
+        expected = saved
+        if options:
+            # What bfloat16 does not hold is rounded, and nothing else changes.
+            expected = [(rounded_m(parts), weights) for parts, weights in saved]
+            if source == "float32":
+                with pytest.raises(AssertionError, match="exp_avg"):
+                    compare(saved, saved_job, loaded, job)
+        compare(expected, saved_job, loaded, job)
+
+
+def rounded_m(parts: list[Part]) -> list[Part]:
+    return [
+        replace(
+            part,
+            values=part.values
+            | {"exp_avg": nearest_bfloat16(torch.from_numpy(part.values["exp_avg"])).numpy()},
+        )
+        for part in parts
+    ]
+
+
 def test_dp_reshardable_is_supported_and_changes_the_data_parallel_size(tmp_path: Path) -> None:
     saved_job = replace(BASE, tp=2, pp=2)
     saved = run_ranks(8, train_and_save, saved_job, str(tmp_path), "dp_reshardable")
     job = replace(saved_job, overlap=True)
     compare(saved, saved_job, run_ranks(4, load_and_show, job, str(tmp_path)), job)
+
+
+# Other names of the same parameters.
+
+FUSED_NAMES = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
+
+def with_fused_names(parts: list[Part]) -> list[Part]:
+    return [replace(part, name=fused_name(part.name)) for part in parts]
+
+
+def fused_name(name: str) -> str:
+    for old, new in FUSED_NAMES.items():
+        name = name.replace(old, new)
+    return name
+
+
+def manifest_and_stored_keys(job: Job) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the keys of the manifest, and those under which Megatron stores, by name."""
+    from megatron_adam_mini.mcore.model_space import ModelEntry, entries_by_parameter
+
+    trainer = Trainer(job)
+    entries = entries_by_parameter(model_state(trainer, metadata_of(None)))
+    stored = {}
+    for name, param in global_names(trainer.chunks).items():
+        flat = torch.empty(param.numel())
+        (first, *_) = ModelEntry(entries[id(param)], 0).elements("", flat, 0, len(flat))
+        stored[name] = first.key
+    manifest = trainer.optimizer.manifest["parameters"]
+    return {entry["name"]: entry["key"] for entry in manifest}, stored
+
+
+def test_the_manifest_has_the_keys_that_megatron_stores() -> None:
+    ((manifest, stored),) = run_ranks(1, manifest_and_stored_keys, BASE)
+    assert manifest == stored
+    assert {name for name, key in manifest.items() if name != key} == {
+        f"decoder.layers.{i}.{name}" for i in range(BASE.layers) for name in FUSED_NAMES
+    }
+
+
+def test_the_implementation_of_the_layers_may_change(tmp_path: Path) -> None:
+    """Local layers to fused norms and back, each under another layout."""
+    local, fused = replace(BASE, tp=2), replace(BASE, fused_norms=True, pp=2)
+    hashes = set()
+    for saved_job, job, folder in ((local, fused, tmp_path / "a"), (fused, local, tmp_path / "b")):
+        folder.mkdir()
+        saved = run_ranks(2, train_and_save, saved_job, str(folder))
+        loaded = run_ranks(2, load_and_show, job, str(folder))
+        saved = [tuple(with_fused_names(parts) for parts in r) for r in saved]
+        loaded = [(*(with_fused_names(parts) for parts in r[:2]), *r[2:]) for r in loaded]
+        compare(saved, saved_job, loaded, job)
+        hashes.add(Checkpoint(folder).optimizer["adam_mini"]["manifest_hash"])
+    assert len(hashes) == 1
+
+
+def test_checkpoints_whose_manifest_has_names_are_still_read() -> None:
+    """As the first ones of this format have it."""
+    config = AdamMiniConfig()
+    info = ParameterInfo(
+        name="decoder.layers.0.input_layernorm.weight",
+        key="decoder.layers.0.self_attention.linear_qkv.layer_norm_weight",
+        shape=(8,),
+        role="norm",
+    )
+    blocks = [partition_parameter(info, config)]
+    manifest = manifest_of([blocks[0].manifest_entry()], config)
+    optimizer: Any = SimpleNamespace(
+        engine=SimpleNamespace(config=config, parameters=blocks), manifest=manifest
+    )
+    saved = {"format": 1, "partition": config.partition_fields(), "manifest_hash": "another"}
+    for key in (info.name, info.key):
+        rules = {key: ["tensor", 1]}
+        assert partition_of_checkpoint(optimizer, {**saved, "rules": rules}) == blocks
+    with pytest.raises(ValueError, match="run lacks it"):
+        partition_of_checkpoint(optimizer, {**saved, "rules": {"other": ["tensor", 1]}})
+
+
+def test_patterns_of_another_implementation_count_by_what_they_did(tmp_path: Path) -> None:
+    local = replace(BASE, adam_mini={"full_v": ["*.input_layernorm.*"]})
+    run_ranks(1, train_and_save, local, str(tmp_path))
+    fused = replace(BASE, fused_norms=True)
+    (text,) = run_ranks(1, refusal, fused, str(tmp_path))
+    assert "layers.0.self_attention.linear_qkv.layer_norm_weight: checkpoint element" in text
+    assert f"{BASE.layers} parameters differ" in text
+    same = replace(fused, adam_mini={"full_v": ["*.linear_qkv.layer_norm_weight"]})
+    ((*_, step, _),) = run_ranks(1, load_and_show, same, str(tmp_path))
+    assert step == BASE.steps
 
 
 # From Megatron's Adam.
@@ -279,6 +418,16 @@ def refusal(job: Job, folder: str) -> str:
     return str(caught.value)
 
 
+def load_without_metadata(job: Job, folder: str) -> None:
+    from megatron.core import dist_checkpointing
+
+    trainer = Trainer(job)
+    state = model_state(trainer, metadata_of(None))
+    state["optimizer"] = trainer.optimizer.sharded_state_dict(state, is_loading=True)
+    loaded = dist_checkpointing.load(state, folder)
+    trainer.optimizer.load_state_dict(loaded["optimizer"])
+
+
 def test_another_partition_is_refused_in_words_or_converted_when_asked(tmp_path: Path) -> None:
     job = replace(BASE, tp=2)
     saved = run_ranks(2, train_and_save, job, str(tmp_path))
@@ -287,6 +436,11 @@ def test_another_partition_is_refused_in_words_or_converted_when_asked(tmp_path:
         assert "'paper' (manifest" in text
         assert "value as block" in text
         assert "--adam-mini-convert-partition" in text
+    # Asked for without the metadata that says what it is, v would be taken as it is.
+    converting = replace(coarse, adam_mini={"value_as_block": True, "convert_partition": True})
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, load_without_metadata, converting, str(tmp_path))
+    assert all("content metadata" in text for _, text in caught.value.errors.values())
     fine = replace(job, adam_mini={"full_v": ["*linear_fc1*"], "convert_partition": True})
     for text in run_ranks(2, refusal, fine, str(tmp_path)):
         assert "cannot be converted" in text

@@ -18,7 +18,7 @@ from megatron_adam_mini.offline.errors import UnreadableError
 from megatron_adam_mini.offline.llama import parts_of
 from megatron_adam_mini.partition import HeadGeometry
 from tests.megatron_job import Job, Trainer
-from tests.offline_checkpoints import save, train_and_save
+from tests.offline_checkpoints import read_all, save, train_and_save
 from tests.ranks import run_ranks
 from tests.test_checkpoint import load
 
@@ -222,6 +222,25 @@ def test_value_as_one_block_needs_a_template_that_has_it(template, tmp_path, cap
     run_ranks(1, train_and_save, replace(JOB, adam_mini={"value_as_block": True}), str(other))
     assert main([*command, "--like", str(other)]) == 0
     compare(public_file(tmp_path / "x", tmp_path / "again.pt"), content, exact=True)
+
+
+def test_padding_of_the_vocabulary_is_left_out_and_comes_back_as_zeros(tmp_path):
+    source, result = tmp_path / "a", tmp_path / "b"
+    run_ranks(1, train_and_save, replace(JOB, padded_vocab=128), str(source))
+    content = public_file(source, tmp_path / "file.pt")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert content["model"][name].shape == (JOB.vocab, JOB.hidden)
+    command = ["convert", "--from", "public", str(tmp_path / "file.pt"), str(result)]
+    assert main([*command, "--like", str(source)]) == 0
+    assert main(["verify", str(result)]) == 0
+    before, after = read_all(source), read_all(result)
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        if "word_embeddings" in key or "output_layer" in key:
+            assert value.shape[0] == 128
+            assert not after[key][JOB.vocab :].any(), key
+            value[JOB.vocab :] = 0
+        assert torch.equal(value, after[key]), key
 
 
 def test_files_that_do_not_fit_are_refused(template, tmp_path, capsys):

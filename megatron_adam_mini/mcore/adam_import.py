@@ -23,10 +23,11 @@ from megatron_adam_mini.engine import Piece
 from megatron_adam_mini.mcore.model_space import entries_by_parameter
 from megatron_adam_mini.mcore.state_entries import (
     OBJECTS,
+    FloatStates,
     PendingLoad,
     elementwise_v,
     entry_of,
-    flat_state,
+    float_states,
     put,
     refuse_buckets,
     remember,
@@ -54,7 +55,8 @@ def state_to_load(
             "alone with --no-load-optim."
         )
     refuse_buckets(optimizer, layout)
-    pending = PendingLoad(average=True, adam=layout)
+    states = float_states(optimizer)
+    pending = PendingLoad(states, average=True, adam=layout)
     entries = entries_by_parameter(model_state)
     for number, piece in enumerate(optimizer.engine.pieces()):
         values = elementwise_v(optimizer, piece)
@@ -62,7 +64,7 @@ def state_to_load(
             values = pending.elements[number] = torch.empty(
                 piece.end - piece.begin, device=optimizer.engine.device
             )
-        flats = {key: flat[piece.window] for key, flat in flat_state(piece).items()}
+        flats = {key: flat[piece.window] for key, flat in states[id(piece.bucket)].items()}
         if not piece.bucket.state.owns_main_param:
             del flats["param"]  # the model's weights are the main parameters
         for kind, flat in {**flats, "exp_avg_sq": values}.items():
@@ -89,7 +91,9 @@ def state_to_load(
     return remember(optimizer, pending)
 
 
-def checked(optimizer: AdamMiniOptimizer, loaded: Mapping[str, Any], layout: str) -> dict[str, Any]:
+def checked(
+    optimizer: AdamMiniOptimizer, loaded: Mapping[str, Any], pending: PendingLoad
+) -> dict[str, Any]:
     """Return step, groups and loss scale in Adam-mini's own form; all ranks must call it.
 
     Raises:
@@ -100,7 +104,7 @@ def checked(optimizer: AdamMiniOptimizer, loaded: Mapping[str, Any], layout: str
     wrong = [
         optimizer.engine.parameters[piece.parameter].info.name
         for piece in optimizer.engine.pieces()
-        if piece.bucket.state.owns_main_param and not _rounds_to_weight(piece)
+        if piece.bucket.state.owns_main_param and not _rounds_to_weight(piece, pending.states)
     ]
     count = torch.tensor([len(wrong)], dtype=torch.int64, device=optimizer.engine.device)
     distributed.all_reduce(count)
@@ -113,7 +117,7 @@ def checked(optimizer: AdamMiniOptimizer, loaded: Mapping[str, Any], layout: str
             "#5077). Save again from the original run as dp_reshardable (without "
             "--dist-ckpt-optim-fully-reshardable), or use --no-load-optim."
         )
-    source = loaded if layout != "dp_reshardable" else loaded[OBJECTS]
+    source = loaded if pending.adam != "dp_reshardable" else loaded[OBJECTS]
     inner = source.get("optimizer", source)
     groups = [dict(group) for group in inner["param_groups"]]
     steps = {int(group["step"]) for group in groups if group.get("step") is not None}
@@ -128,9 +132,9 @@ def checked(optimizer: AdamMiniOptimizer, loaded: Mapping[str, Any], layout: str
     return found | ({"grad_scaler": source["grad_scaler"]} if "grad_scaler" in source else {})
 
 
-def _rounds_to_weight(piece: Piece) -> bool:
+def _rounds_to_weight(piece: Piece, states: FloatStates) -> bool:
     weight = piece.bucket.source.weight[piece.window]
-    main_param = piece.bucket.state.main_param[piece.window]
+    main_param = states[id(piece.bucket)]["param"][piece.window]
     return torch.equal(main_param.to(weight.dtype), weight)
 
 

@@ -38,7 +38,7 @@ from megatron_adam_mini.mcore.state_entries import (
     bucket_shards,
     elementwise_v,
     entry_of,
-    flat_state,
+    float_states,
     kind_key,
     put,
     refuse_buckets,
@@ -72,11 +72,12 @@ def state_to_save(
             # What Megatron asks before it lets a run with other TP or PP sizes load the state.
             metadata["distrib_optim_sharding_type"] = "fully_reshardable"
     shards: dict[str, dict[str, ShardedTensor]] = {}
+    states = float_states(optimizer)
     entries = entries_by_parameter(model_state)
     for number, piece in enumerate(optimizer.engine.pieces()):
         entry = entry_of(optimizer, piece, entries)
         if layout == "model_space":
-            for kind, flat in flat_state(piece).items():
+            for kind, flat in states[id(piece.bucket)].items():
                 data = unshared(flat[piece.window])
                 put(
                     shards,
@@ -105,7 +106,7 @@ def state_to_save(
                 ),
             )
     if layout == "dp_reshardable":
-        shards |= bucket_shards(optimizer, loading=False)
+        shards |= bucket_shards(optimizer, states, loading=False)
     state: dict[str, Any] = {
         "adam_mini": identity,
         "step": optimizer.engine.step_count,
@@ -141,7 +142,8 @@ def _state_to_load(
     saved = (metadata or {}).get("adam_mini")
     if metadata is not None and saved is None:
         return adam_import.state_to_load(optimizer, model_state, metadata)
-    pending = PendingLoad()
+    states = float_states(optimizer)
+    pending = PendingLoad(states, checked=saved is not None)
     layout = "model_space"
     sources: list[ParameterBlocks] = list(optimizer.engine.parameters)
     if saved is not None:
@@ -153,7 +155,7 @@ def _state_to_load(
     for number, piece in enumerate(optimizer.engine.pieces()):
         entry = entry_of(optimizer, piece, entries)
         if layout == "model_space":
-            for kind, flat in flat_state(piece).items():
+            for kind, flat in states[id(piece.bucket)].items():
                 found = entry.elements(kind_key(kind), flat[piece.window], piece.begin, piece.end)
                 put(pending.asked, f"{kind}.{number}", found)
         if sources[piece.parameter].pattern is None:
@@ -178,7 +180,7 @@ def _state_to_load(
             )
             put(pending.asked, f"v_row.{number}", found)
     if layout == "dp_reshardable":
-        pending.asked |= bucket_shards(optimizer, loading=True)
+        pending.asked |= bucket_shards(optimizer, states, loading=True)
     return remember(optimizer, pending)
 
 
@@ -200,12 +202,12 @@ def take_over(optimizer: AdamMiniOptimizer, loaded: Mapping[str, Any]) -> None:
         )
     optimizer._pending_load = None
     engine = optimizer.engine
-    if pending.adam is None:
-        partition_of_checkpoint(optimizer, loaded["adam_mini"])
+    if not pending.checked:
+        _refuse_surprise(optimizer, loaded["adam_mini"])
     for name, asked in pending.asked.items():
         put_back(asked, loaded[SHARDS][name])
     if pending.adam is not None:
-        loaded = adam_import.checked(optimizer, loaded, pending.adam)
+        loaded = adam_import.checked(optimizer, loaded, pending)
     if pending.average:
         engine.average_into_v(sums_over_segments(optimizer, pending))
     else:
@@ -216,7 +218,21 @@ def take_over(optimizer: AdamMiniOptimizer, loaded: Mapping[str, Any]) -> None:
     _load_groups(optimizer, loaded["param_groups"])
     if optimizer.grad_scaler is not None and "grad_scaler" in loaded:
         optimizer.grad_scaler.load_state_dict(loaded["grad_scaler"])
-    optimizer.write_model_weights()
+    optimizer.store(pending.states)
+
+
+def _refuse_surprise(optimizer: AdamMiniOptimizer, saved: Mapping[str, Any]) -> None:
+    """Refuse state that was asked for without the metadata that says what it is, and is otherwise.
+
+    Raises:
+        ValueError: another partition or format, also one that a load with metadata would convert.
+    """
+    if partition_of_checkpoint(optimizer, saved) != list(optimizer.engine.parameters):
+        raise ValueError(
+            "The checkpoint's Adam-mini state has another partition, and can be converted only if "
+            "sharded_state_dict gets the checkpoint's content metadata: pass "
+            "metadata=load_content_metadata(folder)."
+        )
 
 
 def _load_groups(optimizer: AdamMiniOptimizer, saved: list[dict[str, Any]]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from megatron_adam_mini.config import FORMAT_VERSION, AdamMiniConfig
-from megatron_adam_mini.partition import ParameterBlocks, is_coarsening, partition_parameter
+from megatron_adam_mini.partition import ParameterBlocks, is_coarsening, partition_by_rule
 
 if TYPE_CHECKING:
     from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
@@ -17,13 +17,12 @@ if TYPE_CHECKING:
 
 def identity_of(optimizer: AdamMiniOptimizer, layout: str) -> dict[str, Any]:
     """Return what says whose state it is; plain values only, equal on all ranks."""
-    manifest = optimizer.manifest
     return {
         "format": FORMAT_VERSION,
         "layout": layout,
         "partition": optimizer.engine.config.partition_fields(),
-        "manifest_hash": manifest["hash"],
-        "rules": {e["name"]: [e["rule"], e["blocks"]] for e in manifest["parameters"]},
+        "manifest_hash": optimizer.manifest["hash"],
+        "rules": _rules(optimizer),
         "saved_from": optimizer.layout_sizes,
     }
 
@@ -45,12 +44,15 @@ def partition_of_checkpoint(
     own = engine.config.partition_fields()
     if saved["partition"] == own and saved["manifest_hash"] == optimizer.manifest["hash"]:
         return list(engine.parameters)
-    ours = {e["name"]: [e["rule"], e["blocks"]] for e in optimizer.manifest["parameters"]}
-    theirs = {name: list(rule) for name, rule in saved["rules"].items()}
+    # By checkpoint keys: implementations of a model name their parameters differently. The first
+    # checkpoints of this format had the names.
+    keys = {entry["name"]: entry["key"] for entry in optimizer.manifest["parameters"]}
+    ours = _rules(optimizer)
+    theirs = {keys.get(key, key): rule for key, rule in saved["rules"].items()}
     changed = [
-        f"{name}: checkpoint {_words(theirs.get(name))}, run {_words(ours.get(name))}"
-        for name in sorted(ours.keys() | theirs.keys())
-        if _rule(ours.get(name)) != _rule(theirs.get(name))
+        f"{key}: checkpoint {_words(theirs.get(key))}, run {_words(ours.get(key))}"
+        for key in sorted(ours.keys() | theirs.keys())
+        if _rule(ours.get(key)) != _rule(theirs.get(key))
     ]
     difference = (
         f"partition {_options(saved['partition'])} (manifest {saved['manifest_hash']}) in the "
@@ -67,7 +69,11 @@ def partition_of_checkpoint(
         value_as_block=saved["partition"]["value_as_block"],
         rules=tuple((pattern, rule) for pattern, rule in saved["partition"]["overrides"]),
     )
-    sources = [partition_parameter(blocks.info, saved_config) for blocks in engine.parameters]
+    # The stored rules, not the stored patterns: those select by the names of the run that saved.
+    sources = [
+        partition_by_rule(info, theirs[info.key][0], saved_config)
+        for info in (blocks.info for blocks in engine.parameters)
+    ]
     finer = [
         blocks.info.name
         for source, blocks in zip(sources, engine.parameters, strict=True)
@@ -86,6 +92,10 @@ def partition_of_checkpoint(
             "--adam-mini-convert-partition to average v over them, which is exact."
         )
     return sources
+
+
+def _rules(optimizer: AdamMiniOptimizer) -> dict[str, list[Any]]:
+    return {e["key"]: [e["rule"], e["blocks"]] for e in optimizer.manifest["parameters"]}
 
 
 def _rule(entry: list[Any] | None) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -317,14 +317,17 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         }
 
     @torch.no_grad()
-    def write_model_weights(self) -> None:
-        """Write the main parameters to the model, on all ranks; all of them must call it.
+    def store(self, states: Mapping[int, dict[str, Tensor]]) -> None:
+        """Take over loaded state and write model weights, on all ranks; all must call it.
 
-        Needed after a load: Megatron reads the model's weights on its own, and they need not be
-        the rounded main parameters (another precision, another checkpoint).
+        Megatron reads the model's weights on its own, and they need not be the rounded main
+        parameters (another precision, another checkpoint).
+
+        Args:
+            states: what ``state_entries.float_states`` returned, after it was read into.
         """
         for bucket in self.engine.buckets:
-            bucket.state.store(bucket.state.as_float32())
+            bucket.state.store(states[id(bucket)])
         if self._ddp_config.use_distributed_optimizer:
             for chunk in self.model_chunks:
                 chunk.start_param_sync(force_sync=True)

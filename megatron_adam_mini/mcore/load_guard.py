@@ -1,26 +1,35 @@
-"""A damaged checkpoint is found before anything is loaded, and every rank says so.
+"""A damaged or hostile checkpoint is found before anything is loaded, and every rank says so.
 
-Imports ``offline`` (the reader that checks checksums) and torch.distributed. Wrapped around
-``megatron.core.dist_checkpointing.load``; acts only on loads that Adam-mini asked for.
+Imports ``offline`` (readers that check checksums and run no code) and torch.distributed. Wrapped
+around three functions of ``megatron.core.dist_checkpointing``: ``load``, for loads that Adam-mini
+asked for, and those that read the common state before it, ``load_common_state_dict`` and
+``load_content_metadata``.
 
 Without it, torch reads a flipped bit without noticing, reports a truncated file without its name,
-and raises on one rank only, while the others wait for it in their next collective.
+and raises on one rank only, while the others wait for it in their next collective. And it
+unpickles ``.metadata`` and every entry that is no tensor, which can call anything.
 """
 
 from __future__ import annotations
 
 import functools
+import io
+import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import distributed
 
 from megatron_adam_mini.agreement import on_all_ranks
 from megatron_adam_mini.config import STATE_PREFIX
+from megatron_adam_mini.mcore.arguments import OPTIMIZER
 from megatron_adam_mini.mcore.state_entries import MARK
-from megatron_adam_mini.offline.chunks import ChunkReader
-from megatron_adam_mini.offline.reader import Checkpoint, tiling_problem
+from megatron_adam_mini.offline.chunks import ChunkReader, StoredChunk
+from megatron_adam_mini.offline.errors import UnreadableError
+from megatron_adam_mini.offline.reader import COMMON_KEY, Checkpoint, tiling_problem
 
 
 def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,25 +56,77 @@ def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
     return load
 
 
+def wrap_load_common(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that reads the common state, with the check of its classes before it.
+
+    Every rank reads the same two entries and raises the same error, so nothing is exchanged:
+    Megatron's tools call these functions without a process group.
+    """
+
+    @functools.wraps(original)
+    def load(checkpoint_dir: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if checkpoint_dir is not None and _check_asked():
+            entry = Checkpoint(Path(checkpoint_dir)).objects.get(COMMON_KEY)
+            if entry is not None:  # else a file of its own, which Megatron reads safely
+                refuse_foreign_classes(entry)
+        return original(checkpoint_dir, *args, **kwargs)
+
+    return load
+
+
+def refuse_foreign_classes(chunk: StoredChunk) -> None:
+    """Refuse an entry that is no tensor if it holds more than data and Megatron's safe classes.
+
+    Raises:
+        UnreadableError: names the entry and the class.
+    """
+    with ChunkReader(chunk) as reader:
+        data = reader.object_bytes()
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
+        if names:
+            raise pickle.UnpicklingError(f"it names {', '.join(names)}")
+        torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # a hostile pickle can fail in any way
+        raise UnreadableError(
+            f"{chunk} is not plain data: {error}. Allowed are the classes that Megatron registers "
+            "as safe. If you trust the checkpoint, allow others with "
+            "torch.serialization.add_safe_globals, or pass --adam-mini-no-file-check, with which "
+            "loading may run any code that it holds."
+        ) from error
+
+
 def check_share(folder: Path, rank: int, size: int) -> None:
     """Check every ``size``-th chunk of a checkpoint from number ``rank`` on.
 
-    All ranks together read the checkpoint once: sizes, checksums of all bytes, and that the boxes
-    of Adam-mini's state cover their tensors.
+    All ranks together read the checkpoint once: sizes, checksums of all bytes, classes of entries
+    that are no tensors, and that the boxes of Adam-mini's state cover their tensors.
 
     Raises:
-        ValueError: names file and entry of what is missing, truncated, damaged or not covered.
+        ValueError: names file and entry of what is missing, truncated, damaged, not covered, or
+            more than data.
     """
     checkpoint = Checkpoint(folder)
     chunks = [chunk for tensor in checkpoint.tensors.values() for chunk in tensor.chunks]
-    for chunk in [*chunks, *checkpoint.objects.values()][rank::size]:
+    for chunk in chunks[rank::size]:
         with ChunkReader(chunk) as reader:
             reader.check_members()
+    for chunk in list(checkpoint.objects.values())[rank::size]:
+        refuse_foreign_classes(chunk)
     own = sorted(key for key in checkpoint.tensors if key.startswith(STATE_PREFIX))
     for key in own[rank::size]:
         problem = tiling_problem(checkpoint.tensors[key])
         if problem is not None:
             raise ValueError(f"{key}: {problem}")
+
+
+def _check_asked() -> bool:
+    """Return whether this run checks files, as far as Megatron's arguments tell already."""
+    training = sys.modules.get("megatron.training.global_vars")
+    args = getattr(training, "_GLOBAL_ARGS", None)
+    if args is None or args.optimizer != OPTIMIZER:
+        return args is None
+    return bool(getattr(args, "adam_mini_check_files", True))
 
 
 def _rank_and_size() -> tuple[int, int]:

@@ -44,31 +44,38 @@ def collect_parameters(
     """
     found: dict[Parameter, ParameterInfo] = {}
     for chunk in model_chunks:
-        renamed = _global_prefixes(chunk)
+        renamed, stored = _global_prefixes(chunk), _stored_prefixes(chunk)
         modules = dict(chunk.named_modules())
         for local_name, param in chunk.named_parameters():
             if not param.requires_grad or param in found:
                 continue
             name = _global_name(local_name, renamed)
+            key = _global_name(_replace_prefix(local_name, stored), renamed)
             config = _nearest_config(local_name, modules)
-            found[param] = _describe(name, param, config, tp_group, expert_tp_group)
+            found[param] = _describe(name, key, param, config, tp_group, expert_tp_group)
     return found
 
 
 def _describe(
-    name: str, param: Parameter, config: Any, tp_group: ProcessGroup, expert_tp_group: ProcessGroup
+    name: str,
+    key: str,
+    param: Parameter,
+    config: Any,
+    tp_group: ProcessGroup,
+    expert_tp_group: ProcessGroup,
 ) -> ParameterInfo:
     _refuse_unsupported(name, param)
     if getattr(param, "shared_embedding", False):
         # The copy on the last pipeline stage must follow the rule of the first stage's, or the
         # two would drift apart.
-        name = "embedding.word_embeddings.weight"
+        name = key = "embedding.word_embeddings.weight"
     expert = not getattr(param, "allreduce", True)
     group = expert_tp_group if expert else tp_group
     split = bool(getattr(param, "tensor_model_parallel", False)) and group.size() > 1
     role = role_of(name, param.ndim)
     return ParameterInfo(
         name=name,
+        key=key,
         shape=tuple(param.shape),
         role=role,
         tp_dim=int(param.partition_dim) if split else None,  # type: ignore[attr-defined]
@@ -136,11 +143,30 @@ def _global_prefixes(chunk: Module) -> dict[str, str]:
     return renamed
 
 
-def _global_name(name: str, renamed: dict[str, str]) -> str:
-    for prefix, replacement in renamed.items():
+def _stored_prefixes(chunk: Module) -> dict[str, str]:
+    """Map prefixes of parameter names to those that checkpoints have instead.
+
+    Megatron's layers declare this, so that its own implementation and Transformer Engine's, whose
+    linear layers hold the norm before them, write the same keys.
+    """
+    return {
+        f"{name}.{old}": f"{name}.{new}"
+        for name, module in chunk.named_modules()
+        for old, new in getattr(
+            getattr(module, "submodules_config", None), "sharded_state_dict_keys_map", {}
+        ).items()
+    }
+
+
+def _replace_prefix(name: str, replacements: dict[str, str]) -> str:
+    for prefix, replacement in replacements.items():
         if name.startswith(prefix):
-            name = replacement + name.removeprefix(prefix)
-            break
+            return replacement + name.removeprefix(prefix)
+    return name
+
+
+def _global_name(name: str, renamed: dict[str, str]) -> str:
+    name = _replace_prefix(name, renamed)
     while name.startswith("module."):  # DDP and Float16Module
         name = name.removeprefix("module.")
     return name

@@ -1,12 +1,13 @@
 """Adam-mini behind Megatron's names: which of its functions are wrapped, and how to undo it.
 
-Imports megatron.core, and megatron.training if it is there. Six functions are replaced, all of
-which Megatron looks up as module globals at call time, so it does not matter who imported their
+Imports megatron.core, and megatron.training if it is there. Eight functions are replaced, all
+of which Megatron looks up as module globals at call time, so it does not matter who imported their
 callers before:
 
 * ``megatron.core.optimizer._get_megatron_emerging_optimizer``: where ``get_megatron_optimizer``
   sends every optimizer that is neither Adam nor SGD;
-* ``megatron.core.dist_checkpointing.load``: looks for damage before Adam-mini's state is read;
+* ``megatron.core.dist_checkpointing.load``, ``load_common_state_dict`` and
+  ``load_content_metadata``: look for damage and foreign code before anything is read;
 * ``megatron.training.arguments.add_megatron_arguments``: adds the flags;
 * ``megatron.training.arguments.validate_args``: checks ours, then lets Megatron validate as for
   Adam. For any other name it would turn the distributed optimizer into the layer-wise one;
@@ -36,7 +37,7 @@ from megatron_adam_mini.mcore.arguments import (
 )
 from megatron_adam_mini.mcore.compat import warn_if_untested
 from megatron_adam_mini.mcore.factory import build_optimizer
-from megatron_adam_mini.mcore.load_guard import wrap_load
+from megatron_adam_mini.mcore.load_guard import wrap_load, wrap_load_common
 from megatron_adam_mini.mcore.metrics import wrap_training_log
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,8 @@ def register() -> Registration:
     handle = Registration()
     handle.replace(mcore_optimizer, "_get_megatron_emerging_optimizer", _wrap_factory)
     handle.replace(dist_checkpointing, "load", wrap_load)
+    handle.replace(dist_checkpointing, "load_common_state_dict", wrap_load_common)
+    handle.replace(dist_checkpointing, "load_content_metadata", wrap_load_common)
     arguments = _optional_module("megatron.training.arguments")
     if arguments is not None:
         defaults: dict[str, Any] = {}

@@ -33,24 +33,32 @@ SHARDS, OBJECTS = "adam_mini_shards", "adam_mini_objects"
 MARK = "adam_mini_check_files"
 
 
+#: By identity of the bucket: tensors that are shaped like its slice, by kind.
+FloatStates = dict[int, dict[str, Tensor]]
+
+
 @dataclass
 class PendingLoad:
     """What :func:`state_to_load` asked for, until :func:`take_over` gets it.
 
     Attributes:
+        states: what the entries of ``param`` and ``exp_avg`` are views of.
         asked: entries by name, as put in the state dict.
         rows: row values of each piece, by the piece's number.
         elements: element values of each piece whose v is averaged over blocks.
         objects: entries that are not tensors.
         average: whether v is averaged over blocks rather than taken as it is.
         adam: format of Megatron's Adam that is read, ``None`` for Adam-mini's own.
+        checked: whether the identity of the state was known and checked before it was asked for.
     """
 
+    states: FloatStates
     asked: dict[str, dict[str, ShardedTensor]] = field(default_factory=dict)
     rows: dict[int, Tensor] = field(default_factory=dict)
     elements: dict[int, Tensor] = field(default_factory=dict)
     average: bool = False
     adam: str | None = None
+    checked: bool = True
     objects: dict[str, ShardedObject] = field(default_factory=dict)
 
 
@@ -70,9 +78,13 @@ def kind_key(name: str) -> str:
     return f"{STATE_PREFIX}{name}."
 
 
-def flat_state(piece: Piece) -> dict[str, Tensor]:
-    """Return the tensors of the piece's slice that are shaped like it, by kind."""
-    return {"param": piece.bucket.state.main_param, "exp_avg": piece.bucket.state.exp_avg}
+def float_states(optimizer: AdamMiniOptimizer) -> FloatStates:
+    """Return ``param`` and ``exp_avg`` of every slice as checkpoints have them: float32.
+
+    The state itself where it is stored so; else copies, which whoever writes to them must hand to
+    ``SliceState.store``.
+    """
+    return {id(bucket): bucket.state.as_float32() for bucket in optimizer.engine.buckets}
 
 
 def entry_of(
@@ -185,7 +197,7 @@ def refuse_buckets(optimizer: AdamMiniOptimizer, layout: str) -> None:
 
 
 def bucket_shards(
-    optimizer: AdamMiniOptimizer, *, loading: bool
+    optimizer: AdamMiniOptimizer, states: FloatStates, *, loading: bool
 ) -> dict[str, dict[str, ShardedTensor]]:
     """Return ``param`` and ``exp_avg`` of whole bucket slices, padding at the end left out."""
     shards: dict[str, dict[str, ShardedTensor]] = {}
@@ -196,8 +208,7 @@ def bucket_shards(
         length = min(source.end, numel) - source.begin
         if length <= 0:
             continue
-        flats = {"param": bucket.state.main_param, "exp_avg": bucket.state.exp_avg}
-        for kind, flat in flats.items():
+        for kind, flat in states[id(bucket)].items():
             data = flat[:length] if loading else unshared(flat[:length])
             shards[f"bucket_{kind}.{number}"] = {
                 "0": ShardedTensor(

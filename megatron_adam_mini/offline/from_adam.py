@@ -29,7 +29,6 @@ from megatron_adam_mini.offline.naming import (
     PREFIX,
     Parameter,
     args_of,
-    block_of_rows,
     blocks_of,
     fold,
     identity_of,
@@ -139,7 +138,8 @@ def means_of_blocks(blocks: ParameterBlocks, sums: Tensor) -> Tensor:
     Returns:
         float32, shape ``(rows,)``; rows of one block have one value.
     """
-    labels = block_of_rows(blocks)
+    assert blocks.pattern is not None
+    labels = blocks.pattern.block_of_rows()
     width = math.prod(blocks.info.shape[1:])
     counts = np.bincount(labels, minlength=blocks.num_blocks) * width
     totals = np.bincount(labels, weights=sums.numpy(), minlength=blocks.num_blocks)

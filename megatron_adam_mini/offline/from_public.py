@@ -16,17 +16,9 @@ import torch
 from megatron_adam_mini.offline.chunks import boxes_of
 from megatron_adam_mini.offline.errors import CorruptError, UnreadableError
 from megatron_adam_mini.offline.from_adam import means_of_blocks
-from megatron_adam_mini.offline.llama import Part, parts_of
-from megatron_adam_mini.offline.mini_state import MiniState, find_mini_state
-from megatron_adam_mini.offline.naming import (
-    PREFIX,
-    Parameter,
-    args_of,
-    block_of_rows,
-    blocks_of,
-    config_of,
-    heads_of,
-)
+from megatron_adam_mini.offline.llama import Part, parts_of, read_llama
+from megatron_adam_mini.offline.mini_state import MiniState
+from megatron_adam_mini.offline.naming import PREFIX, Parameter
 from megatron_adam_mini.offline.progress import Progress
 from megatron_adam_mini.offline.public_state import PublicFile, PublicParameter
 from megatron_adam_mini.offline.reader import Checkpoint
@@ -56,10 +48,8 @@ def convert_from_public(file: PublicFile, template: Checkpoint, writer: Checkpoi
         UnreadableError: another model, or a partition that the file's v cannot fill.
         CorruptError: values that are not finite.
     """
-    state, args = find_mini_state(template), args_of(template)
-    refuse_other_rotation(args)
-    heads = heads_of(args)
-    blocks = blocks_of(list(state.parameters), args, config_of(state.identity))
+    llama = read_llama(template)
+    state, heads, blocks = llama.state, llama.heads, llama.blocks
     written = {p.model_key for p in state.parameters}
     used: set[str] = set()
     steps = set()
@@ -80,19 +70,6 @@ def convert_from_public(file: PublicFile, template: Checkpoint, writer: Checkpoi
         writer.copy([k for k in template.tensors if not k.startswith(PREFIX) and k not in written])
         writer.copy(list(template.objects))
     writer.finish(_common(template, state, file, steps.pop()))
-
-
-def refuse_other_rotation(args: Any) -> None:
-    """Refuse heads whose rows lie in another order than Hugging Face's.
-
-    Raises:
-        UnreadableError: ``--rotary-interleaved``.
-    """
-    if getattr(args, "rotary_interleaved", False):
-        raise UnreadableError(
-            "The Megatron model was made with --rotary-interleaved; Hugging Face's Llama rotates "
-            "halves of a head, and its rows lie in another order."
-        )
 
 
 def _write(
@@ -154,7 +131,8 @@ def _refuse_finer(
     """
     if blocks.pattern is not None:
         stored = labels >= 0  # without the vocabulary's padding
-        pairs = np.unique(np.stack([labels[stored], block_of_rows(blocks)[stored]]), axis=1)
+        ours = blocks.pattern.block_of_rows()[stored]
+        pairs = np.unique(np.stack([labels[stored], ours]), axis=1)
         if pairs.shape[1] == len(np.unique(labels[stored])):
             return
     raise UnreadableError(

@@ -1,7 +1,8 @@
 """Llama with Hugging Face's names <-> the same model with Megatron's keys.
 
-Imports numpy. Both rotate halves of a head (Megatron unless ``--rotary-interleaved``), so the rows
-within a head keep their order. Megatron fuses Query, Key and Value by query group::
+Imports numpy and the readers of Adam-mini's state. Both rotate halves of a head (Megatron unless
+``--rotary-interleaved``), so the rows within a head keep their order. Megatron fuses Query, Key and
+Value by query group::
 
     [q heads of group 0, k 0, v 0, q heads of group 1, k 1, v 1, ...]
 
@@ -12,11 +13,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from megatron_adam_mini.offline.errors import UnreadableError
-from megatron_adam_mini.partition import HeadGeometry, IntArray
+from megatron_adam_mini.offline.mini_state import MiniState, find_mini_state
+from megatron_adam_mini.offline.naming import args_of, heads_of, stored_blocks
+from megatron_adam_mini.offline.reader import Checkpoint
+from megatron_adam_mini.partition import HeadGeometry, IntArray, ParameterBlocks
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.*)$")
 _OUTER = {
@@ -64,6 +69,34 @@ class Part:
 
     name: str
     rows: IntArray
+
+
+@dataclass(frozen=True)
+class Llama:
+    """State of Adam-mini for a Llama in Megatron: with what is needed to rename and reorder it."""
+
+    state: MiniState
+    args: Any
+    heads: HeadGeometry
+    blocks: dict[str, ParameterBlocks]
+
+
+def read_llama(checkpoint: Checkpoint) -> Llama:
+    """Find the state of Adam-mini in a checkpoint of a Llama.
+
+    Raises:
+        UnreadableError: none, or heads whose rows lie in another order than Hugging Face's
+            (``--rotary-interleaved``).
+        CorruptError: damaged or incomplete state.
+    """
+    state, args = find_mini_state(checkpoint), args_of(checkpoint)
+    if getattr(args, "rotary_interleaved", False):
+        raise UnreadableError(
+            "The Megatron model was made with --rotary-interleaved; Hugging Face's Llama rotates "
+            "halves of a head, and its rows lie in another order."
+        )
+    blocks = stored_blocks(state.parameters, args, state.identity)
+    return Llama(state, args, heads_of(args), blocks)
 
 
 def parts_of(key: str, num_rows: int, heads: HeadGeometry) -> tuple[Part, ...]:

@@ -10,21 +10,19 @@ key* has the layer's number in it instead, as all of Adam-mini's keys do.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from megatron_adam_mini.config import STATE_PREFIX, AdamMiniConfig
+from megatron_adam_mini.config import FORMAT_VERSION, STATE_PREFIX, AdamMiniConfig
 from megatron_adam_mini.offline.errors import CorruptError, UnreadableError
 from megatron_adam_mini.offline.reader import Checkpoint
 from megatron_adam_mini.partition import (
     HeadGeometry,
-    IntArray,
     ParameterBlocks,
     ParameterInfo,
     manifest_of,
+    partition_by_rule,
     partition_parameter,
     unmatched_patterns,
 )
@@ -155,6 +153,18 @@ def name_of(key: str, *, local: bool) -> str:
     return key
 
 
+def info_of(parameter: Parameter, name: str, args: Any) -> ParameterInfo:
+    """Return what the partition must know of a parameter; ``args`` say how heads lie in it."""
+    role = role_of(name, len(parameter.shape))
+    return ParameterInfo(
+        name=name,
+        key=parameter.key,
+        shape=parameter.shape,
+        role=role,
+        heads=heads_of(args) if role == "qkv" and args is not None else None,
+    )
+
+
 def blocks_of(
     parameters: list[Parameter], args: Any, config: AdamMiniConfig
 ) -> dict[str, ParameterBlocks]:
@@ -172,14 +182,7 @@ def blocks_of(
             raise UnreadableError(
                 f"{name!r} belongs to an expert; mixture-of-experts models are not supported yet."
             )
-        role = role_of(name, len(parameter.shape))
-        info = ParameterInfo(
-            name=name,
-            shape=parameter.shape,
-            role=role,
-            heads=heads_of(args) if role == "qkv" else None,
-        )
-        found[parameter.key] = partition_parameter(info, config)
+        found[parameter.key] = partition_parameter(info_of(parameter, name, args), config)
     missing = unmatched_patterns([b.info.name for b in found.values()], config)
     if missing:
         raise UnreadableError(
@@ -202,13 +205,41 @@ def identity_of(
     }
     saved_from = {key: getattr(args, name, None) for key, name in sizes.items()}
     return {
-        "format": 1,
+        "format": FORMAT_VERSION,
         "layout": "model_space",
         "partition": config.partition_fields(),
         "manifest_hash": manifest["hash"],
-        "rules": {e["name"]: [e["rule"], e["blocks"]] for e in manifest["parameters"]},
+        "rules": {e["key"]: [e["rule"], e["blocks"]] for e in manifest["parameters"]},
         "saved_from": {**{k: v for k, v in saved_from.items() if v}, "converted_from": origin},
     }
+
+
+def stored_blocks(
+    parameters: Iterable[Parameter], args: Any, identity: dict[str, Any]
+) -> dict[str, ParameterBlocks]:
+    """Cut parameters into the blocks that a checkpoint's identity names, by folded key.
+
+    Raises:
+        CorruptError: a parameter that it does not name.
+        ValueError: a rule that does not apply.
+    """
+    config, found = config_of(identity), {}
+    for parameter in parameters:
+        key = stored_name(parameter, identity)
+        if key is None:
+            raise CorruptError(f"{parameter.key!r} has state, but is not in the manifest.")
+        info = info_of(parameter, parameter.key, args)
+        found[parameter.key] = partition_by_rule(info, identity["rules"][key][0], config)
+    return found
+
+
+def stored_name(parameter: Parameter, identity: dict[str, Any]) -> str | None:
+    """Return what a checkpoint's manifest calls a parameter, ``None`` if it lacks it.
+
+    That is its key; in the first checkpoints of this format, its name in the model.
+    """
+    names = (parameter.key, name_of(parameter.key, local=True))
+    return next((name for name in names if name in identity["rules"]), None)
 
 
 def config_of(identity: dict[str, Any]) -> AdamMiniConfig:
@@ -219,11 +250,3 @@ def config_of(identity: dict[str, Any]) -> AdamMiniConfig:
         value_as_block=partition["value_as_block"],
         rules=tuple((pattern, rule) for pattern, rule in partition["overrides"]),
     )
-
-
-def block_of_rows(blocks: ParameterBlocks) -> IntArray:
-    """Return the block of every row, shape ``(rows,)``; for parameters whose blocks are rows."""
-    assert blocks.pattern is not None
-    segments = np.arange(blocks.pattern.num_segments, dtype=np.int64)
-    low, high = blocks.pattern.segment_bounds(segments)
-    return np.repeat(blocks.pattern.block_of_segment(segments), high - low)

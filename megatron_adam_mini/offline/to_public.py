@@ -13,18 +13,9 @@ import torch
 from torch import Tensor
 
 from megatron_adam_mini.offline.errors import UnreadableError
-from megatron_adam_mini.offline.from_public import refuse_other_rotation
-from megatron_adam_mini.offline.llama import Part, order_of, parts_of
-from megatron_adam_mini.offline.mini_state import MiniState, find_mini_state
-from megatron_adam_mini.offline.naming import (
-    PREFIX,
-    Parameter,
-    args_of,
-    block_of_rows,
-    blocks_of,
-    config_of,
-    heads_of,
-)
+from megatron_adam_mini.offline.llama import Part, order_of, parts_of, read_llama
+from megatron_adam_mini.offline.mini_state import MiniState
+from megatron_adam_mini.offline.naming import PREFIX, Parameter
 from megatron_adam_mini.offline.progress import Progress
 from megatron_adam_mini.offline.public_state import state_of
 from megatron_adam_mini.offline.reader import Checkpoint
@@ -40,10 +31,8 @@ def public_content(source: Checkpoint) -> dict[str, Any]:
         UnreadableError: a model that is no Llama, or blocks that the package does not have.
         CorruptError: damaged or incomplete state.
     """
-    state, args = find_mini_state(source), args_of(source)
-    refuse_other_rotation(args)
-    heads = heads_of(args)
-    blocks = blocks_of(list(state.parameters), args, config_of(state.identity))
+    llama = read_llama(source)
+    state, heads, blocks = llama.state, llama.heads, llama.blocks
     weights: dict[str, Tensor] = {}
     states: dict[str, dict[str, Any]] = {}
     total = sum(source.tensors[f"{PREFIX}param.{p.key}"].num_bytes for p in state.parameters)
@@ -53,7 +42,7 @@ def public_content(source: Checkpoint) -> dict[str, Any]:
             exp_avg = source.whole(f"{PREFIX}exp_avg.{parameter.key}")
             v, labels = _v_of_rows(source, state, parameter, blocks[parameter.key])
             for part in parts_of(parameter.key, parameter.shape[0], heads):
-                rows = _without_padding(part, args)
+                rows = _without_padding(part, llama.args)
                 place = torch.from_numpy(rows)
                 vmean = _vmean(part.name, v[rows], labels[rows], parameter, heads.head_dim)
                 weights[part.name] = main[place]
@@ -82,7 +71,8 @@ def _v_of_rows(
         rows = values.reshape(len(values), -1).mean(dim=1)
         return rows.numpy(), np.arange(len(values))
     rows = source.whole(f"{PREFIX}v_row.{parameter.key}")
-    return rows.double().numpy(), block_of_rows(blocks)
+    assert blocks.pattern is not None  # v is per row, see mini_state
+    return rows.double().numpy(), blocks.pattern.block_of_rows()
 
 
 def _vmean(name: str, v: Any, labels: IntArray, parameter: Parameter, head_dim: int) -> Tensor:

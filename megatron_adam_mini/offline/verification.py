@@ -22,15 +22,15 @@ from megatron_adam_mini.offline.naming import (
     ADAM_PREFIX,
     PREFIX,
     Parameter,
-    block_of_rows,
     config_of,
-    heads_of,
     name_of,
     parameter_of,
+    stored_blocks,
+    stored_name,
 )
 from megatron_adam_mini.offline.progress import Progress
 from megatron_adam_mini.offline.reader import Checkpoint, StoredTensor, tiling_problem
-from megatron_adam_mini.partition import ParameterInfo, partition_parameter, rule_for
+from megatron_adam_mini.partition import ParameterInfo, rule_for
 from megatron_adam_mini.roles import role_of
 
 _V = (f"{PREFIX}v_row.", f"{PREFIX}v_element.", f"{ADAM_PREFIX}exp_avg_sq.")
@@ -174,43 +174,40 @@ def _check_adam_mini(checkpoint: Checkpoint, broken: set[str], findings: Finding
         return
     names = _names(state, findings)
     _check_manifest(state, names, findings)
-    for parameter in state.parameters:
+    for parameter, name in names.items():
         key = f"{PREFIX}v_row.{parameter.key}"
-        if parameter.key in names and key in checkpoint.tensors and key not in broken:
-            rows = checkpoint.whole(key)
-            _check_blocks(checkpoint, state, parameter, names[parameter.key], rows, findings)
+        if key in checkpoint.tensors and key not in broken:
+            _check_blocks(checkpoint, state, parameter, name, checkpoint.whole(key), findings)
 
 
-def _names(state: MiniState, findings: Findings) -> dict[str, str]:
-    """Map folded keys to the names in the manifest, which must name the same parameters."""
-    rules = state.identity["rules"]
+def _names(state: MiniState, findings: Findings) -> dict[Parameter, str]:
+    """Map parameters to their names in the manifest, which must have the same parameters."""
     found = {}
     for parameter in state.parameters:
-        for name in (parameter.key, name_of(parameter.key, local=True)):
-            if name in rules:
-                found[parameter.key] = name
-                break
-        else:
+        name = stored_name(parameter, state.identity)
+        if name is None:
             findings.problems.append(f"{parameter.key} has state, but is not in the manifest.")
-    for name in sorted(set(rules) - set(found.values())):
+        else:
+            found[parameter] = name
+    for name in sorted(set(state.identity["rules"]) - set(found.values())):
         findings.problems.append(f"{name} is in the manifest, but has no state.")
     return found
 
 
-def _check_manifest(state: MiniState, names: dict[str, str], findings: Findings) -> None:
+def _check_manifest(state: MiniState, names: dict[Parameter, str], findings: Findings) -> None:
     config, rules = config_of(state.identity), state.identity["rules"]
     hashed = []
-    for parameter in state.parameters:
-        name = names.get(parameter.key)
-        if name is None:
-            continue
+    for parameter, name in names.items():
         role = role_of(name, len(parameter.shape))
-        info = ParameterInfo(name=name, shape=parameter.shape, role=role)
         rule = rules[name][0]
-        if rule != rule_for(info, config):
+        # Options select by the names of the run that saved, either implementation's.
+        made = [
+            rule_for(ParameterInfo(name=called, shape=parameter.shape, role=role), config)
+            for called in (name, name_of(parameter.key, local=True))
+        ]
+        if rule not in made:
             findings.problems.append(
-                f"{name}: the manifest says rule {rule!r}, its options make "
-                f"{rule_for(info, config)!r}."
+                f"{name}: the manifest says rule {rule!r}, its options make {made[0]!r}."
             )
         if (rule == "element") != (parameter.key in state.elementwise):
             findings.problems.append(f"{name}: rule {rule!r}, but v is stored otherwise.")
@@ -232,18 +229,13 @@ def _check_blocks(
     findings: Findings,
 ) -> None:
     """Check that rows of one block hold one value, and that there are as many as promised."""
-    role = role_of(name, len(parameter.shape))
     rule, promised = state.identity["rules"][name]
-    heads = None
-    if rule in ("qkv", "head"):
-        args = checkpoint.common.get("args")
-        if args is None:
-            findings.notes.append(f"{name}: heads not checked, the checkpoint holds no args.")
-            return
-        heads = heads_of(args)
-    info = ParameterInfo(name=name, shape=parameter.shape, role=role, heads=heads)
+    args = checkpoint.common.get("args")
+    if args is None and rule in ("qkv", "head"):
+        findings.notes.append(f"{name}: heads not checked, the checkpoint holds no args.")
+        return
     try:
-        blocks = partition_parameter(info, config_of(state.identity))
+        blocks = stored_blocks([parameter], args, state.identity)[parameter.key]
     except ValueError as error:
         findings.problems.append(str(error))
         return
@@ -253,7 +245,7 @@ def _check_blocks(
         )
     if blocks.pattern is None:
         return
-    labels, values = block_of_rows(blocks), rows.numpy()
+    labels, values = blocks.pattern.block_of_rows(), rows.numpy()
     first = np.zeros(blocks.num_blocks, dtype=values.dtype)
     first[labels[::-1]] = values[::-1]
     odd = np.flatnonzero(first[labels].view(np.int32) != values.view(np.int32))

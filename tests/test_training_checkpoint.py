@@ -1,0 +1,187 @@
+"""Checkpoints through megatron.training's own save and load functions, and the offline tools.
+
+Each job combines what checkpoints could confuse; one layout saves, others load and save again.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_adam_mini.cli import main
+from tests.gather import slices_of, weights_of, whole_tensors
+from tests.megatron_job import Job, Trainer
+from tests.ranks import run_ranks
+from tests.test_checkpoint import BASE, STATE, compare
+
+FLAGS = """
+    --micro-batch-size 1 --global-batch-size 48 --train-iters 10 --lr 1e-3 --swiglu
+    --transformer-impl local --distributed-backend gloo --use-cpu-initialization
+    --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion
+    --no-gradient-accumulation-fusion --no-persist-layer-norm --no-bias-swiglu-fusion
+    --save-interval 100 --dist-ckpt-strictness raise_unexpected
+    --dist-ckpt-optim-fully-reshardable --optimizer adam_mini
+""".split()  # noqa: SIM905
+
+
+def set_megatron_args(job: Job, folder: str) -> Any:
+    """Give megatron.training the arguments of a job; its checkpoint functions read them."""
+    import megatron_adam_mini
+
+    megatron_adam_mini.register()
+    from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
+    from megatron.training import global_vars
+    from megatron.training.arguments import parse_args, validate_args
+
+    values = {
+        "num-layers": job.layers,
+        "hidden-size": job.hidden,
+        "ffn-hidden-size": job.ffn,
+        "num-attention-heads": job.heads,
+        "num-query-groups": job.groups,
+        "seq-length": job.sequence,
+        "max-position-embeddings": job.sequence,
+        "tensor-model-parallel-size": job.tp,
+        "pipeline-model-parallel-size": job.pp,
+        "load": folder,
+        "save": folder,
+    }
+    switches = {
+        "group-query-attention": job.groups != job.heads,
+        "attention-output-gate": job.gated_attention,
+        "untie-embeddings-and-output-weights": not job.tied,
+        "use-distributed-optimizer": job.distributed_optimizer,
+        "bf16": job.bf16,
+        "fp16": job.fp16,
+    }
+    given = [f"--{name}={value}" for name, value in values.items()]
+    given += [f"--{name}" for name, wanted in switches.items() if wanted]
+    sys.argv = ["pretrain", *FLAGS, *given]
+    args = parse_args()
+    validate_args(args)
+    global_vars.set_args(args)
+    init_num_microbatches_calculator(args.rank, None, 48, 1, args.data_parallel_size)
+    return args
+
+
+def save(trainer: Trainer) -> None:
+    from megatron.training.checkpointing import save_checkpoint
+
+    save_checkpoint(trainer.job.steps, trainer.chunks, trainer.optimizer, None, 0)
+
+
+def state_of(trainer: Trainer) -> Any:
+    scaler = trainer.optimizer.grad_scaler
+    return {
+        "state": slices_of(trainer),
+        "weights": weights_of(trainer),
+        "step": trainer.optimizer.engine.step_count,
+        "lr": [group["lr"] for group in trainer.optimizer.param_groups],
+        "scaler": scaler and {k: float(v) for k, v in scaler.state_dict().items()},
+    }
+
+
+def train_and_save(job: Job, folder: str) -> Any:
+    set_megatron_args(job, folder)
+    trainer = Trainer(job)
+    for step in range(job.steps):
+        trainer.step(step)
+    save(trainer)
+    return state_of(trainer)
+
+
+def load_and_save(job: Job, folder: str, other: str) -> Any:
+    """Load, save elsewhere at once, then train on; return state as loaded, and losses."""
+    from megatron.training.checkpointing import load_checkpoint
+
+    args = set_megatron_args(job, folder)
+    # What a load does not fill must not be left to chance.
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    trainer = Trainer(job)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 1.0  # the saved one must come back
+    iteration, _ = load_checkpoint(trainer.chunks, trainer.optimizer, None)
+    assert iteration == job.steps
+    args.save = other
+    save(trainer)
+    found = state_of(trainer)
+    trainer.step(job.steps)
+    assert all(torch.isfinite(p).all() for chunk in trainer.chunks for p in chunk.parameters())
+    return found | {"losses": trainer.losses}
+
+
+def tuples(ranks: list[Any]) -> list[Any]:
+    return [(r["state"], r["weights"], r["step"], r["lr"]) for r in ranks]
+
+
+def test_replicated_and_sharded_state_take_over_from_each_other(tmp_path: Path) -> None:
+    """Without the distributed optimizer at TP 2, with it at PP 2, and back."""
+    first, second, third = (str(tmp_path / name) for name in "abc")
+    replicated = replace(BASE, tp=2, distributed_optimizer=False)
+    sharded = replace(BASE, pp=2)
+    saved = run_ranks(2, train_and_save, replicated, first)
+    middle = run_ranks(4, load_and_save, sharded, first, second)
+    compare(tuples(saved), replicated, tuples(middle), sharded)
+    last = run_ranks(2, load_and_save, replicated, second, third)
+    compare(tuples(saved), replicated, tuples(last), replicated)
+
+
+# Everything at once: float16 with a loss scale that moves, tied embeddings on two stages, a
+# vocabulary that is padded otherwise, gated attention, SwiGLU, keys with layer numbers.
+MIXED = replace(
+    BASE,
+    bf16=False,
+    fp16=True,
+    tied=True,
+    vocab=90,
+    gated_attention=True,
+    steps=5,
+    config_args={"hetereogenous_dist_checkpoint": True},
+    optimizer_args={"initial_loss_scale": 2.0**10, "loss_scale_window": 2, "min_loss_scale": 1.0},
+)
+
+
+def test_float16_tied_gated_and_padded_otherwise(tmp_path: Path) -> None:
+    wide = replace(MIXED, tp=2, pp=2, padded_vocab=128)
+    narrow = replace(MIXED, padded_vocab=96)
+    folders = [str(tmp_path / name) for name in "abcde"]
+    saved = run_ranks(4, train_and_save, wide, folders[0])
+    assert saved[0]["scaler"]["scale"] != 2.0**10, "the loss scale never moved"
+    middle = run_ranks(3, load_and_save, narrow, folders[0], folders[1])
+    compare_unpadded(saved, wide, middle, narrow)
+    for command in (["verify"], ["convert", "--to", "adam"]):
+        rest = folders[1:2] if command == ["verify"] else folders[1:3]
+        assert main([*command, *rest]) == 0
+    assert main(["convert", "--to", "adam-mini", *folders[2:4]]) == 0
+    assert main(["verify", folders[3]]) == 0
+    last = run_ranks(4, load_and_save, wide, folders[3], folders[4])
+    compare_unpadded(middle, narrow, last, wide)
+
+
+def compare_unpadded(saved: list[Any], saved_job: Job, loaded: list[Any], job: Job) -> None:
+    """Compare all values bit for bit; padding that was not stored has no history."""
+    word = "embedding.word_embeddings.weight"
+    for key in (*STATE, "weight"):
+        part = "weights" if key == "weight" else "state"
+        before = whole_tensors([r[part] for r in saved], key, saved_job)
+        after = whole_tensors([r[part] for r in loaded], key, job)
+        for name, value in after.items():
+            expected = before[word if name == "output_layer.weight" else name]
+            if expected.shape != value.shape:
+                assert name in (word, "output_layer.weight")
+                rows = min(saved_job.padded_vocab, job.padded_vocab)
+                assert rows >= job.vocab
+                if key in ("exp_avg", "v"):
+                    assert not value[rows:].any(), f"{key} {name}: padding"
+                expected, value = expected[:rows], value[:rows]
+            assert torch.equal(expected, value), f"{key} {name}"
+            if key == "exp_avg":
+                assert value.abs().max() > 0, f"{name}: the state never moved"
+    for key in ("step", "scaler"):
+        assert all(r[key] == saved[0][key] for r in loaded), key
+    assert {lr for r in loaded for lr in r["lr"]} == {saved_job.lr}
