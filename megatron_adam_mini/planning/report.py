@@ -99,9 +99,8 @@ def in_words(report: dict[str, Any]) -> str:
         rank = entry["largest_rank"]
         cells = [f"{rank['rank']:>10}"]
         numbers = [rank[kind] for kind in _HEADS if kind != "rank"]
-        cells += [
-            f"{value / _GB:>10.3f}" for value in [*numbers, rank["exp_avg"] + rank["exp_avg_sq"]]
-        ]
+        numbers.append(rank["exp_avg"] + rank["exp_avg_sq"])
+        cells += [f"{_in_gb(value):>10}" for value in numbers]
         if "saved_share" in entry:
             cells.append(f"{100 * entry['saved_share']:>7.1f} %")
             cells += [f"{_reach(entry['largest_sharing'][text]):>7}" for text in _SHARES]
@@ -114,6 +113,10 @@ def in_words(report: dict[str, Any]) -> str:
         *(f"note: {text}" for text in report["notes"]),
     ]
     return "\n".join(lines).rstrip()
+
+
+def _in_gb(value: int) -> str:
+    return f"{value / _GB:.{3 if value >= _GB // 100 else 6}f}"
 
 
 def _reach(ranks: int | None) -> str:
