@@ -200,21 +200,23 @@ def cut_boundaries(bucket: BucketLayout, parameters: Sequence[ParameterBlocks]) 
     count: their sums travel in slots of their own.
     """
     cuts = np.zeros(bucket.num_slices - 1, dtype=np.bool_)
+    positions = bucket.slice_numel * np.arange(1, bucket.num_slices, dtype=np.int64)
     starts = np.asarray([p.start for p in bucket.placements], dtype=np.int64)
-    for index in range(bucket.num_slices - 1):
-        position = (index + 1) * bucket.slice_numel
-        found = int(np.searchsorted(starts, position, side="right")) - 1
-        if found < 0 or not starts[found] < position < bucket.placements[found].end:
-            continue
-        placement = bucket.placements[found]
+    found = np.searchsorted(starts, positions, side="right") - 1
+    for number in np.unique(found[found >= 0]).tolist():
+        placement = bucket.placements[number]
         blocks = parameters[placement.parameter]
         if blocks.pattern is None:
             continue
+        inside = np.flatnonzero(
+            (found == number) & (positions > placement.start) & (positions < placement.end)
+        )
+        element = positions[inside] - placement.start
         offset, width = blocks.info.row_offset, blocks.info.row_numel
-        before = blocks.pattern.segment_of_row(offset + (position - placement.start - 1) // width)
-        after = blocks.pattern.segment_of_row(offset + (position - placement.start) // width)
-        block = blocks.pattern.block_of_segment(np.asarray([after], dtype=np.int64))[0]
-        cuts[index] = before == after and block not in spread_blocks(blocks)
+        before = blocks.pattern.segments_of_rows(offset + (element - 1) // width)
+        after = blocks.pattern.segments_of_rows(offset + element // width)
+        spread = np.isin(blocks.pattern.block_of_segment(after), spread_blocks(blocks))
+        cuts[inside] = (before == after) & ~spread
     return cuts
 
 
