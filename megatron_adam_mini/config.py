@@ -28,7 +28,10 @@ PRESETS = ("paper", "first", "tensor")
 #: What may be asked for one parameter by name.
 RULES = ("row", "head", "tensor", "element")
 
-BACKENDS = ("auto", "reference")
+#: How m may be stored; Megatron's names.
+EXP_AVG_DTYPES = ("fp32", "bf16")
+
+BACKENDS = ("auto", "reference", "cpu", "triton")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +47,12 @@ class AdamMiniConfig:
         full_v: ``fnmatch`` patterns of parameter names that keep one second moment per element.
         rules: ``(pattern, rule)`` pairs that override the preset, first match wins;
             rule is one of ``row``, ``head``, ``tensor``, ``element``. ``full_v`` comes first.
-        backend: kernels to use: ``auto`` or ``reference`` (plain torch).
+        backend: kernels to use: ``auto``, ``reference`` (plain torch), ``cpu`` (C++) or
+            ``triton`` (GPU).
+        exp_avg_dtype: how m is stored: ``fp32`` (default) or ``bf16``.
+        stochastic_rounding: round a bfloat16 m stochastically instead of to the nearest.
+        param_remainders: store the lower 16 bits of the float32 main parameters only; the upper
+            ones are the bfloat16 model weights. Training is the same, bit for bit.
         manifest: path of a JSON file that rank 0 writes the partition to; ``None`` writes none.
         convert_partition: when a checkpoint has finer blocks, average its v over this run's
             (exact) instead of refusing it.
@@ -62,6 +70,9 @@ class AdamMiniConfig:
     full_v: tuple[str, ...] = ()
     rules: tuple[tuple[str, str], ...] = ()
     backend: str = "auto"
+    exp_avg_dtype: str = "fp32"
+    stochastic_rounding: bool = False
+    param_remainders: bool = False
     manifest: str | None = None
     convert_partition: bool = False
     check_files: bool = True
@@ -78,6 +89,13 @@ class AdamMiniConfig:
         object.__setattr__(self, "rules", tuple((str(p), str(r)) for p, r in self.rules))
         _one_of("preset", self.preset, PRESETS)
         _one_of("backend", self.backend, BACKENDS)
+        _one_of("exp_avg_dtype", self.exp_avg_dtype, EXP_AVG_DTYPES)
+        if self.stochastic_rounding and self.exp_avg_dtype == "fp32":
+            raise ValueError(
+                "Adam-mini stochastic_rounding=True has nothing to round with "
+                "exp_avg_dtype='fp32'; give exp_avg_dtype='bf16' (--exp-avg-dtype bf16) too, or "
+                "drop it."
+            )
         for pattern, rule in self.rules:
             if rule not in RULES:
                 raise ValueError(

@@ -9,12 +9,13 @@ Megatron. Data flow of one gradient shard, see :meth:`Engine.collect` and :meth:
                                        |                       |
     grad slice ----------------- grad_scale ----update_---> m, main parameter, model weight
 
-Shape suffixes: ``_B`` all segments of the rank, ``_R`` all its element ranges, ``_E`` all
-elements in them; ``_G`` parameter groups.
+Shape suffixes: ``_B`` all segments of the rank (for some vectors: and then its element ranges),
+``_E`` all elements of its element ranges.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +25,13 @@ import torch
 from torch import Tensor, distributed
 
 from megatron_adam_mini.config import AdamMiniConfig
-from megatron_adam_mini.kernels import SegmentTable, select_backend
-from megatron_adam_mini.layout import BucketLayout, SliceSegments, segment_slice
-from megatron_adam_mini.partition import ParameterBlocks
+from megatron_adam_mini.kernels import SegmentTable, StepScalars, select_backend
+from megatron_adam_mini.layout import BucketLayout, SliceSegments, element_numbers, segment_slice
+from megatron_adam_mini.partition import IntArray, ParameterBlocks
 from megatron_adam_mini.reduction import Reduction, plan_reduction
 from megatron_adam_mini.state import Slice, SliceState
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -57,18 +60,31 @@ class Domain:
 
 
 class _BucketStep:
-    """What the step needs of one bucket: its slice, its state, and where its segments are."""
+    """What the step needs of one bucket: its slice, its state, and where its segments are.
+
+    Attributes:
+        segments: all segments of the slice.
+        whole: those of them whose blocks no other rank holds a part of.
+        cut: the others.
+        ranges: element ranges.
+        blocks_at, ranges_at, elements_at: where the slice's segments, element ranges and their
+            elements have their entries in the vectors of the rank.
+    """
 
     def __init__(
-        self, source: Slice, part: SliceSegments, blocks: slice, ranges: slice, elements: slice
+        self,
+        state: SliceState,
+        part: SliceSegments,
+        blocks_at: slice,
+        ranges_at: slice,
+        elements_at: slice,
     ) -> None:
-        self.source = source
-        self.part = part
-        self.state = SliceState.allocate(source)
-        device = self.state.main_param.device
-        self.segments = SegmentTable(part.start_S, part.end_S, device)
-        self.ranges = SegmentTable(part.start_R, part.end_R, device)
-        self.blocks_at, self.ranges_at, self.elements_at = blocks, ranges, elements
+        self.state, self.source, self.part = state, state.source, part
+        self.blocks_at, self.ranges_at, self.elements_at = blocks_at, ranges_at, elements_at
+        self.segments: SegmentTable
+        self.whole: SegmentTable
+        self.cut: SegmentTable
+        self.ranges: SegmentTable
 
 
 @dataclass(frozen=True)
@@ -106,6 +122,9 @@ class Engine:
         group_of_parameter: for each of ``parameters`` the index of its group.
         domains: dense, then experts if there are any.
         device: where the slices are.
+
+    Attributes:
+        step_count: steps taken; whoever calls :meth:`update` adds one if it was not skipped.
     """
 
     def __init__(
@@ -123,7 +142,7 @@ class Engine:
         self.param_groups = param_groups
         self.domains = domains
         self.device = device
-        self.kernels = select_backend(config.backend)
+        self.kernels = select_backend(config.backend, device)
         self.step_count = 0
 
         parts = [
@@ -133,6 +152,7 @@ class Engine:
         self.num_blocks = sum(p.num_segments for ps in parts for p in ps)
         self.buckets: list[_BucketStep] = []
         self.reductions: list[tuple[Reduction, slice]] = []
+        completed = [np.empty(0, dtype=np.int64)]
         segment = ranges = elements = 0
         for domain, domain_parts in zip(domains, parts, strict=True):
             begin = segment
@@ -142,15 +162,19 @@ class Engine:
                     ranges + part.num_ranges,
                     elements + part.num_elementwise,
                 )
-                self.buckets.append(
-                    _BucketStep(
-                        source,
-                        part,
-                        slice(segment, ends[0]),
-                        slice(ranges, ends[1]),
-                        slice(elements, ends[2]),
-                    )
+                state = SliceState.allocate(
+                    source,
+                    exp_avg_dtype=_DTYPES[config.exp_avg_dtype],
+                    param_remainders=config.param_remainders,
                 )
+                bucket = _BucketStep(
+                    state,
+                    part,
+                    slice(segment, ends[0]),
+                    slice(ranges, ends[1]),
+                    slice(elements, ends[2]),
+                )
+                self.buckets.append(bucket)
                 segment, ranges, elements = ends
             plan = plan_reduction(
                 domain.buckets,
@@ -161,6 +185,7 @@ class Engine:
                 tp_size=domain.tp_size,
                 dp_replicas=domain.dp_replicas,
             )
+            completed.append(plan.completed + begin)
             reduction = Reduction(
                 plan, segment - begin, dp_group=domain.dp_group, tp_group=domain.tp_group,
                 device=device,
@@ -174,55 +199,98 @@ class Engine:
             arrays = [getattr(bucket.part, name) for bucket in self.buckets]
             return np.concatenate([np.empty(0, dtype=dtype), *arrays])
 
-        # One entry per segment, then one per element range.
-        self._sum_sq = floats(self.num_blocks + ranges)
+        # Vectors with suffix _B have one entry per segment, then one per element range.
+        self._sum_sq_B = floats(self.num_blocks + ranges)
         self.exp_avg_sq_B = floats(self.num_blocks)
         self.exp_avg_sq_E = floats(elements)
         self._step_size_B = floats(self.num_blocks)
         inv_numel = 1.0 / joined("block_numel_S", np.int64).astype(np.float64)
         self._inv_numel_B = torch.from_numpy(inv_numel.astype(np.float32)).to(device)
 
+        is_cut = np.zeros(self.num_blocks, dtype=np.bool_)
+        is_cut[np.concatenate(completed)] = True
+        self._cut_index = torch.from_numpy(np.flatnonzero(is_cut)).to(device)
+        # Without cut blocks: all, so that nothing is looked up.
+        self._whole_index = (
+            torch.from_numpy(np.flatnonzero(~is_cut)).to(device) if is_cut.any() else None
+        )
+        layouts = [(domain, layout) for domain in domains for layout in domain.buckets]
+        for bucket, (domain, layout) in zip(self.buckets, layouts, strict=True):
+            self._make_tables(bucket, domain, layout, is_cut)
+
         owner = np.concatenate([joined("parameter_S", np.int64), joined("parameter_R", np.int64)])
-        groups = np.asarray(group_of_parameter, dtype=np.int64)
-        self._group_of = torch.from_numpy(groups[owner]).to(device)
-        self._norm_index = self._plan_norm(owner)
-        self._grad_scale = torch.ones((), dtype=torch.float32, device=device)
+        groups = np.asarray(group_of_parameter, dtype=np.int32)
+        self._group_B = torch.from_numpy(groups[owner]).to(device)
+        self._norm_domain_B = torch.from_numpy(self._plan_norm(owner)).to(device)
+        self._norm_stats = torch.zeros(len(domains), 2, dtype=torch.float64, device=device)
+        self._norm_total = torch.zeros(2, dtype=torch.float64, device=device)
+        self._scalars = StepScalars(len(param_groups), device)
+
+    def _make_tables(
+        self,
+        bucket: _BucketStep,
+        domain: Domain,
+        layout: BucketLayout,
+        is_cut: np.ndarray[Any, np.dtype[np.bool_]],
+    ) -> None:
+        part = bucket.part
+
+        def table(starts: IntArray, ends: IntArray, owners: IntArray, at: int) -> SegmentTable:
+            numbers = None
+            if self.config.stochastic_rounding:
+                names = np.asarray(
+                    [zlib.crc32(blocks.info.name.encode()) for blocks in self.parameters],
+                    dtype=np.int64,
+                )
+                numbers = names[owners] + element_numbers(
+                    layout, self.parameters, domain.dp_rank, starts, owners
+                )
+            index = np.arange(at, at + len(starts), dtype=np.int64)
+            return SegmentTable(starts, ends, self.device, index, numbers)
+
+        bucket.segments = table(part.start_S, part.end_S, part.parameter_S, bucket.blocks_at.start)
+        bucket.ranges = table(
+            part.start_R, part.end_R, part.parameter_R, self.num_blocks + bucket.ranges_at.start
+        )
+        cut = is_cut[bucket.blocks_at]
+        bucket.whole = bucket.segments.subset(~cut) if cut.any() else bucket.segments
+        bucket.cut = bucket.segments.subset(cut)
 
     def collect(self) -> Tensor:
-        """Read every gradient once, and complete the sums of squares of all blocks.
+        """Read every gradient once, and sum up what the step needs to know of all of them.
 
         All ranks must call it. Collectives, in this order: all-gather in the dense
         data-parallel group, in the expert's; all-reduce in the dense tensor-parallel group, in
-        the expert's; one all-reduce for the norm. All but the last are left out where nothing is
-        cut.
+        the expert's (these stay in flight until :meth:`update` needs them); one all-reduce for
+        the norm. All but the last are left out where nothing is cut.
 
         Returns:
-            float64 tensor ``[squared gradient norm, number of non-finite sums]``, of the
-            gradients as they are in the buffers (loss scale included), equal on all ranks.
+            float64 tensor ``[squared gradient norm, number of non-finite sums]`` on the device,
+            of the gradients as they are in the buffers (loss scale included), equal on all
+            ranks. It is overwritten by the next call.
         """
         for bucket in self.buckets:
             grad = bucket.source.grad
-            self.kernels.block_sum_sq_(self._sum_sq[bucket.blocks_at], grad, bucket.segments)
+            self.kernels.block_sum_sq_(self._sum_sq_B, grad, bucket.segments)
             if len(bucket.ranges):
-                shifted = slice(
-                    self.num_blocks + bucket.ranges_at.start,
-                    self.num_blocks + bucket.ranges_at.stop,
-                )
-                self.kernels.block_sum_sq_(self._sum_sq[shifted], grad, bucket.ranges)
+                self.kernels.block_sum_sq_(self._sum_sq_B, grad, bucket.ranges)
         # The norm adds partial sums: complete ones would count a cut block once per rank.
-        stats = self._norm_partials()
-        for reduction, segments in self.reductions:
-            reduction.complete_over_dp_(self._sum_sq[segments])
-        for reduction, segments in self.reductions:
-            reduction.complete_over_tp_(self._sum_sq[segments])
-        return self._reduce_norm(stats)
+        self.kernels.norm_partials_(self._norm_stats, self._sum_sq_B, self._norm_domain_B)
+        self._start_reductions()
+        self._reduce_norm()
+        return torch.sum(self._norm_stats, dim=0, out=self._norm_total)
 
     def update(self, grad_scale: float | Tensor) -> None:
         """Advance v, m, main parameters and model weights by one step; local to the rank.
 
+        Blocks that other ranks hold parts of come last: their sums may still be on the way. The
+        step is not counted here, see :attr:`step_count`: a caller may learn later that it was
+        skipped.
+
         Args:
             grad_scale: what the gradients are multiplied with before anything else: inverse of
-                the loss scale times the clipping coefficient.
+                the loss scale times the clipping coefficient. If it is not finite, nothing
+                changes; on a GPU that is decided there, without waiting for it.
 
         Equations, with g the scaled gradient and b its block::
 
@@ -231,54 +299,59 @@ class Engine:
             p   <- p - lr * weight_decay * p
             p   <- p - lr / (1 - beta1^t) * m / (sqrt(v_b / (1 - beta2^t)) + eps)
         """
-        beta1, beta2 = self._betas()
-        self.step_count += 1
-        self._grad_scale.copy_(torch.as_tensor(grad_scale, dtype=torch.float32))
-        lr_B, eps_B, decay_B, lr_R, eps_R, decay_R = self._hyper_parameters()
-        scalars = {
-            "grad_scale": self._grad_scale,
-            "bias_correction1": self._scalar(1 - beta1**self.step_count),
-            "bias_correction2": self._scalar(1 - beta2**self.step_count),
-        }
+        self._scalars.fill(
+            self.param_groups, betas=self._betas(), step=self.step_count + 1, grad_scale=grad_scale
+        )
+        self._block_step_size(self._whole_index)
+        for bucket in self.buckets:
+            self._update_segments(bucket, bucket.whole)
+            if len(bucket.ranges):
+                self.kernels.update_elementwise_(
+                    *self._storage(bucket, self.exp_avg_sq_E[bucket.elements_at]),
+                    bucket.ranges,
+                    group_B=self._group_B,
+                    scalars=self._scalars,
+                    stochastic=self.config.stochastic_rounding,
+                )
+        for reduction, segments in self.reductions:
+            reduction.finish_tp_(self._sum_sq_B[segments])
+        if len(self._cut_index):
+            self._block_step_size(self._cut_index)
+            for bucket in self.buckets:
+                self._update_segments(bucket, bucket.cut)
+
+    def _storage(self, bucket: _BucketStep, *exp_avg_sq: Tensor) -> tuple[Tensor | None, ...]:
+        state = bucket.state
+        weight = bucket.source.weight if state.owns_main_param else None
+        return state.param, state.exp_avg, *exp_avg_sq, weight, bucket.source.grad
+
+    def _block_step_size(self, index: Tensor | None) -> None:
         self.kernels.block_step_size_(
             self.exp_avg_sq_B,
             self._step_size_B,
-            self._sum_sq[: self.num_blocks],
+            self._sum_sq_B[: self.num_blocks],
             inv_numel_B=self._inv_numel_B,
-            lr_B=lr_B,
-            eps_B=eps_B,
-            beta2=beta2,
-            **scalars,
+            group_B=self._group_B[: self.num_blocks],
+            scalars=self._scalars,
+            index=index,
         )
-        for bucket in self.buckets:
-            state, grad = bucket.state, bucket.source.grad
-            weight = bucket.source.weight if state.owns_main_param else None
+
+    def _update_segments(self, bucket: _BucketStep, segments: SegmentTable) -> None:
+        if len(segments):
             self.kernels.update_(
-                state.main_param,
-                state.exp_avg,
-                weight,
-                grad,
-                bucket.segments,
-                step_size_S=self._step_size_B[bucket.blocks_at],
-                decay_S=decay_B[bucket.blocks_at],
-                grad_scale=self._grad_scale,
-                beta1=beta1,
+                *self._storage(bucket),
+                segments,
+                step_size_B=self._step_size_B,
+                group_B=self._group_B,
+                scalars=self._scalars,
+                stochastic=self.config.stochastic_rounding,
             )
-            if len(bucket.ranges):
-                self.kernels.update_elementwise_(
-                    state.main_param,
-                    state.exp_avg,
-                    self.exp_avg_sq_E[bucket.elements_at],
-                    weight,
-                    grad,
-                    bucket.ranges,
-                    lr_R=lr_R[bucket.ranges_at],
-                    eps_R=eps_R[bucket.ranges_at],
-                    decay_R=decay_R[bucket.ranges_at],
-                    beta1=beta1,
-                    beta2=beta2,
-                    **scalars,
-                )
+
+    def _start_reductions(self) -> None:
+        for reduction, segments in self.reductions:
+            reduction.complete_over_dp_(self._sum_sq_B[segments])
+        for reduction, segments in self.reductions:
+            reduction.start_tp(self._sum_sq_B[segments])
 
     @torch.no_grad()
     def average_into_v(self, sum_B: Tensor) -> None:
@@ -289,12 +362,12 @@ class Engine:
         Args:
             sum_B: sum of the values over each segment, float32, shape ``(B,)``.
         """
-        self._sum_sq[: self.num_blocks].copy_(sum_B)
+        sums = self._sum_sq_B[: self.num_blocks]
+        sums.copy_(sum_B)
+        self._start_reductions()
         for reduction, segments in self.reductions:
-            reduction.complete_over_dp_(self._sum_sq[segments])
-        for reduction, segments in self.reductions:
-            reduction.complete_over_tp_(self._sum_sq[segments])
-        torch.mul(self._sum_sq[: self.num_blocks], self._inv_numel_B, out=self.exp_avg_sq_B)
+            reduction.finish_tp_(self._sum_sq_B[segments])
+        torch.mul(sums, self._inv_numel_B, out=self.exp_avg_sq_B)
 
     def pieces(self) -> Iterator[Piece]:
         """Yield the pieces of parameters that this rank owns, in the order of its buckets."""
@@ -339,36 +412,23 @@ class Engine:
         }
         return {"collectives": len(found), "bytes": sum(found.values()), "by_group": found}
 
-    def _plan_norm(self, owner: np.ndarray[Any, Any]) -> list[Tensor]:
-        """Return, per domain, the positions in the sums that count in the gradient norm."""
-        counts = np.asarray([blocks.info.in_norm for blocks in self.parameters], dtype=np.bool_)
-        expert = np.asarray([blocks.info.expert for blocks in self.parameters], dtype=np.bool_)
-        return [
-            torch.from_numpy(
-                np.flatnonzero(counts[owner] & (expert[owner] == (domain.name == "expert")))
-            ).to(self.device)
-            for domain in self.domains
+    def _plan_norm(self, owner: IntArray) -> np.ndarray[Any, np.dtype[np.int8]]:
+        """Return, for each sum, the domain in whose norm it counts, -1 for none."""
+        number = {domain.name: index for index, domain in enumerate(self.domains)}
+        domain = [
+            number["expert" if blocks.info.expert else "dense"] if blocks.info.in_norm else -1
+            for blocks in self.parameters
         ]
+        return np.asarray(domain, dtype=np.int8)[owner]
 
-    def _norm_partials(self) -> Tensor:
-        """Return ``(domains, 2)`` float64: this rank's share of norm^2 and non-finite sums."""
-        stats = torch.zeros(len(self.domains), 2, dtype=torch.float64, device=self.device)
-        for row, index in enumerate(self._norm_index):
-            stats[row, 0] = self._sum_sq[index].double().sum()
-        if len(stats):
-            # Every sum is looked at, also those that the norm leaves out.
-            stats[0, 1] = (~torch.isfinite(self._sum_sq)).sum()
-        return stats
-
-    def _reduce_norm(self, stats: Tensor) -> Tensor:
+    def _reduce_norm(self) -> None:
         if distributed.is_initialized():
             groups = [domain.norm_group for domain in self.domains]
             if all(group == groups[0] for group in groups):
-                distributed.all_reduce(stats, group=groups[0])
+                distributed.all_reduce(self._norm_stats, group=groups[0])
             else:
                 for row, group in enumerate(groups):
-                    distributed.all_reduce(stats[row], group=group)
-        return stats.sum(dim=0)
+                    distributed.all_reduce(self._norm_stats[row], group=group)
 
     def _betas(self) -> tuple[float, float]:
         betas = {tuple(group["betas"]) for group in self.param_groups}
@@ -378,22 +438,6 @@ class Engine:
                 "must share one pair. Give the groups different lr or weight_decay instead."
             )
         return betas.pop()
-
-    def _scalar(self, value: float) -> Tensor:
-        return torch.tensor(value, dtype=torch.float32, device=self.device)
-
-    def _hyper_parameters(self) -> tuple[Tensor, ...]:
-        """Return lr, eps and decay of every segment, then of every element range."""
-        table = torch.tensor(
-            [
-                [group["lr"], group["eps"], 1.0 - group["lr"] * group["weight_decay"]]
-                for group in self.param_groups
-            ],
-            dtype=torch.float32,
-        ).to(self.device)
-        lr, eps, decay = table[self._group_of].unbind(dim=1)
-        middle = self.num_blocks
-        return lr[:middle], eps[:middle], decay[:middle], lr[middle:], eps[middle:], decay[middle:]
 
 
 def _extent(owners: np.ndarray[Any, Any], number: int) -> slice:

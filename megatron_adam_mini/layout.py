@@ -193,6 +193,42 @@ def segment_slice(
     )
 
 
+def element_numbers(
+    bucket: BucketLayout,
+    parameters: Sequence[ParameterBlocks],
+    rank: int,
+    starts: IntArray,
+    owners: IntArray,
+) -> IntArray:
+    """Return where elements of slice ``rank`` lie in their whole tensors, as flat numbers.
+
+    Rows count in the order of :class:`~megatron_adam_mini.partition.RowPattern`, columns over all
+    tensor-parallel ranks, so the numbers of a weight do not depend on the layout (except that the
+    order of rows of gated MLPs follows the tensor-parallel size).
+
+    Args:
+        bucket: the bucket's integers.
+        parameters: all parameters.
+        rank: which slice.
+        starts: offsets within the slice.
+        owners: the parameter at each of them.
+    """
+    found = np.zeros(len(starts), dtype=np.int64)
+    for placement in bucket.placements:
+        here = owners == placement.parameter
+        info = parameters[placement.parameter].info
+        row, column = np.divmod(
+            starts[here] + rank * bucket.slice_numel - placement.start, info.row_numel
+        )
+        parts, part = (
+            (info.tp_size, info.tp_rank)
+            if row_parallel(parameters[placement.parameter])
+            else (1, 0)
+        )
+        found[here] = ((info.row_offset + row) * parts + part) * info.row_numel + column
+    return found
+
+
 def cut_boundaries(bucket: BucketLayout, parameters: Sequence[ParameterBlocks]) -> BoolArray:
     """Return, for each boundary between slices, whether it cuts a row segment.
 

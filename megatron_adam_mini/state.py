@@ -1,7 +1,7 @@
 """The optimizer state of one rank: what is allocated, and how large it is.
 
-Imports torch. Everything is allocated at construction, on every rank alike, so
-that memory does not grow at the first step and a checkpoint can be loaded before it.
+Imports torch and ``rounding``. Everything is allocated at construction, on every rank
+alike, so that memory does not grow at the first step and a checkpoint can be loaded before it.
 
 Data flow: layout -> **SliceState** -> kernels (modified in place) -> checkpoint.
 """
@@ -13,6 +13,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from megatron_adam_mini.rounding import join, split, to_weight
 
 
 class Slice(Protocol):
@@ -38,24 +40,83 @@ class SliceState:
     """State that mirrors one slice: element ``i`` of every tensor belongs together.
 
     Attributes:
-        main_param: float32 main parameters, shape ``(L,)``; the model weights themselves when
-            ``owns_main_param`` is false.
-        exp_avg: m, float32, shape ``(L,)``.
+        source: the slice.
+        param: float32 main parameters, shape ``(L,)``; the model weights themselves when
+            ``owns_main_param`` is false. Or int16: what bfloat16 weights lack of their float32 main
+            parameters.
+        exp_avg: m, float32 or bfloat16, shape ``(L,)``.
+        owns_main_param: whether ``param`` is memory of the optimizer.
     """
 
-    main_param: Tensor
+    source: Slice
+    param: Tensor
     exp_avg: Tensor
     owns_main_param: bool
 
     @classmethod
-    def allocate(cls, source: Slice) -> SliceState:
-        """Allocate the state of a slice, main parameters copied from the model weights."""
-        weight = source.weight
-        owns = weight.dtype != torch.float32
-        main_param = weight.detach().float() if owns else weight.detach()
-        return cls(main_param, torch.zeros_like(main_param, dtype=torch.float32), owns)
+    def allocate(
+        cls, source: Slice, *, exp_avg_dtype: torch.dtype, param_remainders: bool
+    ) -> SliceState:
+        """Allocate the state of a slice, main parameters copied from the model weights.
+
+        Raises:
+            ValueError: remainders were asked for weights that are neither bfloat16 nor float32.
+        """
+        weight = source.weight.detach()
+        exp_avg = torch.zeros_like(weight, dtype=exp_avg_dtype)
+        if weight.dtype == torch.float32:
+            return cls(source, weight, exp_avg, owns_main_param=False)
+        if not param_remainders:
+            return cls(source, weight.float(), exp_avg, owns_main_param=True)
+        if weight.dtype != torch.bfloat16:
+            raise ValueError(
+                f"Adam-mini param_remainders=True needs bfloat16 weights, got {weight.dtype}: 16 "
+                "bits complete a bfloat16 to a float32, and no other type. Remedy: --bf16, or drop "
+                "--adam-mini-param-remainders."
+            )
+        return cls(
+            source, torch.zeros_like(weight, dtype=torch.int16), exp_avg, owns_main_param=True
+        )
+
+    @property
+    def main_param(self) -> Tensor:
+        """Main parameters, float32, shape ``(L,)``: the state itself, or made from remainders."""
+        if self.param.dtype == torch.float32:
+            return self.param
+        return join(self.source.weight, self.param)
+
+    def as_float32(self) -> dict[str, Tensor]:
+        """Return ``param`` and ``exp_avg`` as float32: the state itself where it is stored so."""
+        return {"param": self.main_param, "exp_avg": self.exp_avg.float()}
+
+    def store(self, values: dict[str, Tensor]) -> None:
+        """Take over what :meth:`as_float32` returned, after somebody wrote to it.
+
+        Model weights follow the main parameters. Values that the state's type does not hold are
+        rounded to the nearest.
+        """
+        if self.exp_avg.dtype != torch.float32:
+            self.exp_avg.copy_(to_weight(values["exp_avg"], self.exp_avg.dtype))
+        if not self.owns_main_param:
+            return
+        weight = self.source.weight
+        if self.param.dtype == torch.float32:
+            weight.copy_(to_weight(values["param"], weight.dtype))
+        else:
+            high, low = split(values["param"])
+            weight.copy_(high)
+            self.param.copy_(low)
+
+    def take_weights(self) -> None:
+        """Set the main parameters to the model's weights, after somebody changed those."""
+        if self.param.dtype == torch.int16:
+            self.param.zero_()
+        elif self.owns_main_param:
+            self.param.copy_(self.source.weight)
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Return allocated bytes of ``main_param`` and ``exp_avg``."""
-        main_param = self.main_param.nbytes if self.owns_main_param else 0
-        return {"main_param": main_param, "exp_avg": self.exp_avg.nbytes}
+        return {
+            "main_param": self.param.nbytes if self.owns_main_param else 0,
+            "exp_avg": self.exp_avg.nbytes,
+        }

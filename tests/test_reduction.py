@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from megatron_adam_mini import reduction
 from megatron_adam_mini.layout import BucketLayout, Placement, segment_slice
-from megatron_adam_mini.reduction import Reduction, ordered_sum, plan_reduction
+from megatron_adam_mini.reduction import OrderedSum, Reduction, plan_reduction
 from tests.test_layout import Kind, kinds
 
 #: Completed sums against float64. All terms are positive, so relative errors do not grow by
@@ -54,6 +54,12 @@ class Member:
     rank: int
 
 
+class Done:
+    """A collective that is over."""
+
+    def wait(self) -> None: ...
+
+
 class Collectives:
     """``all_gather_into_tensor`` and ``all_reduce`` for ranks that run one after the other.
 
@@ -83,13 +89,15 @@ class Collectives:
         assert output.shape == gathered.shape
         output.copy_(gathered)
 
-    def all_reduce(self, tensor, group):
+    def all_reduce(self, tensor, group, async_op):
+        assert async_op
         values = self._exchange(group, tensor)
         for position in range(tensor.numel()):
             total = torch.zeros((), dtype=tensor.dtype)
             for rank in group.group.order(position):
                 total = total + values[rank][position]
             tensor[position] = total
+        return Done()
 
 
 def run_phase(
@@ -251,10 +259,15 @@ def complete_(sums: dict, outcome: Outcome) -> None:
         run_phase(
             collectives,
             outcome.tp_groups,
-            [lambda k=k: outcome.reductions[k].complete_over_tp_(sums[k]) for k in sums],
+            [lambda k=k: complete_over_tp_(outcome.reductions[k], sums[k]) for k in sums],
         )
     finally:
         reduction.distributed = original
+
+
+def complete_over_tp_(reduction: Reduction, sums: torch.Tensor) -> None:
+    reduction.start_tp(sums)
+    reduction.finish_tp_(sums)
 
 
 def check(grid: Grid, outcome: Outcome, *, exact: bool = False) -> None:
@@ -497,7 +510,13 @@ def test_a_second_step_starts_afresh():
         assert torch.equal(value, outcome.after[rank] * 4)
 
 
-# ordered_sum.
+# OrderedSum.
+
+
+def ordered_sum(source: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    out = torch.full((len(table),), float("nan"))
+    OrderedSum(table.numpy(), len(source), torch.device("cpu"))(source, out=out)
+    return out
 
 
 def tables(rows: int, width: int, source: int) -> st.SearchStrategy:
@@ -545,9 +564,12 @@ def test_ordered_sum_of_nothing_is_zero_also_next_to_non_finite_values():
     assert ordered_sum(torch.empty(0), torch.full((2, 1), -1)).tolist() == [0.0, 0.0]
 
 
-def test_ordered_sum_keeps_its_inputs():
+def test_ordered_sum_keeps_its_inputs_and_no_memory_of_earlier_ones():
     source, table = torch.rand(4), torch.tensor([[0, 3], [-1, 2]])
-    copies = source.clone(), table.clone()
-    ordered_sum(source, table)
+    copies, out = (source.clone(), table.clone()), torch.empty(2)
+    total = OrderedSum(table.numpy(), 4, torch.device("cpu"))
+    total(torch.full((4,), float("nan")), out=out)
+    total(source, out=out)
+    assert torch.equal(out, ordered_sum(source, table))
     assert torch.equal(source, copies[0])
     assert torch.equal(table, copies[1])

@@ -1,7 +1,7 @@
 """The arithmetic of a step on flat tensors; each backend has the same functions.
 
 ``reference`` (plain torch) is the specification: what another backend computes must equal it
-within the rounding of the order of additions.
+within the rounding of the order of additions. ``cpu`` is C++, ``triton`` is for GPUs.
 
 Data flow: gradient slice -> ``block_sum_sq_`` -> reduction -> ``block_step_size_`` ->
 ``update_`` / ``update_elementwise_`` -> main parameter, ``exp_avg``, model weight.
@@ -9,20 +9,74 @@ Data flow: gradient slice -> ``block_sum_sq_`` -> reduction -> ``block_step_size
 
 from __future__ import annotations
 
+import importlib
+import logging
+from functools import lru_cache
 from types import ModuleType
 
-from megatron_adam_mini.kernels import reference
+import torch
+
+from megatron_adam_mini.config import BACKENDS
+from megatron_adam_mini.kernels.scalars import StepScalars
 from megatron_adam_mini.kernels.segments import SegmentTable
 
-__all__ = ["SegmentTable", "select_backend"]
+__all__ = ["SegmentTable", "StepScalars", "select_backend"]
+
+logger = logging.getLogger(__name__)
+
+_MODULES = {"reference": "reference", "cpu": "cpu", "triton": "triton_gpu"}
+_DEVICES = {"cpu": ("cpu",), "triton": ("cuda",)}
 
 
-def select_backend(name: str) -> ModuleType:
+def select_backend(name: str, device: torch.device) -> ModuleType:
     """Return the module that holds the kernels of a backend.
 
+    Args:
+        name: one of ``config.BACKENDS``; ``auto`` takes ``cpu`` or ``triton`` after the device,
+            and plain torch, with a warning that says why, where that is missing.
+        device: where the slices are. The device decides, not what torch says of the machine.
+
     Raises:
-        ValueError: the backend is not known.
+        ValueError: the backend is not known, or does not run on the device.
+        ImportError: it was asked for by name and is not installed.
     """
-    if name in ("auto", "reference"):
-        return reference
-    raise ValueError(f"Adam-mini backend={name!r} is not known; allowed: auto, reference.")
+    if name not in BACKENDS:
+        raise ValueError(
+            f"Adam-mini backend={name!r} is not known; allowed: {', '.join(BACKENDS)}."
+        )
+    if name == "auto":
+        fast = next((k for k, devices in _DEVICES.items() if device.type in devices), "reference")
+        try:
+            return _load(fast)
+        except ImportError as error:
+            _warn_once(
+                f"Adam-mini runs on plain torch, which takes several times as long per step and "
+                f"large temporaries: {error}"
+            )
+            return _load("reference")
+    if device.type not in _DEVICES.get(name, (device.type,)):
+        raise ValueError(
+            f"Adam-mini backend={name!r} runs on {' and '.join(_DEVICES[name])} tensors, but the "
+            f"gradients are on {device}. Remedy: backend='auto' picks what fits."
+        )
+    return _load(name)
+
+
+def _load(name: str) -> ModuleType:
+    try:
+        module = importlib.import_module(f"megatron_adam_mini.kernels.{_MODULES[name]}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "triton":
+            raise
+        raise ImportError(
+            "Adam-mini backend='triton' needs the package triton, which comes with torch's CUDA "
+            "builds for Linux. Remedy: pip install triton, or backend='reference'."
+        ) from error
+    if name == "cpu":
+        module.library()
+    return module
+
+
+@lru_cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)

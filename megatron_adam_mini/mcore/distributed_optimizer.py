@@ -29,6 +29,9 @@ from megatron_adam_mini.mcore import checkpoint
 
 logger = logging.getLogger(__name__)
 
+#: As in megatron.core.optimizer.clip_grads.clip_grad_by_total_norm_fp32.
+_CLIP_EPS = 1.0e-6
+
 
 class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
     """Adam-mini behind Megatron's optimizer interface.
@@ -77,21 +80,27 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         self._warned_non_finite = False
         self._point_at_main_params()
 
-    # The step, phase by phase. ``step`` is what Megatron calls; the phases are public in
-    # MegatronOptimizer, so each also works when a caller drives them itself.
-
     @torch.no_grad()
     def step(self) -> tuple[bool, float | None, int | None]:
         """Take one step; all ranks must call it.
+
+        Clipping and the decision to skip the step are made on the device; the host waits for it
+        only at the end, for what it has to return.
 
         Returns:
             ``(updated, grad_norm, num_zeros_in_grad)``. A step with a non-finite gradient on any
             rank is skipped everywhere: ``(False, None, None)``, with no state changed.
         """
-        if self.prepare_grads():
+        with self._timer("optimizer-block-sums"):
+            stats = self.engine.collect()
+        with self._timer("optimizer-inner-step"):
+            self.engine.update(self._grad_scale_of(stats))
+        self._start_param_sync()
+        if self._look_at(stats):
             return False, None, None
-        grad_norm = self.clip_grad_norm(self.config.clip_grad)
+        grad_norm = self.get_grad_norm()
         num_zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
+        self._norm_sq = None
         if grad_norm > self.config.grad_norm_skip_threshold:
             logger.info(
                 "skipping a step: grad_norm %s exceeds grad_norm_skip_threshold %s",
@@ -99,27 +108,17 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
                 self.config.grad_norm_skip_threshold,
             )
             return False, grad_norm, num_zeros
-        return self.step_with_ready_grads(), grad_norm, num_zeros
+        self.engine.step_count += 1
+        return True, grad_norm, num_zeros
+
+    # The same phase by phase, for callers that drive a MegatronOptimizer themselves.
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
         """Take all block sums; return whether any gradient of any rank is not finite."""
         with self._timer("optimizer-block-sums"):
-            norm_sq, num_non_finite = self.engine.collect().tolist()
-        found_inf = num_non_finite > 0 or not math.isfinite(norm_sq)
-        inv_scale = 1.0
-        if self.grad_scaler is not None:
-            inv_scale = float(self.grad_scaler.inv_scale)
-            self.grad_scaler.update(found_inf)
-        elif found_inf and not self._warned_non_finite:
-            self._warned_non_finite = True
-            logger.warning(
-                "skipping a step with non-finite gradients; optimizer state and weights are "
-                "unchanged (further skipped steps are only counted in Megatron's log)"
-            )
-        self._norm_sq = norm_sq * inv_scale**2
-        self._grad_scale = inv_scale
-        return found_inf
+            stats = self.engine.collect()
+        return self._look_at(stats)
 
     @torch.no_grad()
     def get_grad_norm(self) -> float:
@@ -137,8 +136,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         """
         grad_norm = self.get_grad_norm()
         if clip_grad > 0.0:
-            # 1e-6 as in megatron.core.optimizer.clip_grads.clip_grad_by_total_norm_fp32.
-            self._grad_scale *= min(1.0, clip_grad / (grad_norm + 1.0e-6))
+            self._grad_scale *= min(1.0, clip_grad / (grad_norm + _CLIP_EPS))
         return grad_norm
 
     @torch.no_grad()
@@ -150,14 +148,48 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
             )
         with self._timer("optimizer-inner-step"):
             self.engine.update(self._grad_scale)
+        self.engine.step_count += 1
         self._norm_sq = None
+        self._start_param_sync()
+        return True
+
+    def _grad_scale_of(self, stats: Tensor) -> Tensor:
+        """Return inverse loss scale times clipping, on the device; NaN if the step is skipped."""
+        inv_scale = 1.0 if self.grad_scaler is None else self.grad_scaler.inv_scale.squeeze()
+        grad_norm = stats[0].sqrt() * inv_scale
+        grad_scale = torch.ones_like(grad_norm) * inv_scale
+        if self.config.clip_grad > 0.0:
+            grad_scale *= (self.config.clip_grad / (grad_norm + _CLIP_EPS)).clamp(max=1.0)
+        skip = (stats[1] > 0) | ~grad_norm.isfinite()
+        skip |= grad_norm > self.config.grad_norm_skip_threshold
+        return grad_scale.masked_fill(skip, math.nan)
+
+    def _look_at(self, stats: Tensor) -> bool:
+        """Wait for the block sums, tell the loss scaler; return whether any is not finite."""
+        norm_sq, num_non_finite = stats.tolist()
+        found_inf = num_non_finite > 0 or not math.isfinite(norm_sq)
+        inv_scale = 1.0
+        if self.grad_scaler is not None:
+            inv_scale = float(self.grad_scaler.inv_scale)
+            self.grad_scaler.update(found_inf)
+        elif found_inf and not self._warned_non_finite:
+            self._warned_non_finite = True
+            logger.warning(
+                "skipping a step with non-finite gradients; optimizer state and weights are "
+                "unchanged (further skipped steps are only counted in Megatron's log)"
+            )
+        self._norm_sq = norm_sq * inv_scale**2
+        self._grad_scale = inv_scale
+        return found_inf
+
+    def _start_param_sync(self) -> None:
+        """Start Megatron's all-gather of weights, unless the next forward pass does."""
         if self._ddp_config.use_distributed_optimizer and not (
             self._ddp_config.overlap_param_gather
         ):
             with self._timer("params-all-gather"):
                 for chunk in self.model_chunks:
                     chunk.start_param_sync()
-        return True
 
     @torch.no_grad()
     def count_zeros(self) -> int:
@@ -216,8 +248,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
                 "(--load-main-params-from-ckpt); drop the flag to start from the model's weights."
             )
         for bucket in self.engine.buckets:
-            if bucket.state.owns_main_param:
-                bucket.state.main_param.copy_(bucket.source.weight)
+            bucket.state.take_weights()
 
     def state_bytes(self) -> dict[str, int]:
         """Return this rank's optimizer state in bytes: main_param, exp_avg, exp_avg_sq."""
@@ -292,10 +323,8 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         Needed after a load: Megatron reads the model's weights on its own, and they need not be
         the rounded main parameters (another precision, another checkpoint).
         """
-        for piece in self.engine.pieces():
-            if piece.bucket.state.owns_main_param:
-                main_param = piece.bucket.state.main_param[piece.window]
-                piece.bucket.source.weight[piece.window].copy_(main_param)
+        for bucket in self.engine.buckets:
+            bucket.state.store(bucket.state.as_float32())
         if self._ddp_config.use_distributed_optimizer:
             for chunk in self.model_chunks:
                 chunk.start_param_sync(force_sync=True)
@@ -319,7 +348,12 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         return _RunningTimer(timers(name, log_level=1), self.config.barrier_with_L1_time)
 
     def _point_at_main_params(self) -> None:
-        """Give 16-bit parameters the ``main_param`` view that Megatron's parameter norm reads."""
+        """Give 16-bit parameters the ``main_param`` view that Megatron's parameter norm reads.
+
+        Remainders have no such view; Megatron then takes the norm of the weights.
+        """
+        if self.engine.config.param_remainders:
+            return
         sharded = bool(self._ddp_config.use_distributed_optimizer)
         for param in self._parameters:
             if param.dtype != torch.float32:

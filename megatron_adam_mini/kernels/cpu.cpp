@@ -1,0 +1,177 @@
+// CPU kernels of Adam-mini behind a C interface, without torch or Python headers.
+//
+// The loops are in cpu_kernels.inc, which is compiled once per instruction set; the functions below
+// pick the best that the processor has. Signatures and meaning: kernels/reference.py. The caller
+// (kernels/cpu.py) has checked dtypes and sizes.
+//
+// Compiled with -ffp-contract=off: the instruction sets then give the same bits.
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// A piece of work, see SegmentTable.tiles.
+struct Tile {
+  int64_t start, length, count, index, packed, within, partial;
+};
+
+// Storage of one slice. Kinds: 0 float32, 1 bfloat16, 2 float16, 3 int16 remainders, -1 none.
+struct Slice {
+  void* param;
+  void* exp_avg;
+  void* weight;
+  const void* grad;
+  int32_t param_kind, exp_avg_kind, weight_kind, grad_kind;
+  const int64_t* origin;  // null: round m to the nearest
+};
+
+// The numbers of one step, see StepScalars.
+struct Scalars {
+  const float* grad_scale;
+  const float* bias_corrections;
+  const float* hyper;  // lr, eps, decay per group
+  const int64_t* noise_key;
+  float beta1, one_minus_beta1, beta2, one_minus_beta2;
+};
+
+// Vectors with one entry per segment.
+struct Blocks {
+  float* exp_avg_sq;
+  float* step_size;
+  float* sum_sq;
+  const float* inv_numel;
+  const int32_t* group;
+};
+
+inline bool is_finite(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return (bits & 0x7f800000u) != 0x7f800000u;
+}
+
+}  // namespace
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+namespace baseline {
+#include "cpu_kernels.inc"
+}
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define ADAM_MINI_DISPATCH 1
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+namespace avx2 {
+#include "cpu_kernels.inc"
+}
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+namespace avx512 {
+#include "cpu_kernels.inc"
+}
+#pragma GCC pop_options
+#endif
+
+namespace {
+
+// 0 baseline, 1 AVX2 (x86-64-v3), 2 AVX-512 (x86-64-v4).
+int best_level() {
+#ifdef ADAM_MINI_DISPATCH
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return 2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2"))
+    return 1;
+#endif
+  return 0;
+}
+
+int level = best_level();
+
+}  // namespace
+
+#ifdef ADAM_MINI_DISPATCH
+#define DISPATCH(call)       \
+  switch (level) {           \
+    case 2: avx512::call; break; \
+    case 1: avx2::call; break;   \
+    default: baseline::call;     \
+  }
+#else
+#define DISPATCH(call) baseline::call
+#endif
+
+#define EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+// Changes with every signature, so that a stale library is noticed.
+EXPORT int adam_mini_abi() { return 1; }
+
+EXPORT int adam_mini_level() { return level; }
+
+// For tests: use at most this level.
+EXPORT void adam_mini_limit_level(int most) {
+  int best = best_level();
+  level = most < best ? most : best;
+}
+
+EXPORT int adam_mini_has_threads() {
+#ifdef _OPENMP
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+EXPORT void adam_mini_block_sum_sq(float* sum_sq, const void* grad, int grad_kind, const Tile* tiles,
+                            int64_t num_tiles, double* partials, int threads) {
+  DISPATCH(block_sum_sq(sum_sq, grad, grad_kind, tiles, num_tiles, partials, threads));
+}
+
+EXPORT void adam_mini_norm_partials(double* stats, int64_t domains, const float* sum_sq,
+                             const int8_t* domain, int64_t numel) {
+  for (int64_t i = 0; i < 2 * domains; ++i) stats[i] = 0.0;
+  int64_t non_finite = 0;
+  for (int64_t i = 0; i < numel; ++i) {
+    if (domain[i] >= 0) stats[2 * domain[i]] += sum_sq[i];
+    non_finite += !is_finite(sum_sq[i]);
+  }
+  if (domains > 0) stats[1] = static_cast<double>(non_finite);
+}
+
+EXPORT void adam_mini_block_step_size(const Blocks* blocks, const Scalars* scalars, const int64_t* index,
+                               int64_t numel, int threads) {
+  if (!is_finite(*scalars->grad_scale)) return;
+  DISPATCH(block_step_size(*blocks, *scalars, index, numel, threads));
+}
+
+EXPORT void adam_mini_update(const Slice* slice, const Tile* tiles, int64_t num_tiles,
+                      const Blocks* blocks, const Scalars* scalars, int threads) {
+  if (!is_finite(*scalars->grad_scale)) return;
+  DISPATCH(update(*slice, tiles, num_tiles, *blocks, *scalars, threads));
+}
+
+EXPORT void adam_mini_update_whole(const Slice* slice, const Tile* tiles, int64_t num_tiles,
+                            const Blocks* blocks, const Scalars* scalars, int threads) {
+  if (!is_finite(*scalars->grad_scale)) return;
+  DISPATCH(update_whole(*slice, tiles, num_tiles, *blocks, *scalars, threads));
+}
+
+EXPORT void adam_mini_update_elementwise(const Slice* slice, float* exp_avg_sq, const Tile* tiles,
+                                  int64_t num_tiles, const int32_t* group, const Scalars* scalars,
+                                  int threads) {
+  if (!is_finite(*scalars->grad_scale)) return;
+  DISPATCH(update_elementwise(*slice, exp_avg_sq, tiles, num_tiles, group, *scalars, threads));
+}
+
+}  // extern "C"

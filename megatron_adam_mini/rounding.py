@@ -1,0 +1,62 @@
+"""How float32 becomes 16 bits: model weights, exact remainders, and a low-precision ``exp_avg``.
+
+Imports torch. The functions are the specification of what every backend does, bit for bit.
+
+A bfloat16 weight is the nearest one, **ties away from zero**. Ties to even, torch's rule, would
+make remainders impossible: an even weight would stand for 65,537 float32 values (both ties round
+to it), one more than 16 bits can tell apart. Away from zero every weight stands for 65,536, so that
+weight and remainder are the float32 value, and all modes train with the same weights. The rules
+differ at exact ties only. Transformer Engine's remainders break ties in the same way.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def to_weight(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float32: to bfloat16 with ties away from zero, to float16 with ties to even."""
+    return split(value)[0] if dtype == torch.bfloat16 else value.to(dtype)
+
+
+def split(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return bfloat16 weight and int16 remainder of float32 values; :func:`join` is the inverse.
+
+    NaNs lose their payload; every other value, infinities included, comes back bit for bit.
+    """
+    bits = torch.where(value.isnan(), torch.nan, value).view(torch.int32)
+    weight = (bits + 0x8000) >> 16
+    return weight.to(torch.int16).view(torch.bfloat16), (bits - (weight << 16)).to(torch.int16)
+
+
+def join(weight: Tensor, remainder: Tensor) -> Tensor:
+    """Return the float32 values that :func:`split` took apart."""
+    bits = (weight.view(torch.int16).to(torch.int32) << 16) + remainder.to(torch.int32)
+    return bits.view(torch.float32)
+
+
+def noise16(number: Tensor, key: Tensor) -> Tensor:
+    """Return 16 random bits per element, int64 in ``[0, 65536)``.
+
+    ``mix(number + key) & 0xffff`` modulo 2**32, with ``mix`` the finaliser of MurmurHash3.
+
+    Args:
+        number: int64 element numbers; only their lower 32 bits count.
+        key: int64 scalar, another one in each step.
+    """
+    bits = (number + key) & 0xFFFFFFFF
+    bits = (bits ^ (bits >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
+    bits = (bits ^ (bits >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
+    return (bits ^ (bits >> 16)) & 0xFFFF
+
+
+def to_bfloat16_stochastic(value: Tensor, noise: Tensor) -> Tensor:
+    """Round float32 up or down to bfloat16, so that the mean over the noise is the value.
+
+    Args:
+        value: float32.
+        noise: 16 bits per element, see :func:`noise16`.
+    """
+    bits = torch.where(value.isnan(), torch.nan, value).view(torch.int32)
+    return ((bits + noise.to(torch.int32)) >> 16).to(torch.int16).view(torch.bfloat16)
