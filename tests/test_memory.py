@@ -23,15 +23,24 @@ from tests.ranks import run_ranks
 # Real runs.
 
 LLAMA = Job(bf16=True)
+#: Options of a run, by the command's name for what they make of the state.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adam_mini": {},
+    "adam_mini_remainders": {"param_remainders": True},
+    "adam_mini_bf16_m": {"exp_avg_dtype": "bf16"},
+    "adam_mini_remainders_bf16_m": {"param_remainders": True, "exp_avg_dtype": "bf16"},
+}
 RUNS = {
-    "tp1": (LLAMA, 1),
+    "tp1": (LLAMA, 1, "adam_mini"),
     "tp2-pp2-dp2, overlap, small buckets": (
         replace(LLAMA, tp=2, pp=2, layers=4, overlap=True, bucket_size=3000),
         8,
+        "adam_mini",
     ),
     "tied, biases, pp2-dp2": (
         replace(LLAMA, pp=2, tied=True, bias=True, swiglu=False, overlap=True, bucket_size=3000),
         4,
+        "adam_mini_remainders",
     ),
     "heads cut by tp4, gate, qk norms, value as block": (
         replace(
@@ -43,6 +52,7 @@ RUNS = {
             adam_mini={"value_as_block": True},
         ),
         4,
+        "adam_mini_bf16_m",
     ),
     "virtual stages, odd dp, busbw padding, bf16 gradients": (
         replace(
@@ -54,10 +64,12 @@ RUNS = {
             ddp_args={"pad_buckets_for_high_nccl_busbw": True},
         ),
         6,
+        "adam_mini_remainders_bf16_m",
     ),
     "two instances, full v of fc1": (
         replace(LLAMA, instances=2, adam_mini={"full_v": ("*fc1.weight",)}),
         4,
+        "adam_mini",
     ),
 }
 
@@ -140,10 +152,11 @@ def run_cli(capsys: Any, *flags: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", RUNS)
 def test_every_byte_of_a_real_run(case: str, capsys: Any) -> None:
-    job, world = RUNS[case]
-    ranks = run_ranks(world, allocated, job)
+    job, world, form = RUNS[case]
+    options = {**job.adam_mini, **OPTIONS[form]}
+    ranks = run_ranks(world, allocated, replace(job, adam_mini=options))
     report = run_cli(capsys, *flags_of(job, world))
-    assert report["every_rank"]["adam_mini"] == [rank["bytes"] for rank in ranks]
+    assert report["every_rank"][form] == [rank["bytes"] for rank in ranks]
 
     model = Model(**report["model"])
     layout = Parallel(**report["layout"])
@@ -157,18 +170,18 @@ def test_every_byte_of_a_real_run(case: str, capsys: Any) -> None:
 
     # The summary is the maximum over ranks.
     totals = [sum(rank["bytes"].values()) for rank in ranks]
-    largest = report["optimizers"]["adam_mini"]["largest_rank"]
+    largest = report["optimizers"][form]["largest_rank"]
     assert largest["total"] == max(totals) == totals[largest["rank"]]
     assert largest["stage"] == ranks[largest["rank"]]["pp_rank"]
     for stage in report["stages"]:
         own = [
             t for t, rank in zip(totals, ranks, strict=True) if rank["pp_rank"] == stage["stage"]
         ]
-        assert stage["optimizers"]["adam_mini"]["total"] == max(own)
+        assert stage["optimizers"][form]["total"] == max(own)
 
 
 def test_every_byte_of_megatrons_adam(capsys: Any) -> None:
-    job, world = RUNS["tied, biases, pp2-dp2"]
+    job, world, _ = RUNS["tied, biases, pp2-dp2"]
     ranks = run_ranks(world, allocated, replace(job, optimizer="adam"))
     report = run_cli(capsys, *flags_of(job, world))
     assert report["every_rank"]["adam"] == [rank["bytes"] for rank in ranks]
