@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import plan_scale
 from megatron_adam_mini import cli
 from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.planning.buckets import plan_stage, stage_blocks
@@ -379,6 +382,26 @@ def test_experts_share_by_their_own_group() -> None:
     expert = 2 * 2 * 3 * 4096 * 14336  # layers, experts per rank, matrices
     dense = stage.num_parameters - expert
     assert stage.elements.sum() == 2 * dense + 4 * expert
+
+
+def test_documented_output_is_the_real_one(capsys: Any) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "memory.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```console\n\$ (.*?[^\\])\n(.*?)\n```", text, flags=re.S)
+    assert len(blocks) == 3
+    for command, output in blocks:
+        program, *arguments = command.replace("\\\n", "").split()
+        assert program == "megatron-adam-mini"
+        assert cli.main(arguments) == 0
+        assert capsys.readouterr().out == output + "\n"
+
+
+def test_added_traffic_of_llama_2_7b_at_tp8_dp8_stays_within_its_target() -> None:
+    result = plan_scale.plan(plan_scale.cases()[0])
+    assert plan_scale.cases()[0].parallel.world_size == 64
+    assert result.most.collectives <= 2
+    assert 0 < result.share <= 1e-4
+    # Rows of the two row-parallel weights of each layer, over the data-parallel ranks.
+    assert result.most.tp_bytes >= 4 * 32 * 2 * 4096 / 8
 
 
 # Layouts.

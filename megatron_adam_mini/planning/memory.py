@@ -111,8 +111,9 @@ class Planner:
         self.options = options
         self.layers = stage_layers(parallel, model.num_layers)
         self._blocks: dict[Hashable, list[list[ParameterBlocks]]] = {}
-        #: Stages and ranks that hold equal parameters have equal keys.
-        self._keys: dict[Hashable, Hashable] = {}
+        #: Stages and ranks that hold equal parameters have equal numbers.
+        self._numbers: dict[Hashable, int] = {}
+        self._number_of: dict[tuple[int, int, int], int] = {}
         names = [
             blocks.info.name
             for stage in range(parallel.pp)
@@ -155,7 +156,7 @@ class Planner:
         buckets = plan.dense + plan.expert
 
         def sizes(tp_rank: int, expert_tp_rank: int, expert: bool) -> IntArray:
-            key = (self._key(stage, tp_rank, expert_tp_rank), stage == 0, expert)
+            key = (self._number(stage, tp_rank, expert_tp_rank), stage == 0, expert)
             if key not in known:
                 chunks = self._stage_blocks(stage, tp_rank, expert_tp_rank)
                 own = plan_stage(self.model, parallel, chunks, pp_rank=stage)
@@ -198,12 +199,12 @@ class Planner:
             )
         return self._blocks[key]
 
-    def _key(self, stage: int, tp_rank: int, expert_tp_rank: int) -> Hashable:
-        """Return what decides how many segments the slices of a rank have, up to the buckets."""
+    def _number(self, stage: int, tp_rank: int, expert_tp_rank: int) -> int:
+        """Number what decides how many segments the slices of a rank have, up to the buckets."""
         place = (stage, tp_rank, expert_tp_rank)
-        if place not in self._keys:
+        if place not in self._number_of:
             chunks = self._stage_blocks(*place)
-            self._keys[place] = tuple(
+            facts = tuple(
                 tuple(
                     (
                         blocks.info.role,
@@ -216,7 +217,8 @@ class Planner:
                 )
                 for chunk in chunks
             )
-        return self._keys[place]
+            self._number_of[place] = self._numbers.setdefault(facts, len(self._numbers))
+        return self._number_of[place]
 
 
 def _slice_sizes(

@@ -84,8 +84,9 @@ def in_words(report: dict[str, Any]) -> str:
     if experts:
         etp = layout["expert_tensor_parallel_size"] or layout["tensor_model_parallel_size"]
         sizes += [("EP", layout["expert_model_parallel_size"]), ("ETP", etp)]
+    ranks = report["ranks"]
     lines = [
-        f"{report['parameters']:,} parameters, {report['ranks']:,} ranks: "
+        f"{report['parameters']:,} parameters, {ranks:,} rank{'s' if ranks > 1 else ''}: "
         + ", ".join(f"{name} {size}" for name, size in sizes)
         + f". Ranks that share the state: d = {shared['dense']}"
         + (f", for experts {shared['expert']}." if experts else "."),
