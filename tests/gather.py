@@ -48,7 +48,7 @@ def slices_of(trainer: Trainer, *, grads_only: bool = False) -> list[Part]:
     for layout, bucket in zip(domain.buckets, engine.buckets, strict=True):
         tensors = {"grad": bucket.source.grad}
         if not grads_only:
-            v = torch.full_like(bucket.state.exp_avg, float("nan"))
+            v = torch.full_like(bucket.state.main_param, float("nan"))
             block_v = engine.exp_avg_sq_B[bucket.blocks_at]
             for index in range(len(bucket.segments)):
                 begin, end = bucket.segments.start_S[index], bucket.segments.end_S[index]

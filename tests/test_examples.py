@@ -159,6 +159,7 @@ def test_two_ranks_train_through_the_launcher(
             *(*TINY_MODEL.split(), *layout),
             *("--data-path", str(dataset), "--data-cache-path", str(tmp_path / "cache")),
             *("--state-report", str(report)),
+            *("--tensorboard-dir", str(tmp_path / "events"), "--tensorboard-log-interval", "2"),
         ],
         tmp_path / "log",
         on_line,
@@ -188,6 +189,28 @@ def test_two_ranks_train_through_the_launcher(
         assert 0 < measured["state_bytes"]["exp_avg_sq"] < bytes_per_kind / 10
         assert 1 <= communication["collectives_per_step"] <= 2
         assert 0 < communication["bytes_per_step"] < 10_000
+    check_logged_metrics(tmp_path / "events", measured if optimizer == "adam_mini" else None)
+
+
+def check_logged_metrics(folder: Path, measured: dict[str, Any] | None) -> None:
+    """Compare what TensorBoard shows with what the run measured (all ranks together)."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    names = [name for name in events.Tags()["scalars"] if name.startswith("adam-mini/")]
+    if measured is None:
+        assert names == []
+        return
+    last = {name: events.Scalars(name)[-1] for name in names}
+    assert {event.step for event in last.values()} == {8}
+    for kind, total in measured["state_bytes"].items():
+        assert 0 < last[f"adam-mini/state-bytes/{kind}"].value <= total
+    communication = measured["communication"]
+    added = [e.value for n, e in last.items() if n.startswith("adam-mini/added-bytes-per-step/")]
+    assert sum(added) == communication["bytes_per_step"]
+    collectives = last["adam-mini/added-collectives-per-step"].value
+    assert collectives == len(added) == communication["collectives_per_step"]
 
 
 def test_failure_of_a_run_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,6 +73,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--adam-mini-backend", choices=BACKENDS, default=AdamMiniConfig.backend, help="kernels"
     )
     group.add_argument(
+        "--adam-mini-param-remainders",
+        action="store_true",
+        help="store 16 bits per parameter that complete the bf16 weight to the fp32 main "
+        "parameter, instead of 32: the same training bit for bit, 2 bytes less",
+    )
+    group.add_argument(
+        "--adam-mini-stochastic-rounding",
+        action="store_true",
+        help="with --exp-avg-dtype bf16 (Megatron's flag): round m stochastically",
+    )
+    group.add_argument(
         "--adam-mini-manifest", metavar="FILE", help="write the partition of the model as JSON"
     )
     group.add_argument(
@@ -97,6 +108,9 @@ def config_from_args(args: argparse.Namespace) -> AdamMiniConfig:
         full_v=tuple(args.adam_mini_full_v),
         rules=read_rules(args.adam_mini_rules) if args.adam_mini_rules else (),
         backend=args.adam_mini_backend,
+        exp_avg_dtype=_dtype_name(args.exp_avg_dtype),
+        stochastic_rounding=args.adam_mini_stochastic_rounding,
+        param_remainders=args.adam_mini_param_remainders,
         manifest=args.adam_mini_manifest,
         convert_partition=args.adam_mini_convert_partition,
         check_files=args.adam_mini_check_files,
@@ -110,8 +124,19 @@ def check_arguments(args: argparse.Namespace) -> None:
         ValueError: a value that is not allowed.
         NotImplementedError: a combination that is not supported.
     """
-    config_from_args(args)
     refuse_unsupported(args)
+    for name in ("main_params_dtype", "main_grads_dtype", "exp_avg_sq_dtype"):
+        if _dtype_name(getattr(args, name)) != "fp32":
+            raise NotImplementedError(
+                f"--optimizer adam_mini does not support --{name.replace('_', '-')} "
+                f"{_dtype_name(getattr(args, name))}: allowed is fp32. Remedy: drop the flag; what "
+                "saves memory here is --exp-avg-dtype bf16 and --adam-mini-param-remainders."
+            )
+    if config_from_args(args).param_remainders and not args.bf16:
+        raise ValueError(
+            "--adam-mini-param-remainders needs --bf16: 16 bits complete a bfloat16 weight to its "
+            "float32 main parameter, and no other type. Drop it, or train in bfloat16."
+        )
     check_adam_values(
         lr=args.lr,
         betas=(args.adam_beta1, args.adam_beta2),
@@ -131,6 +156,12 @@ def check_arguments(args: argparse.Namespace) -> None:
             "--optimizer adam_mini does not support --non-persistent-ckpt-type yet. Remedy: drop "
             "the flag."
         )
+
+
+def _dtype_name(dtype: Any) -> str:
+    """Return Megatron's name of a dtype, which its arguments hold as text or as torch's."""
+    names = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
+    return names.get(str(dtype), str(dtype))
 
 
 def refuse_stray_options(args: argparse.Namespace, options: dict[str, tuple[str, Any]]) -> None:

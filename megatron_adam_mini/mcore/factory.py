@@ -25,6 +25,7 @@ from megatron_adam_mini.agreement import PlanRecord, check_agreement
 from megatron_adam_mini.config import AdamMiniConfig, check_adam_values
 from megatron_adam_mini.engine import Domain, Engine
 from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
+from megatron_adam_mini.mcore.metrics import observe
 from megatron_adam_mini.mcore.param_info import collect_parameters
 from megatron_adam_mini.mcore.preflight import refuse_unsupported
 from megatron_adam_mini.mcore.slices import bucket_slices, dense_buffers, whole_parameters
@@ -114,6 +115,7 @@ def build_optimizer(
     optimizer = AdamMiniOptimizer(
         engine, config, model_chunks, param_groups, list(params), manifest, groups
     )
+    observe(optimizer)
     _report(optimizer, options)
     return optimizer
 
@@ -260,7 +262,8 @@ def _report(optimizer: AdamMiniOptimizer, options: AdamMiniConfig) -> None:
         f"Adam-mini partition {manifest['preset']!r} (manifest {manifest['hash']}): "
         f"{manifest['elements']:,} elements share {manifest['blocks']:,} second moments\n"
         + "\n".join(lines)
-        + f"\nthis rank: state bytes {optimizer.state_bytes()}, added per step {added}",
+        + f"\nthis rank: kernels {optimizer.engine.kernels.NAME!r}, state bytes "
+        f"{optimizer.state_bytes()}, added per step {added}",
         flush=True,
     )
     unknown = manifest["elementwise_unknown"]

@@ -32,8 +32,8 @@ _REFUSED = {
     ),
     "use_precision_aware_optimizer": (
         "--use-precision-aware-optimizer",
-        "state in lower precision is not supported yet",
-        "drop the flag (Adam-mini's state is float32)",
+        "it selects Transformer Engine's Adam",
+        "--exp-avg-dtype bf16 and --adam-mini-param-remainders work without it",
     ),
     "optimizer_cuda_graph": (
         "--optimizer-cuda-graph",

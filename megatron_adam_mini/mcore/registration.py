@@ -1,6 +1,6 @@
 """Adam-mini behind Megatron's names: which of its functions are wrapped, and how to undo it.
 
-Imports megatron.core, and megatron.training if it is there. Five functions are replaced, all of
+Imports megatron.core, and megatron.training if it is there. Six functions are replaced, all of
 which Megatron looks up as module globals at call time, so it does not matter who imported their
 callers before:
 
@@ -10,7 +10,8 @@ callers before:
 * ``megatron.training.arguments.add_megatron_arguments``: adds the flags;
 * ``megatron.training.arguments.validate_args``: checks ours, then lets Megatron validate as for
   Adam. For any other name it would turn the distributed optimizer into the layer-wise one;
-* ``megatron.training.training.get_megatron_optimizer_config``: carries the options along.
+* ``megatron.training.training.get_megatron_optimizer_config``: carries the options along;
+* ``megatron.training.training.training_log``: adds Adam-mini's metrics to the logs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core import optimizer as mcore_optimizer
 
@@ -35,6 +37,7 @@ from megatron_adam_mini.mcore.arguments import (
 from megatron_adam_mini.mcore.compat import warn_if_untested
 from megatron_adam_mini.mcore.factory import build_optimizer
 from megatron_adam_mini.mcore.load_guard import wrap_load
+from megatron_adam_mini.mcore.metrics import wrap_training_log
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +109,7 @@ def register() -> Registration:
         handle.replace(arguments, "validate_args", functools.partial(_wrap_validate, defaults))
         training = importlib.import_module("megatron.training.training")
         handle.replace(training, "get_megatron_optimizer_config", _wrap_config)
+        handle.replace(training, "training_log", wrap_training_log)
     _active = handle
     return handle
 
@@ -171,9 +175,12 @@ def _wrap_validate(defaults: dict[str, Any], original: Callable[..., Any]) -> Ca
 def _wrap_config(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_megatron_optimizer_config(args: argparse.Namespace) -> Any:
-        config, overrides = original(args)
-        if config.optimizer == OPTIMIZER:
-            config.adam_mini = config_from_args(args)
+        if args.optimizer != OPTIMIZER:
+            return original(args)
+        # Megatron's config allows another dtype with Transformer Engine's Adam only.
+        megatrons = argparse.Namespace(**vars(args) | {"exp_avg_dtype": torch.float32})
+        config, overrides = original(megatrons)
+        config.adam_mini = config_from_args(args)
         return config, overrides
 
     return get_megatron_optimizer_config

@@ -1,0 +1,466 @@
+"""Time of the optimizer step on a CPU, beside everything that a user would pick instead.
+
+Three comparisons, each interleaved within one process:
+
+* ``megatron``: the whole ``optimizer.step()`` of a real Megatron model on one rank (bfloat16
+  weights, float32 gradients and main parameters, clipping active, about 80M parameters; the
+  parameter all-gather overlaps the forward pass, so it is in neither time), beside Megatron's own
+  optimizer with torch's AdamW, as it comes and fused;
+* ``pipeline``: norm, finiteness, clipping, update and bfloat16 weights on flat or listed tensors
+  of a Llama's shapes, beside the best pipeline that torch allows, DeepSpeed's CPUAdam (if it is
+  installed), the public Adam-mini, and an AdamW made of this project's own kernels;
+* ``update``: the update alone, beside torch's fused AdamW, and beside the time that its memory
+  traffic takes at the bandwidth of plain loops with the same mix of reads and writes.
+
+Run from the project's root: ``python -m benchmarks.cpu_step [--threads N] [--only NAME ...]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import io
+import math
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.report import heading, write
+from benchmarks.timing import Timing, interleave, table
+from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.engine import Domain, Engine
+from megatron_adam_mini.kernels import SegmentTable, StepScalars, cpu
+from megatron_adam_mini.layout import BucketLayout, Placement
+from megatron_adam_mini.partition import HeadGeometry, ParameterInfo, partition_parameter
+
+LR, BETAS, EPS, DECAY, CLIP = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama: untied embeddings, SwiGLU, as many key as query heads."""
+
+    hidden: int
+    layers: int
+    ffn: int
+    heads: int
+    vocab: int
+
+    def parameters(self) -> list[ParameterInfo]:
+        """List the parameters as Megatron has them."""
+        h, found = self.hidden, []
+        heads = HeadGeometry(
+            num_heads=self.heads, num_query_groups=self.heads, head_dim=h // self.heads
+        )
+        found.append(ParameterInfo(name="embed", shape=(self.vocab, h), role="embedding"))
+        for i in range(self.layers):
+            name = f"layers.{i}."
+            found += [
+                ParameterInfo(name=f"{name}norm1", shape=(h,), role="norm"),
+                ParameterInfo(name=f"{name}qkv", shape=(3 * h, h), role="qkv", heads=heads),
+                ParameterInfo(name=f"{name}proj", shape=(h, h), role="attention_projection"),
+                ParameterInfo(name=f"{name}norm2", shape=(h,), role="norm"),
+                ParameterInfo(name=f"{name}fc1", shape=(2 * self.ffn, h), role="mlp"),
+                ParameterInfo(name=f"{name}fc2", shape=(h, self.ffn), role="mlp"),
+            ]
+        found.append(ParameterInfo(name="norm", shape=(h,), role="norm"))
+        found.append(ParameterInfo(name="lm_head", shape=(self.vocab, h), role="output"))
+        return found
+
+
+SHAPES = {
+    "110M": Shape(hidden=640, layers=14, ffn=1792, heads=10, vocab=32000),
+    "10M": Shape(hidden=256, layers=8, ffn=704, heads=4, vocab=8192),
+}
+
+
+@dataclass
+class Flat:
+    """One slice: the whole model in one bucket."""
+
+    grad: Tensor
+    weight: Tensor
+
+
+def engine_of(shape: Shape, grad: Tensor, options: dict[str, Any]) -> Engine:
+    """Build the optimizer of one rank without Megatron around it."""
+    infos = shape.parameters()
+    config = AdamMiniConfig(backend="cpu", **options)
+    blocks = [partition_parameter(info, config) for info in infos]
+    at, placements = 0, []
+    for index, info in enumerate(infos):
+        placements.append(Placement(index, at, at + info.numel))
+        at += info.numel
+    weight = torch.randn(at, generator=torch.Generator().manual_seed(1)).mul_(0.02).bfloat16()
+    domain = Domain(
+        name="dense",
+        buckets=[BucketLayout(at, 1, tuple(placements))],
+        slices=[Flat(grad, weight)],
+        dp_group=None,
+        dp_rank=0,
+        tp_group=None,
+        tp_rank=0,
+        tp_size=1,
+        dp_replicas=False,
+        norm_group=None,
+    )
+    groups = [{"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}]
+    return Engine(config, blocks, groups, [0] * len(blocks), [domain], device=torch.device("cpu"))
+
+
+def ours(shape: Shape, grad: Tensor, **options: Any) -> Callable[[], None]:
+    """Return the whole pipeline on this project's kernels."""
+    engine = engine_of(shape, grad, options)
+
+    def step() -> None:
+        norm_sq, non_finite = engine.collect().tolist()
+        assert not non_finite
+        engine.update(min(1.0, CLIP / (math.sqrt(norm_sq) + 1e-6)))
+        engine.step_count += 1
+
+    return step
+
+
+class Peer:
+    """Norm, finiteness, clipping, a torch optimizer on float32 masters, bfloat16 weights."""
+
+    def __init__(self, grads: list[Tensor], make: Callable[[list[Any]], Any]) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.masters = [
+            torch.nn.Parameter(torch.randn(g.shape, generator=generator) * 0.02) for g in grads
+        ]
+        self.weights = [m.detach().bfloat16() for m in self.masters]
+        self.grads = grads
+        for master, grad in zip(self.masters, grads, strict=True):
+            master.grad = grad
+        self.optimizer = make(self.masters)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take one step."""
+        norms = torch._foreach_norm(self.grads)
+        norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+        assert math.isfinite(norm)
+        torch._foreach_mul_(self.grads, min(1.0, CLIP / (norm + 1e-6)))
+        self.optimizer.step()
+        torch._foreach_copy_(self.weights, [m.detach() for m in self.masters])
+
+
+def public(shape: Shape) -> Callable[[list[Any]], Any]:
+    """Return a maker of the public package's optimizer, which wants names."""
+    from adam_mini import Adam_mini
+
+    names = {"fc1": "mlp.up", "fc2": "mlp.down", "proj": "attn.proj", "lm_head": "lm_head"}
+
+    def make(masters: list[Any]) -> Any:
+        named = []
+        for info, master in zip(shape.parameters(), masters, strict=True):
+            stem, _, last = info.name.rpartition(".")
+            # It has no fused QKV; q_proj treats all of it as heads, which is its cheapest way.
+            name = "q_proj" if last == "qkv" else names.get(last, last)
+            named.append((f"{stem}.{name}.weight" if stem else f"{name}.weight", master))
+        with contextlib.redirect_stdout(io.StringIO()):
+            return Adam_mini(
+                named_parameters=named,
+                lr=LR,
+                betas=BETAS,
+                eps=EPS,
+                weight_decay=DECAY,
+                dim=shape.hidden,
+                n_heads=shape.heads,
+                verbose=False,
+            )
+
+    return make
+
+
+def fused(masters: list[Any]) -> Any:
+    """Return torch's fastest AdamW."""
+    return torch.optim.AdamW(masters, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, fused=True)
+
+
+def deepspeed_adam(masters: list[Any]) -> Any:
+    """Return DeepSpeed's AdamW for CPUs."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(
+        masters, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, adamw_mode=True
+    )
+
+
+def shaped(shape: Shape, flat: Tensor) -> list[Tensor]:
+    """Cut a flat tensor into the model's parameters."""
+    infos = shape.parameters()
+    parts = flat.split([info.numel for info in infos])
+    return [part.view(info.shape) for part, info in zip(parts, infos, strict=True)]
+
+
+def pipeline(shape: Shape, rounds: int) -> tuple[dict[str, Timing], list[str]]:
+    """Time the whole pipelines; also return remarks on what could not run."""
+    numel = sum(info.numel for info in shape.parameters())
+    fresh = torch.randn(numel, generator=torch.Generator().manual_seed(2)) * 1e-2
+    remarks = [f"{numel:,} parameters."]
+    grads: list[Tensor] = []
+
+    def gradient() -> Tensor:
+        grads.append(fresh.clone())
+        return grads[-1]
+
+    contenders: dict[str, Callable[[], Any]] = {
+        "Adam-mini": ours(shape, gradient()),
+        "Adam-mini, remainders, bf16 m": ours(
+            shape, gradient(), param_remainders=True, exp_avg_dtype="bf16"
+        ),
+        "AdamW, these kernels": ours(shape, gradient(), full_v=("*",)),
+        "torch fused AdamW, one flat tensor": Peer([gradient()], fused).step,
+        "torch fused AdamW, one tensor per parameter": Peer(shaped(shape, gradient()), fused).step,
+        "public Adam-mini 1.1.1": Peer(shaped(shape, gradient()), public(shape)).step,
+    }
+    try:
+        contenders["DeepSpeed CPUAdam, one flat tensor"] = Peer([gradient()], deepspeed_adam).step
+    except Exception as error:
+        remarks.append(f"DeepSpeed CPUAdam did not run ({type(error).__name__}: {error}).")
+
+    def refill() -> None:
+        # Pipelines that clip in place would not clip a second time.
+        for grad in grads:
+            grad.copy_(fresh)
+
+    return interleave(contenders, rounds=rounds, before=refill), remarks
+
+
+_LOOPS = r"""
+#include <cstdint>
+// Plain loops with the same reads and writes as the kernels, and next to no arithmetic.
+extern "C" float read_one(const float* g, int64_t n) {
+  float lanes[64] = {};
+  int64_t eighth = n / 8;  // eight streams, as the kernel has
+  for (int64_t i = 0; i + 8 <= eighth; i += 8)
+    for (int r = 0; r < 8; ++r)
+      for (int l = 0; l < 8; ++l) lanes[8 * r + l] += g[r * eighth + i + l];
+  float total = 0;
+  for (float lane : lanes) total += lane;
+  return total;
+}
+extern "C" void read_three_write_two(const float* g, float* m, float* p, int64_t n) {
+  for (int64_t at = 0; at < n; at += 256) {
+    for (int64_t k = 0; k < 256; k += 16) {
+      __builtin_prefetch(g + at + 256 + k, 0);
+      __builtin_prefetch(m + at + 256 + k, 1);
+      __builtin_prefetch(p + at + 256 + k, 1);
+    }
+    int64_t end = at + 256 < n ? at + 256 : n;
+    for (int64_t i = at; i < end; ++i) {
+      float x = m[i] + g[i];
+      m[i] = x;
+      p[i] = p[i] + x;
+    }
+  }
+}
+"""
+
+
+def loops() -> ctypes.CDLL:
+    """Compile the loops that measure bandwidth."""
+    folder = tempfile.mkdtemp()
+    source, library = Path(folder, "loops.cpp"), Path(folder, "loops.so")
+    source.write_text(_LOOPS)
+    subprocess.run(
+        ["c++", "-O3", "-march=native", "-ffast-math", "-shared", "-fPIC", source, "-o", library],
+        check=True,
+    )
+    loaded = ctypes.CDLL(str(library))
+    loaded.read_one.restype = ctypes.c_float
+    return loaded
+
+
+def update_alone(rows: int, columns: int, rounds: int) -> dict[str, Timing]:
+    """Time updates of one float32 matrix without model weights."""
+    device, numel = torch.device("cpu"), rows * columns
+    starts = np.arange(rows) * columns
+    segments = SegmentTable(starts, starts + columns, device)
+    scalars = StepScalars(1, device)
+    groups = [{"lr": LR, "eps": EPS, "weight_decay": DECAY}]
+    scalars.fill(groups, betas=BETAS, step=10, grad_scale=1.0)
+    v, step_size, sums = torch.zeros(3, rows)
+    blocks = {
+        "inv_numel_B": torch.full((rows,), 1 / columns),
+        "group_B": torch.zeros(rows, dtype=torch.int32),
+        "scalars": scalars,
+    }
+
+    def tensors() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        return [torch.randn(numel, generator=generator) for _ in range(3)]
+
+    p2, m2, g2 = tensors()
+    p1, m1, g1 = tensors()
+    p0, m0, g0 = tensors()
+    adam = torch.nn.Parameter(torch.randn(numel))
+    adam.grad = g1
+    optimizer = fused([adam])
+    plain = loops()
+    length = ctypes.c_int64(numel)
+
+    def two_phase() -> None:
+        cpu.block_sum_sq_(sums, g2, segments)
+        cpu.block_step_size_(v, step_size, sums, **blocks)
+        cpu.update_(
+            p2, m2, None, g2, segments,
+            step_size_B=step_size, group_B=blocks["group_B"], scalars=scalars,
+        )  # fmt: skip
+
+    def single_phase() -> None:
+        cpu.update_whole_(
+            p1, m1, None, g1, segments,
+            exp_avg_sq_B=v, step_size_B=step_size, sum_sq_B=sums, **blocks,
+        )  # fmt: skip
+
+    def traffic() -> None:
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (g0, m0, p0)]
+        plain.read_one(pointers[0], length)
+        plain.read_three_write_two(*pointers, length)
+
+    contenders: dict[str, Callable[[], object]] = {
+        "torch fused AdamW": optimizer.step,
+        "two-phase": two_phase,
+        "single-phase": single_phase,
+    }
+    if torch.get_num_threads() == 1:
+        contenders["two-phase traffic"] = traffic
+    return interleave(contenders, rounds=rounds)
+
+
+def megatron(rounds: int) -> tuple[dict[str, Timing], int]:
+    """Time ``optimizer.step()`` of a real Megatron model; runs in a rank of its own."""
+    from tests.megatron_job import Job, Trainer
+
+    job = Job(
+        layers=12, hidden=640, heads=10, groups=10, ffn=1792, vocab=16000, bf16=True, overlap=True,
+        batch=2, micro_batches=1,
+    )  # fmt: skip
+    steps, numel = {}, 0
+    fresh: list[tuple[Tensor, Tensor]] = []
+
+    def trainer_of(optimizer: str, kind: str | None = None) -> Any:
+        from megatron.core import parallel_state
+
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        trainer = Trainer(Job(**{**vars(job), "optimizer": optimizer}))
+        if kind:
+            for chained in trainer.optimizer.chained_optimizers:
+                for group in chained.optimizer.param_groups:
+                    group.update(foreach=False, fused=kind == "fused")
+        trainer.backward(0)
+        for chunk in trainer.chunks:
+            for buffer in chunk.buffers:
+                source = torch.randn_like(buffer.grad_data) * 1e-2
+                fresh.append((buffer.grad_data, source))
+        return trainer
+
+    for name, arguments in {
+        "Adam-mini": ("adam_mini",),
+        "Megatron, torch AdamW as it comes": ("adam",),
+        "Megatron, torch fused AdamW": ("adam", "fused"),
+    }.items():
+        trainer = trainer_of(*arguments)
+        numel = sum(p.numel() for chunk in trainer.chunks for p in chunk.parameters())
+
+        def step(trainer: Any = trainer) -> None:
+            updated, norm, _ = trainer.optimizer.step()
+            assert updated
+            assert norm > 2 * job.clip_grad, "nothing was clipped"
+
+        steps[name] = step
+
+    def refill() -> None:
+        for grad, source in fresh:
+            grad.copy_(source)
+
+    return interleave(steps, rounds=rounds, before=refill), numel
+
+
+def megatron_in_a_rank(rounds: int, threads: int) -> tuple[dict[str, Timing], int]:
+    """Run :func:`megatron` with Megatron's imports and the CPU host in place."""
+    torch.set_num_threads(threads)
+    return megatron(rounds)
+
+
+def main() -> None:
+    """Run what was asked for and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument(
+        "--only", nargs="+", default=["megatron", "pipeline", "update"],
+        choices=["megatron", "pipeline", "update"],
+    )  # fmt: skip
+    parser.add_argument("--no-file", action="store_true", help="print only")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    text = [heading("Time of the optimizer step on a CPU", "benchmarks.cpu_step")]
+    extra = []
+    for name in ("adam-mini", "deepspeed"):
+        with contextlib.suppress(PackageNotFoundError):
+            extra.append(f"{name} {version(name)}")
+    text.append(f"Also: {', '.join(extra)}. C++ kernels: {cpu.describe().split(',')[0]}.")
+    text.append(
+        f"Medians of {args.rounds} interleaved rounds; in parentheses the quartiles of the ratios "
+        "within single rounds."
+    )
+
+    def add(*lines: str) -> None:
+        text.extend(lines)
+        print(*lines, sep="\n\n", file=sys.stderr, flush=True)
+
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        add(f"## {threads} thread{'s' * (threads > 1)}")
+        if "megatron" in args.only:
+            from tests.ranks import run_ranks
+
+            ((timings, numel),) = run_ranks(1, megatron_in_a_rank, args.rounds, threads)
+            add(
+                f"### Megatron's `optimizer.step()`, {numel / 1e6:.0f}M parameters",
+                table(timings, "Megatron, torch AdamW as it comes"),
+                table(timings, "Megatron, torch fused AdamW"),
+            )
+        if "pipeline" in args.only:
+            for name, shape in SHAPES.items():
+                timings, remarks = pipeline(shape, args.rounds)
+                add(f"### Whole pipeline, {name}", *remarks)
+                best = min(
+                    (n for n in timings if n.startswith("torch")), key=lambda n: timings[n].median
+                )
+                bases = [best, "AdamW, these kernels", "public Adam-mini 1.1.1"]
+                bases += [n for n in timings if n.startswith("DeepSpeed")]
+                for base in bases:
+                    add(table(timings, base))
+        if "update" in args.only:
+            for rows, columns in ((8192, 4096), (65536, 512), (131072, 128)):
+                timings = update_alone(rows, columns, args.rounds)
+                add(
+                    f"### Update alone, {rows} rows of {columns}",
+                    table(timings, "torch fused AdamW"),
+                )
+                if "two-phase traffic" in timings:
+                    add(table(timings, "two-phase traffic"))
+    body = "\n\n".join(text) + "\n"
+    if not args.no_file:
+        print(write("cpu-step", body))
+
+
+if __name__ == "__main__":
+    main()

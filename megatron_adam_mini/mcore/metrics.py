@@ -1,0 +1,67 @@
+"""State bytes and added communication in Megatron's TensorBoard and Weights & Biases logs.
+
+Imports megatron.training, and weakly knows the optimizer that was built last.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
+
+_observed: weakref.ref[AdamMiniOptimizer] | None = None
+
+
+def observe(optimizer: AdamMiniOptimizer) -> None:
+    """Log this optimizer's metrics from now on."""
+    global _observed
+    _observed = weakref.ref(optimizer)
+
+
+def metrics_of(optimizer: AdamMiniOptimizer) -> dict[str, int]:
+    """Return what is logged, of the rank that logs (Megatron's last one).
+
+    ``adam-mini/state-bytes/KIND``: bytes of optimizer state that the rank holds.
+    ``adam-mini/added-collectives-per-step`` and ``adam-mini/added-bytes-per-step/GROUP``: what
+    completing cut blocks takes beyond what any distributed optimizer sends.
+    """
+    added = optimizer.communication_per_step()
+    found = {f"adam-mini/state-bytes/{k}": n for k, n in optimizer.state_bytes().items()}
+    found["adam-mini/added-collectives-per-step"] = added["collectives"]
+    for group, numel in added["by_group"].items():
+        found[f"adam-mini/added-bytes-per-step/{group.replace(' ', '-')}"] = numel
+    return found
+
+
+def wrap_training_log(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return Megatron's ``training_log`` with Adam-mini's metrics after its own."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def training_log(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        optimizer = _observed() if _observed is not None else None
+        if optimizer is not None:
+            _write(optimizer, int(signature.bind(*args, **kwargs).arguments["iteration"]))
+        return result
+
+    return training_log
+
+
+def _write(optimizer: AdamMiniOptimizer, iteration: int) -> None:
+    from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
+
+    writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
+    if iteration % get_args().tensorboard_log_interval or not (writer or wandb_writer):
+        return
+    found = metrics_of(optimizer)
+    if writer:
+        for name, value in found.items():
+            writer.add_scalar(name, value, iteration)
+    if wandb_writer:
+        wandb_writer.log(found, iteration)

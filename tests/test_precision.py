@@ -1,0 +1,209 @@
+"""State in fewer bits, and what the step costs besides: memory, waits, order of its parts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.gather import slices_of
+from tests.megatron_job import Job, Trainer, global_names
+from tests.ranks import run_ranks
+from tests.test_step import digest
+
+SHARDED = Job(tp=2, pp=2, overlap=True, bucket_size=3000, steps=4, bf16=True, tied=True, bias=True)
+BF16_M = {"exp_avg_dtype": "bf16"}
+STOCHASTIC = {"exp_avg_dtype": "bf16", "stochastic_rounding": True}
+REMAINDERS = {"param_remainders": True}
+
+
+def train(job: Job) -> dict[str, Any]:
+    trainer = Trainer(job)
+    for step in range(job.steps):
+        assert trainer.step(step)[0]
+    trainer.sync_params()
+    weights = global_names(trainer.chunks)
+    return {
+        "losses": trainer.losses,
+        "digest": digest(weights.values()),
+        "slices": slices_of(trainer),
+        "bytes": trainer.optimizer.state_bytes(),
+        "stored": [
+            (str(b.state.param.dtype), str(b.state.exp_avg.dtype), b.state.exp_avg.numel())
+            for b in trainer.optimizer.engine.buckets
+        ],
+        "weights": {name: p.detach().float().clone() for name, p in weights.items()},
+    }
+
+
+def test_remainders_train_bit_for_bit_as_float32_main_parameters() -> None:
+    stored = run_ranks(8, train, SHARDED)
+    completed = run_ranks(8, train, replace(SHARDED, adam_mini=REMAINDERS))
+    for left, right in zip(stored, completed, strict=True):
+        assert left["losses"] == right["losses"]
+        assert left["digest"] == right["digest"]
+        for one, other in zip(left["slices"], right["slices"], strict=True):
+            for key in ("param", "exp_avg", "v"):
+                assert one.values[key].tobytes() == other.values[key].tobytes(), key
+        assert left["bytes"]["main_param"] == 2 * right["bytes"]["main_param"]
+        assert {kind for kind, _, _ in right["stored"]} == {"torch.int16"}
+        elements = sum(numel for *_, numel in right["stored"])
+        assert right["bytes"]["main_param"] == 2 * elements
+    param = torch.from_numpy(stored[0]["slices"][0].values["param"])
+    assert (param != param.bfloat16().float()).float().mean() > 0.5, "main parameters are weights"
+
+
+@pytest.mark.parametrize("options", [BF16_M, STOCHASTIC | REMAINDERS])
+def test_bfloat16_m_halves_its_bytes_and_trains_as_well(options: dict[str, Any]) -> None:
+    job = replace(SHARDED, pp=1)
+    full = run_ranks(4, train, job)
+    small = run_ranks(4, train, replace(job, adam_mini=options))
+    for left, right in zip(full, small, strict=True):
+        assert left["bytes"]["exp_avg"] == 2 * right["bytes"]["exp_avg"]
+        assert left["bytes"]["exp_avg_sq"] == right["bytes"]["exp_avg_sq"]
+    # m is off by at most 2**-8 of itself, so steps are too.
+    full_losses, small_losses = full[0]["losses"], small[0]["losses"]
+    assert full[0]["digest"] != small[0]["digest"]
+    assert small_losses == pytest.approx(full_losses, rel=2e-3)
+    assert full_losses[-1] < full_losses[0] - 0.02
+
+
+def test_replicas_stay_bit_equal_under_stochastic_rounding() -> None:
+    """Norms on both tensor-parallel ranks, tied embeddings on both stages, data parallelism."""
+    found = run_ranks(8, train, replace(SHARDED, adam_mini=STOCHASTIC))
+    by_name: dict[tuple[str, Any], set[bytes]] = {}
+    for rank, result in enumerate(found):
+        tp_rank = rank % 2
+        for name, value in result["weights"].items():
+            tied = name in ("output_layer.weight", "embedding.word_embeddings.weight")
+            replicated = "norm" in name or "linear_proj.bias" in name or "linear_fc2.bias" in name
+            key = ("tied" if tied else name, None if replicated else tp_rank)
+            by_name.setdefault(key, set()).add(value.numpy().tobytes())
+    assert all(len(values) == 1 for values in by_name.values())
+    assert {("tied", 0), ("tied", 1)} <= by_name.keys()
+
+
+def test_stochastic_rounding_is_the_same_in_every_run_and_another_one_than_nearest() -> None:
+    job = replace(SHARDED, pp=1, steps=3, adam_mini=STOCHASTIC)
+    first, second = run_ranks(4, train, job), run_ranks(4, train, job)
+    nearest = run_ranks(4, train, replace(job, adam_mini=BF16_M))
+    assert [r["digest"] for r in first] == [r["digest"] for r in second]
+    assert all(a["digest"] != b["digest"] for a, b in zip(first, nearest, strict=True))
+
+
+def build_error(job: Job) -> str:
+    with pytest.raises(ValueError, match="remainders") as caught:
+        Trainer(job)
+    return str(caught.value)
+
+
+def test_remainders_of_float16_weights_are_refused_on_all_ranks() -> None:
+    found = run_ranks(2, build_error, Job(fp16=True, adam_mini=REMAINDERS))
+    assert all("needs bfloat16 weights, got torch.float16" in text for text in found)
+    assert all("Remedy: --bf16" in text for text in found)
+
+
+# What a step costs.
+
+
+class Watch(TorchDispatchMode):
+    """Records operators that wait for the device, and bytes of new storage that others return."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "_to_copy")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+        self.allocated: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        known = {
+            t.untyped_storage().data_ptr()
+            for t in tree_leaves((args, kwargs))
+            if isinstance(t, torch.Tensor)
+        }
+        result = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        if name in self.WAITS:
+            self.waits.append(name)
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known:
+                self.allocated.append((name, t.nbytes))
+        return result
+
+
+def watched_step(job: Job) -> dict[str, Any]:
+    trainer = Trainer(job)
+    for step in range(2):
+        trainer.step(step)
+    trainer.backward(2)
+    engine = trainer.optimizer.engine
+    with Watch() as inner:
+        engine.collect()
+        engine.update(0.5)
+    engine.step_count += 1
+    trainer.backward(3)
+    with Watch() as whole:
+        trainer.optimizer.step()
+    return {
+        "inner": (inner.waits, inner.allocated),
+        "step": (whole.waits, sum(n for _, n in whole.allocated)),
+        "collectives": trainer.optimizer.communication_per_step()["collectives"],
+    }
+
+
+def test_a_step_neither_allocates_nor_waits_for_the_device() -> None:
+    job = replace(SHARDED, pp=1, overlap=False, tied=False, adam_mini=STOCHASTIC | REMAINDERS)
+    for found in run_ranks(4, watched_step, job):
+        assert found["collectives"] >= 1, "nothing was reduced"
+        assert found["inner"] == ([], [])
+        waits, allocated = found["step"]
+        # The norm and the number of non-finite sums are read at the end; the clipping factor is a
+        # handful of scalars.
+        assert len(waits) <= 2
+        assert allocated <= 256
+
+
+def recorded(events: list[str], name: str, call: Any) -> Any:
+    def wrapper(*args: Any) -> None:
+        events.append(name)
+        call(*args)
+
+    return wrapper
+
+
+def order_of_events(job: Job) -> list[str]:
+    from types import SimpleNamespace
+
+    trainer = Trainer(job)
+    trainer.step(0)
+    trainer.backward(1)
+    engine, events = trainer.optimizer.engine, []
+    kernels = engine.kernels
+
+    def update_(*args: Any, **kwargs: Any) -> None:
+        table = args[4]
+        cut = any(table is bucket.cut for bucket in engine.buckets)
+        events.append("update cut" if cut else "update whole")
+        kernels.update_(*args, **kwargs)
+
+    names = [name for name in dir(kernels) if name.endswith("_") and name[0] != "_"]
+    functions = {name: getattr(kernels, name) for name in names}
+    engine.kernels = SimpleNamespace(**functions | {"update_": update_})
+    for reduction, _ in engine.reductions:
+        for name in ("start_tp", "finish_tp_"):
+            setattr(reduction, name, recorded(events, name, getattr(reduction, name)))
+    trainer.optimizer.step()
+    return events
+
+
+def test_whole_blocks_are_updated_while_cut_ones_are_on_the_way() -> None:
+    job = Job(tp=2, bucket_size=3000, steps=2)
+    for events in run_ranks(4, order_of_events, job):
+        changes = [e for i, e in enumerate(events) if i == 0 or events[i - 1] != e]
+        assert changes == ["start_tp", "update whole", "finish_tp_", "update cut"]
