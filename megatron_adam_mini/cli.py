@@ -1,6 +1,6 @@
-"""``megatron-adam-mini``: look at checkpoints, check them, convert them. No GPU, no Megatron.
+"""``megatron-adam-mini``: plan memory; look at checkpoints, check them, convert them.
 
-Imports ``config`` and, once a command runs, ``offline``.
+No GPU, no Megatron. Imports ``config`` and, once a command runs, ``offline`` or ``planning``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-adam-mini",
-        description="Look at, check and convert torch_dist checkpoints of Megatron.",
+        description="Plan the memory of a run; look at, check and convert torch_dist "
+        "checkpoints of Megatron.",
         epilog=_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_verify(commands)
     _add_convert(commands)
+    _add_memory(commands)
     return parser
 
 
@@ -122,6 +124,23 @@ def _add_convert(commands: Any) -> None:
     group.add_argument("--rules", metavar="FILE")
 
 
+def _add_memory(commands: Any) -> None:
+    from megatron_adam_mini.planning.flags import add_flags
+
+    text = "say what each rank will allocate for weights, gradients and optimizer state"
+    parser = _command(commands, "memory", text, _memory)
+    parser.add_argument("--json", action="store_true", help="all stages, as one JSON object")
+    parser.add_argument(
+        "--every-rank", action="store_true", help="with --json: bytes of each single rank, too"
+    )
+    add_flags(parser)
+    group = parser.add_argument_group("partition (as the flags of a run)")
+    group.add_argument("--adam-mini-preset", choices=PRESETS, default=AdamMiniConfig.preset)
+    group.add_argument("--adam-mini-value-as-block", action="store_true")
+    group.add_argument("--adam-mini-full-v", nargs="+", default=[], metavar="PATTERN")
+    group.add_argument("--adam-mini-rules", metavar="FILE")
+
+
 _CKPT = "iteration folder (iter_0000010), or the folder of --save (its latest iteration)"
 
 
@@ -176,6 +195,23 @@ def _convert(args: argparse.Namespace) -> int:
         convert.adam_mini_to_public(args.source, args.destination)
     else:
         convert.public_to_adam_mini(args.source, args.destination, args.like)
+    return 0
+
+
+def _memory(args: argparse.Namespace) -> int:
+    from megatron_adam_mini.planning.flags import model_of, parallel_of
+    from megatron_adam_mini.planning.report import in_words, memory_report
+
+    if args.every_rank and not args.json:
+        raise ValueError("--every-rank is for programs to read; add --json.")
+    options = AdamMiniConfig(
+        preset=args.adam_mini_preset,
+        value_as_block=args.adam_mini_value_as_block,
+        full_v=tuple(args.adam_mini_full_v),
+        rules=read_rules(args.adam_mini_rules) if args.adam_mini_rules else (),
+    )
+    report = memory_report(model_of(args), parallel_of(args), options, every_rank=args.every_rank)
+    _say(json.dumps(report) if args.json else in_words(report))
     return 0
 
 

@@ -15,9 +15,10 @@ Shape suffixes: ``_S`` segments of one slice, ``_R`` element ranges of one slice
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,7 @@ class BucketLayout:
 
     numel: int
     num_slices: int
+    #: In ascending order.
     placements: tuple[Placement, ...]
 
     def __post_init__(self) -> None:
@@ -56,6 +58,19 @@ class BucketLayout:
     def slice_numel(self) -> int:
         """Elements of one slice."""
         return self.numel // self.num_slices
+
+    def overlapping(self, begin: int, end: int) -> tuple[Placement, ...]:
+        """Return the placements that have elements in ``[begin, end)``."""
+        first = bisect_right(self._ends, begin)
+        return self.placements[first : max(first, bisect_left(self._starts, end))]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [placement.start for placement in self.placements]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return [placement.end for placement in self.placements]
 
 
 @dataclass(frozen=True)
@@ -100,6 +115,33 @@ class SliceSegments:
         return int((self.end_R - self.start_R).sum())
 
 
+@dataclass(frozen=True)
+class SliceSize:
+    """How much of the parameters one slice holds.
+
+    Attributes:
+        num_segments: segments, each with one second moment.
+        num_elementwise: elements that keep a second moment each.
+        num_elements: elements of parameters, without the gaps between them.
+    """
+
+    num_segments: int
+    num_elementwise: int
+    num_elements: int
+
+
+def slice_size(bucket: BucketLayout, parameters: Sequence[ParameterBlocks], rank: int) -> SliceSize:
+    """Return what :func:`segment_slice` would list of slice ``rank``, without listing it."""
+    segments = elementwise = elements = 0
+    for _, blocks, first, last in _parts(bucket, parameters, rank):
+        elements += last - first
+        if blocks.pattern is None:
+            elementwise += last - first
+        else:
+            segments += len(_segments_between(blocks, blocks.pattern, first, last))
+    return SliceSize(segments, elementwise, elements)
+
+
 def segment_slice(
     bucket: BucketLayout, parameters: Sequence[ParameterBlocks], rank: int
 ) -> SliceSegments:
@@ -111,25 +153,18 @@ def segment_slice(
         rank: which slice, ``0 <= rank < bucket.num_slices``.
     """
     begin = rank * bucket.slice_numel
-    end = begin + bucket.slice_numel
     integers: list[list[IntArray]] = [[] for _ in range(6)]
     clipped: list[list[BoolArray]] = [[], []]
     ranges: list[tuple[int, int, int]] = []
-    for placement in _overlapping(bucket, begin, end):
-        blocks = parameters[placement.parameter]
-        first = max(begin, placement.start) - placement.start
-        last = min(end, placement.end) - placement.start
+    for placement, blocks, first, last in _parts(bucket, parameters, rank):
         shift = placement.start - begin
         if blocks.pattern is None:
             ranges.append((first + shift, last + shift, placement.parameter))
             continue
         width = blocks.info.row_numel
         offset = blocks.info.row_offset
-        segments = np.arange(
-            blocks.pattern.segment_of_row(offset + first // width),
-            blocks.pattern.segment_of_row(offset + (last - 1) // width) + 1,
-            dtype=np.int64,
-        )
+        between = _segments_between(blocks, blocks.pattern, first, last)
+        segments = np.arange(between.start, between.stop, dtype=np.int64)
         low, high = blocks.pattern.segment_bounds(segments)
         # Rows of other tensor-parallel ranks are not part of the local tensor.
         low = np.maximum((low - offset) * width, 0)
@@ -201,21 +236,23 @@ def cut_boundaries(bucket: BucketLayout, parameters: Sequence[ParameterBlocks]) 
     count: their sums travel in slots of their own.
     """
     cuts = np.zeros(bucket.num_slices - 1, dtype=np.bool_)
+    positions = bucket.slice_numel * np.arange(1, bucket.num_slices, dtype=np.int64)
     starts = np.asarray([p.start for p in bucket.placements], dtype=np.int64)
-    for index in range(bucket.num_slices - 1):
-        position = (index + 1) * bucket.slice_numel
-        found = int(np.searchsorted(starts, position, side="right")) - 1
-        if found < 0 or not starts[found] < position < bucket.placements[found].end:
-            continue
-        placement = bucket.placements[found]
+    found = np.searchsorted(starts, positions, side="right") - 1
+    for number in np.unique(found[found >= 0]).tolist():
+        placement = bucket.placements[number]
         blocks = parameters[placement.parameter]
         if blocks.pattern is None:
             continue
+        inside = np.flatnonzero(
+            (found == number) & (positions > placement.start) & (positions < placement.end)
+        )
+        element = positions[inside] - placement.start
         offset, width = blocks.info.row_offset, blocks.info.row_numel
-        before = blocks.pattern.segment_of_row(offset + (position - placement.start - 1) // width)
-        after = blocks.pattern.segment_of_row(offset + (position - placement.start) // width)
-        block = blocks.pattern.block_of_segment(np.asarray([after], dtype=np.int64))[0]
-        cuts[index] = before == after and block not in spread_blocks(blocks)
+        before = blocks.pattern.segments_of_rows(offset + (element - 1) // width)
+        after = blocks.pattern.segments_of_rows(offset + element // width)
+        spread = np.isin(blocks.pattern.block_of_segment(after), spread_blocks(blocks))
+        cuts[inside] = (before == after) & ~spread
     return cuts
 
 
@@ -255,5 +292,22 @@ def _spread_blocks(pattern: RowPattern, split_rows: int) -> IntArray:
     return np.unique(pattern.block_of_segment(segments[spread]))
 
 
-def _overlapping(bucket: BucketLayout, begin: int, end: int) -> Iterator[Placement]:
-    return (p for p in bucket.placements if p.start < end and p.end > begin)
+def _parts(
+    bucket: BucketLayout, parameters: Sequence[ParameterBlocks], rank: int
+) -> Iterator[tuple[Placement, ParameterBlocks, int, int]]:
+    """Yield the parameters in a slice, with the first and one-past-last element that it holds."""
+    begin = rank * bucket.slice_numel
+    end = begin + bucket.slice_numel
+    for placement in bucket.overlapping(begin, end):
+        first = max(begin, placement.start) - placement.start
+        last = min(end, placement.end) - placement.start
+        yield placement, parameters[placement.parameter], first, last
+
+
+def _segments_between(blocks: ParameterBlocks, pattern: RowPattern, first: int, last: int) -> range:
+    """Return the row segments that have local elements in ``[first, last)``."""
+    offset, width = blocks.info.row_offset, blocks.info.row_numel
+    return range(
+        pattern.segment_of_row(offset + first // width),
+        pattern.segment_of_row(offset + (last - 1) // width) + 1,
+    )

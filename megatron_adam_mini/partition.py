@@ -14,6 +14,7 @@ QKV weight is one row segment per query group.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -207,7 +208,12 @@ class RowPattern:
     def segment_of_row(self, row: int) -> int:
         """Return the row segment that holds ``row``."""
         period, within = divmod(row, self.period_rows)
-        index = int(np.searchsorted(self._starts, within, side="right")) - 1
+        return period * len(self.segment_rows) + bisect_right(self._starts, within) - 1
+
+    def segments_of_rows(self, rows: IntArray) -> IntArray:
+        """Return the row segment that holds each of ``rows``."""
+        period, within = np.divmod(rows, self.period_rows)
+        index = np.searchsorted(self._starts, within, side="right") - 1
         return period * len(self.segment_rows) + index
 
     def segment_bounds(self, segments: IntArray) -> tuple[IntArray, IntArray]:

@@ -21,8 +21,9 @@ into a source vector; -1 stands for zero.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -119,52 +120,44 @@ def plan_reduction(
     offsets = np.cumsum([0] + [s.num_segments for s in slices])
 
     # Slots, in an order that depends on what all ranks of both groups agree on.
-    slots: dict[tuple[int, int], int] = {}
+    first_slot: dict[int, int] = {}
+    in_tp = np.empty(0, dtype=np.bool_)
     for bucket in buckets:
         for placement in bucket.placements:
-            for block in spread_blocks(parameters[placement.parameter]):
-                slots[placement.parameter, int(block)] = len(slots)
-    own: list[list[int]] = [[] for _ in slots]  # this rank's segments of each slot
+            spread = spread_blocks(parameters[placement.parameter])
+            if len(spread):
+                first_slot[placement.parameter] = len(in_tp)
+                crosses = np.full(len(spread), crosses_tp(parameters[placement.parameter]))
+                in_tp = np.concatenate([in_tp, crosses])
+    slot_S = np.concatenate(
+        [np.empty(0, dtype=np.int64)] + [_slots_of(s, parameters, first_slot) for s in slices]
+    )
+    spread_S = np.flatnonzero(slot_S >= 0)
+    slots = slot_S[spread_S]
 
     edges: list[list[int]] = []  # head and tail of each cut bucket
     chains: list[tuple[int, list[tuple[int, int]]]] = []  # segment -> (rank, contribution)
-    spread_segments: list[tuple[int, int]] = []  # segment -> slot
-    cut: set[int] = set()
-    for index, (bucket, part) in enumerate(zip(buckets, slices, strict=True)):
-        base = int(offsets[index])
-        spread = _slots_of(part, parameters, slots)
-        for segment in np.flatnonzero(spread >= 0).tolist():
-            own[spread[segment]].append(base + segment)
-            spread_segments.append((base + segment, int(spread[segment])))
+    for base, bucket, part in zip(offsets[:-1].tolist(), buckets, slices, strict=True):
         if not cut_boundaries(bucket, parameters).any():
             continue
         head_at = len(edges)
         edges += [[], []]
-        clipped = (part.clipped_left_S | part.clipped_right_S) & (spread < 0)
+        single = slot_S[base : base + part.num_segments] < 0
+        clipped = (part.clipped_left_S | part.clipped_right_S) & single
         for segment in np.flatnonzero(clipped).tolist():
             is_head = bool(part.clipped_left_S[segment])
             edges[head_at if is_head else head_at + 1].append(base + segment)
-            first, last = _ranks_of_segment(bucket, part, parameters, segment)
+            first, last = _ranks_of_segment(bucket, part, parameters, segment, dp_rank)
             chain = [(first, head_at + 1)] + [(r, head_at) for r in range(first + 1, last + 1)]
             chains.append((base + segment, chain))
-            cut.add(base + segment)
 
     num_edges = len(edges)
-    contributions = num_edges + len(slots)
+    contributions = num_edges + len(in_tp)
     gathered = dp_size > 1 and contributions > 0
-    sources = dp_size if dp_size > 1 else 1
-
-    dp_target: list[int] = []
-    dp_rows: list[list[int]] = []
-    for segment, chain in chains:
-        dp_target.append(segment)
-        dp_rows.append([rank * contributions + position for rank, position in chain])
-    names = list(slots)
-    in_tp = [crosses_tp(parameters[parameter]) for parameter, _ in names]
-    for segment, slot in spread_segments:
-        if not in_tp[slot]:
-            dp_target.append(segment)
-            dp_rows.append([r * contributions + num_edges + slot for r in range(sources)])
+    from_every_rank = contributions * np.arange(dp_size, dtype=np.int64)
+    cut_S = np.asarray([segment for segment, _ in chains], dtype=np.int64)
+    cut_table = _table([[r * contributions + at for r, at in chain] for _, chain in chains])
+    in_dp = ~in_tp[slots]
 
     # Tensor-parallel group: rows of row-parallel weights, and slots that cross its ranks.
     split_columns = np.asarray([row_parallel(blocks) for blocks in parameters], dtype=np.bool_)
@@ -173,34 +166,28 @@ def plan_reduction(
         for part, base in zip(slices, offsets, strict=False)
     ]
     rows = np.concatenate(columns) if columns else np.empty(0, dtype=np.int64)
-    several = cut | {segment for segment, _ in spread_segments}
-    is_exact = np.isin(rows, sorted(several)) | dp_replicas
+    several = slot_S >= 0
+    several[cut_S] = True
+    is_exact = several[rows] | dp_replicas
     plain, exact = rows[~is_exact], rows[is_exact]
-    tp_slots = [slot for slot, crosses in enumerate(in_tp) if crosses]
-    slot_place = {slot: len(exact) + place for place, slot in enumerate(tp_slots)}
+    tp_slots = np.flatnonzero(in_tp)
     num_exact = len(exact) + len(tp_slots)
-    tp_target = exact.tolist()
-    tp_rows = [[t * num_exact + place for t in range(tp_size)] for place in range(len(exact))]
-    for segment, slot in spread_segments:
-        if in_tp[slot]:
-            tp_target.append(segment)
-            tp_rows.append([t * num_exact + slot_place[slot] for t in range(tp_size)])
+    place_of_slot = len(exact) + np.cumsum(in_tp) - 1
+    places = np.concatenate([np.arange(len(exact)), place_of_slot[slots[~in_dp]]])
 
     return ReductionPlan(
         dp_size=dp_size,
         tp_size=tp_size,
         tp_rank=tp_rank,
-        contribution=_table(edges + own),
+        contribution=_stack(_table(edges), _grouped(slots, spread_S, len(in_tp))),
         gathers=gathered,
-        dp_target=np.asarray(dp_target, dtype=np.int64),
-        dp_table=_table(dp_rows),
+        dp_target=np.concatenate([cut_S, spread_S[in_dp]]),
+        dp_table=_stack(cut_table, (num_edges + slots[in_dp])[:, None] + from_every_rank),
         tp_plain=plain,
         tp_exact=exact,
-        tp_slot_table=_table(
-            [[r * contributions + num_edges + s for r in range(sources)] for s in tp_slots]
-        ),
-        tp_target=np.asarray(tp_target, dtype=np.int64),
-        tp_table=_table(tp_rows),
+        tp_slot_table=(num_edges + tp_slots)[:, None] + from_every_rank,
+        tp_target=np.concatenate([exact, spread_S[~in_dp]]),
+        tp_table=places[:, None] + num_exact * np.arange(tp_size, dtype=np.int64),
     )
 
 
@@ -356,28 +343,57 @@ def _table(rows: Sequence[Sequence[int]]) -> IntArray:
     return table
 
 
+def _stack(above: IntArray, below: IntArray) -> IntArray:
+    """Put one table below another; the narrower one is filled up with -1."""
+    width = max(above.shape[1], below.shape[1])
+    return np.concatenate(
+        [
+            np.pad(table, ((0, 0), (0, width - table.shape[1])), constant_values=-1)
+            for table in (above, below)
+        ]
+    )
+
+
+def _grouped(rows: IntArray, values: IntArray, num_rows: int) -> IntArray:
+    """Return a table with ``values[i]`` in row ``rows[i]``, in the order in which they come."""
+    order = np.argsort(rows, kind="stable")
+    counts = np.bincount(rows, minlength=num_rows)
+    width = max(int(counts.max(initial=0)), 1)
+    table = np.full((num_rows, width), -1, dtype=np.int64)
+    column = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    table[rows[order], column] = values[order]
+    return table
+
+
 def _slots_of(
-    part: SliceSegments,
-    parameters: Sequence[ParameterBlocks],
-    slots: dict[tuple[int, int], int],
+    part: SliceSegments, parameters: Sequence[ParameterBlocks], first_slot: Mapping[int, int]
 ) -> IntArray:
     """Return the slot of each segment, -1 for segments of blocks that are not spread."""
     found = np.full(part.num_segments, -1, dtype=np.int64)
-    for parameter in np.unique(part.parameter_S):
+    # The segments of a parameter follow one another.
+    changes = np.flatnonzero(np.diff(part.parameter_S)) + 1
+    for begin, end in pairwise([0, *changes.tolist(), part.num_segments]):
+        if begin == end or int(part.parameter_S[begin]) not in first_slot:
+            continue
+        parameter = int(part.parameter_S[begin])
         spread = spread_blocks(parameters[parameter])
-        if len(spread):
-            here = np.flatnonzero((part.parameter_S == parameter) & np.isin(part.block_S, spread))
-            found[here] = [slots[int(parameter), int(part.block_S[i])] for i in here]
+        index = np.searchsorted(spread, part.block_S[begin:end])
+        is_spread = np.isin(part.block_S[begin:end], spread)
+        found[begin:end] = np.where(is_spread, first_slot[parameter] + index, -1)
     return found
 
 
 def _ranks_of_segment(
-    bucket: BucketLayout, part: SliceSegments, parameters: Sequence[ParameterBlocks], segment: int
+    bucket: BucketLayout,
+    part: SliceSegments,
+    parameters: Sequence[ParameterBlocks],
+    segment: int,
+    dp_rank: int,
 ) -> tuple[int, int]:
     """Return the first and last slice that a row segment touches."""
-    parameter = int(part.parameter_S[segment])
-    placement = next(p for p in bucket.placements if p.parameter == parameter)
-    blocks = parameters[parameter]
+    begin = dp_rank * bucket.slice_numel + int(part.start_S[segment])
+    (placement,) = bucket.overlapping(begin, begin + 1)
+    blocks = parameters[placement.parameter]
     assert blocks.pattern is not None
     low, high = blocks.pattern.segment_bounds(part.row_segment_S[segment : segment + 1])
     offset, width = blocks.info.row_offset, blocks.info.row_numel

@@ -19,6 +19,7 @@ LAYERS = (
     ("config", "roles"),
     ("partition",),
     ("layout", "rectangles"),
+    ("planning",),
     ("reduction", "agreement", "rounding"),
     ("state",),
     ("kernels",),
@@ -36,6 +37,7 @@ THIRD_PARTY = {
     "partition": {"numpy"},
     "layout": {"numpy"},
     "rectangles": set(),
+    "planning": {"numpy"},
     "reduction": {"numpy", "torch"},
     "agreement": {"torch"},
     "rounding": {"torch"},
@@ -179,6 +181,7 @@ def test_nothing_of_the_optimizer_needs_the_cpu_host(layer):
         ("from megatron_adam_mini import AdamMiniConfig; AdamMiniConfig()", ("torch", "megatron")),
         ("import megatron_adam_mini.launch", ("torch", "megatron")),
         ("import megatron_adam_mini.layout", ("torch", "megatron")),
+        ("import megatron_adam_mini.planning.report", ("torch", "megatron")),
         ("import megatron_adam_mini.engine", ("megatron",)),
     ],
 )

@@ -16,10 +16,12 @@ from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.layout import (
     BucketLayout,
     Placement,
+    SliceSize,
     crosses_tp,
     cut_boundaries,
     row_parallel,
     segment_slice,
+    slice_size,
     spread_blocks,
 )
 from megatron_adam_mini.partition import (
@@ -160,7 +162,11 @@ def check(case: Case) -> None:
         assert (part.start_S[1:] >= part.end_S[:-1]).all(), "segments overlap or descend"
         assert (part.start_R < part.end_R).all()
         assert (part.start_R[1:] >= part.end_R[:-1]).all()
-        assert part.num_elementwise == elementwise[begin : begin + bucket.slice_numel].sum()
+        window = slice(begin, begin + bucket.slice_numel)
+        assert part.num_elementwise == elementwise[window].sum()
+        assert slice_size(bucket, blocks, rank) == SliceSize(
+            part.num_segments, int(elementwise[window].sum()), int((owner[window] >= 0).sum())
+        )
         for s in range(part.num_segments):
             low, high = begin + int(part.start_S[s]), begin + int(part.end_S[s])
             assert begin <= low < high <= begin + bucket.slice_numel

@@ -1,0 +1,289 @@
+"""Plan large models on large layouts, without tensors: time, cut blocks, traffic, balance.
+
+    python benchmarks/plan_scale.py                        # the table, about a minute
+    python benchmarks/plan_scale.py --output FILE.md       # and as a dated results file
+
+For each layout one rank in the middle of its data-parallel group is planned as the optimizer does
+at construction: of pipeline stage 1, or of stage 0 where the pipeline is short or gradient
+reduction overlaps (only stage 0 has several buckets then). Columns:
+
+* seconds: parameters -> blocks -> buckets -> segments of the rank -> reduction plan; "added s" is
+  the last two, which Adam-mini adds to Megatron's own start-up.
+* segments: of the planned rank (numbers of v of blocks); largest / mean over the stage's
+  data-parallel ranks of all numbers of v, those of elementwise parameters included.
+* cut: boundaries between slices of the stage that cut a block.
+* collectives, DP bytes, TP bytes: what Adam-mini adds to a step besides Megatron's own all-reduce
+  of the norm: bytes of the vectors that a rank receives in the data-parallel and in the
+  tensor-parallel group (dense and expert together), as ``communication_per_step`` counts them; of
+  the rank with the largest sum among all, or among 64 evenly spaced ones.
+* share: that sum over the bytes of the float32 gradients that the rank hands to its
+  reduce-scatters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import os
+import platform
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.layout import BucketLayout, cut_boundaries, segment_slice, slice_size
+from megatron_adam_mini.partition import ParameterBlocks
+from megatron_adam_mini.planning.buckets import plan_stage, stage_blocks
+from megatron_adam_mini.planning.models import MODELS
+from megatron_adam_mini.planning.parallel import Parallel
+from megatron_adam_mini.reduction import plan_reduction
+
+#: Ranks of a data-parallel group whose traffic is counted.
+_RANKS = 64
+
+_EMBEDDING_AND_LOSS = {
+    "account_for_embedding_in_pipeline_split": True,
+    "account_for_loss_in_pipeline_split": True,
+}
+_MODELS = {
+    **MODELS,
+    # One Key and Value head: with TP 8 most Query and Key heads lie on two ranks.
+    "llama-3-405b-mqa": replace(MODELS["llama-3-405b"], num_query_groups=1),
+}
+_PIPELINES: dict[str, dict[int, dict[str, Any]]] = {
+    # 126 layers: as published, the first and the last stage hold one layer less.
+    "llama-3-405b": {1: {}, 4: _EMBEDDING_AND_LOSS, 16: _EMBEDDING_AND_LOSS},
+    # 61 layers; the first three are dense.
+    "deepseek-v3-like": {
+        1: {},
+        4: {"decoder_first_pipeline_num_layers": 16},
+        16: {"decoder_first_pipeline_num_layers": 3, "decoder_last_pipeline_num_layers": 2},
+    },
+    "llama-2-7b": {1: {}},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table."""
+
+    name: str
+    parallel: Parallel
+    options: AdamMiniConfig = field(default_factory=AdamMiniConfig)
+    remark: str = ""
+
+
+def parallel_of(name: str, tp: int, pp: int, dp: int, **more: Any) -> Parallel:
+    """Return a layout; experts are spread over up to 64 ranks."""
+    experts = {}
+    if name.startswith("deepseek"):
+        experts = {
+            "expert_tensor_parallel_size": 1,
+            "expert_model_parallel_size": min(64, tp * dp),
+        }
+    return Parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        data_parallel_size=dp,
+        **experts,
+        **_PIPELINES[name][pp],
+        **more,
+    )
+
+
+def cases() -> list[Case]:
+    """Return the lines of the table."""
+    found = [Case("llama-2-7b", parallel_of("llama-2-7b", 8, 1, 8))]
+    large = ("llama-3-405b", "deepseek-v3-like")
+    for name in large:
+        sizes = [(8, 16, dp) for dp in (1, 8, 64, 256, 1024)]
+        sizes += [(1, 16, 64), (2, 16, 64), (4, 16, 64), (8, 1, 64), (8, 4, 64), (8, 1, 1024)]
+        found += [Case(name, parallel_of(name, *size)) for size in sizes]
+    for name in large:
+        for dp in (8, 64, 1024):
+            parallel = parallel_of(name, 8, 16, dp, overlap_grad_reduce=True)
+            found.append(Case(name, parallel, remark="overlap"))
+    name = "llama-3-405b"
+    for dp in (8, 1024):
+        parallel = parallel_of(name, 8, 16, dp)
+        found += [
+            Case(name, parallel, AdamMiniConfig(value_as_block=True), "value as block"),
+            Case(name, parallel, AdamMiniConfig(preset="tensor"), "preset tensor"),
+            Case("llama-3-405b-mqa", parallel, remark="heads cut by TP"),
+        ]
+    instances = parallel_of(name, 8, 16, 1024, num_distributed_optimizer_instances=128)
+    return [*found, Case(name, instances, remark="128 instances, d = 8")]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Buckets of one pair of process groups, and the sizes of the groups."""
+
+    buckets: list[BucketLayout]
+    shards: int
+    tp_size: int
+
+
+@dataclass(frozen=True)
+class Added:
+    """What the plan of one rank adds to a step."""
+
+    segments: int
+    collectives: int
+    dp_bytes: int
+    tp_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """All bytes that the rank receives."""
+        return self.dp_bytes + self.tp_bytes
+
+
+@dataclass(frozen=True)
+class Result:
+    """What planning one rank took, and what the ranks looked at found."""
+
+    seconds: float
+    seconds_added: float
+    elements: int
+    segments: int
+    imbalance: float
+    cuts: int
+    most: Added
+
+    @property
+    def share(self) -> float:
+        """Added bytes over gradient bytes, on the rank that adds most."""
+        return self.most.bytes / (4 * self.elements)
+
+
+def plan(case: Case) -> Result:
+    """Plan one rank in the middle of its data-parallel group against the clock, then others."""
+    model, parallel, options = _MODELS[case.name], case.parallel, case.options
+    stage = 0 if parallel.pp == 1 or parallel.overlap_grad_reduce else 1
+    instances = parallel.num_distributed_optimizer_instances
+    gc.collect()
+    started = time.perf_counter()
+    chunks = stage_blocks(model, parallel, options, pp_rank=stage)
+    stage_plan = plan_stage(model, parallel, chunks, pp_rank=stage)
+    parameters = stage_plan.parameters
+    domains = [
+        Domain(stage_plan.dense, parallel.dense_shards, parallel.tp),
+        Domain(stage_plan.expert, parallel.expert_shards, parallel.etp),
+    ]
+    described = time.perf_counter()
+    middle = _plan_rank(domains, parameters, 0.5, instances)
+    ended = time.perf_counter()
+    places = min(_RANKS, parallel.dense_shards)
+    balances = [_second_moments(domain, parameters) for domain in domains]
+    buckets = stage_plan.dense + stage_plan.expert
+    return Result(
+        seconds=ended - started,
+        seconds_added=ended - described,
+        elements=sum(bucket.numel for bucket in buckets),
+        segments=middle.segments,
+        imbalance=sum(b.max() for b in balances) / sum(b.mean() for b in balances),
+        cuts=sum(int(cut_boundaries(bucket, parameters).sum()) for bucket in buckets),
+        most=max(
+            (_plan_rank(domains, parameters, i / places, instances) for i in range(places)),
+            key=lambda added: added.bytes,
+        ),
+    )
+
+
+def _plan_rank(
+    domains: list[Domain], parameters: list[ParameterBlocks], place: float, instances: int
+) -> Added:
+    """Plan the rank that lies at ``place``, from 0 to 1, in its data-parallel groups."""
+    plans, segments = [], 0
+    for domain in domains:
+        shard = int(place * domain.shards)
+        parts = [segment_slice(bucket, parameters, shard) for bucket in domain.buckets]
+        segments += sum(part.num_segments for part in parts)
+        plans.append(
+            plan_reduction(
+                domain.buckets,
+                parts,
+                parameters,
+                dp_rank=shard,
+                tp_rank=0,
+                tp_size=domain.tp_size,
+                dp_replicas=instances > 1,
+            )
+        )
+    gathers = [p for p in plans if p.gathers]
+    sums = [p for p in plans if p.tp_numel]
+    return Added(
+        segments=segments,
+        collectives=len(gathers) + len(sums),
+        dp_bytes=sum(4 * p.dp_size * p.num_contributions for p in gathers),
+        tp_bytes=sum(4 * p.tp_numel for p in sums),
+    )
+
+
+def _second_moments(domain: Domain, parameters: list[ParameterBlocks]) -> np.ndarray:
+    found = np.zeros(domain.shards)
+    for bucket in domain.buckets:
+        for rank in range(domain.shards):
+            size = slice_size(bucket, parameters, rank)
+            found[rank] += size.num_segments + size.num_elementwise
+    return found
+
+
+_HEAD = [
+    *("model", "TP x PP x DP (EP)", "remark", "elements", "seconds", "added s", "segments"),
+    *("largest / mean", "cut", "collectives", "DP bytes", "TP bytes", "share"),
+]
+
+
+def row(case: Case, result: Result) -> list[str]:
+    """Return one line of the table."""
+    parallel = case.parallel
+    ep = parallel.expert_model_parallel_size
+    return [
+        case.name,
+        f"{parallel.tp} x {parallel.pp} x {parallel.data_parallel_size}"
+        + (f" ({ep})" if ep > 1 else ""),
+        case.remark,
+        f"{result.elements:,}",
+        f"{result.seconds:.2f}",
+        f"{result.seconds_added:.2f}",
+        f"{result.segments:,}",
+        f"{result.imbalance:.2f}",
+        f"{result.cuts:,}",
+        f"{result.most.collectives}",
+        f"{result.most.dp_bytes:,}",
+        f"{result.most.tp_bytes:,}",
+        f"{100 * result.share:.4f} %",
+    ]
+
+
+def main() -> None:
+    """Print the table, line by line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--output", type=Path, help="write a results file")
+    parser.add_argument("--machine", default=platform.machine(), help="named in the results file")
+    args = parser.parse_args()
+    lines = [f"| {' | '.join(_HEAD)} |", "|" + "---|" * len(_HEAD)]
+    print("\n".join(lines), flush=True)
+    for case in cases():
+        lines.append(f"| {' | '.join(row(case, plan(case)))} |")
+        print(lines[-1], flush=True)
+    if args.output:
+        args.output.write_text(
+            f"# Planning at scale, {datetime.date.today().isoformat()}\n\n"
+            f"Command: `python benchmarks/plan_scale.py`. Machine: {args.machine}, one process, "
+            f"load average {os.getloadavg()[0]:.1f}. Python {platform.python_version()}, numpy "
+            f"{np.__version__}, torch {torch.__version__.partition('+')[0]}. One run each. "
+            "Columns: see the script.\n\n" + "\n".join(lines) + "\n",
+            encoding="utf-8",
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,521 @@
+"""``megatron-adam-mini memory`` against what Megatron and the optimizer really allocate."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import plan_scale
+from megatron_adam_mini import cli
+from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.planning.buckets import plan_stage, stage_blocks
+from megatron_adam_mini.planning.flags import vars_of
+from megatron_adam_mini.planning.memory import FORMATS, KINDS, Planner, Sharing
+from megatron_adam_mini.planning.models import MODELS, Model, stage_parameters
+from megatron_adam_mini.planning.parallel import Parallel, stage_layers
+from tests.megatron_job import Job, Trainer
+from tests.ranks import run_ranks
+
+# Real runs.
+
+LLAMA = Job(bf16=True)
+#: Options of a run, by the command's name for what they make of the state.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adam_mini": {},
+    "adam_mini_remainders": {"param_remainders": True},
+    "adam_mini_bf16_m": {"exp_avg_dtype": "bf16"},
+    "adam_mini_remainders_bf16_m": {"param_remainders": True, "exp_avg_dtype": "bf16"},
+}
+RUNS = {
+    "tp1": (LLAMA, 1, "adam_mini"),
+    "tp2-pp2-dp2, overlap, small buckets": (
+        replace(LLAMA, tp=2, pp=2, layers=4, overlap=True, bucket_size=3000),
+        8,
+        "adam_mini",
+    ),
+    "tied, biases, pp2-dp2": (
+        replace(LLAMA, pp=2, tied=True, bias=True, swiglu=False, overlap=True, bucket_size=3000),
+        4,
+        "adam_mini_remainders",
+    ),
+    "heads cut by tp4, gate, qk norms, value as block": (
+        replace(
+            LLAMA,
+            tp=4,
+            groups=1,
+            gated_attention=True,
+            qk_layernorm=True,
+            adam_mini={"value_as_block": True},
+        ),
+        4,
+        "adam_mini_bf16_m",
+    ),
+    "virtual stages, odd dp, busbw padding, bf16 gradients": (
+        replace(
+            LLAMA,
+            pp=2,
+            vpp=2,
+            layers=4,
+            grad_fp32=False,
+            ddp_args={"pad_buckets_for_high_nccl_busbw": True},
+        ),
+        6,
+        "adam_mini_remainders_bf16_m",
+    ),
+    "two instances, full v of fc1": (
+        replace(LLAMA, instances=2, adam_mini={"full_v": ("*fc1.weight",)}),
+        4,
+        "adam_mini",
+    ),
+}
+
+
+def allocated(job: Job) -> dict[str, Any]:
+    """Return what this rank holds, counted from the tensors."""
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_adam_mini.mcore.param_info import collect_parameters
+
+    trainer = Trainer(job)
+    buffers = [buffer for chunk in trainer.chunks for buffer in chunk.buffers]
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    infos = collect_parameters(trainer.chunks, tp_group=groups.tp, expert_tp_group=groups.tp)
+    found = {
+        "bytes": {
+            "weights": sum(buffer.param_data.nbytes for buffer in buffers),
+            "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
+        },
+        "buckets": [bucket.grad_data.numel() for buffer in buffers for bucket in buffer.buckets],
+        "infos": list(infos.values()),
+        "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
+        "pp_rank": parallel_state.get_pipeline_model_parallel_rank(),
+    }
+    if job.optimizer == "adam_mini":
+        found["bytes"].update(trainer.optimizer.state_bytes())
+    else:
+        trainer.step(0)
+        states: dict[str, int] = {"main_param": 0, "exp_avg": 0, "exp_avg_sq": 0}
+        for member in trainer.optimizer.chained_optimizers:
+            for group in member.shard_fp32_from_float16_groups:
+                states["main_param"] += sum(shard.nbytes for shard in group)
+            for state in member.optimizer.state.values():
+                for kind in ("exp_avg", "exp_avg_sq"):
+                    states[kind] += state[kind].nbytes
+        found["bytes"].update(states)
+    return found
+
+
+def flags_of(job: Job, world: int) -> list[str]:
+    """Spell a job as Megatron's command line would, apart from the package."""
+    data = world // (job.tp * job.pp * job.cp)
+    flags = [
+        *("--num-layers", job.layers, "--hidden-size", job.hidden, "--ffn-hidden-size", job.ffn),
+        *("--num-attention-heads", job.heads, "--padded-vocab-size", job.vocab),
+        *("--group-query-attention", "--num-query-groups", job.groups),
+        *("--position-embedding-type", "rope", "--normalization", "RMSNorm"),
+        *("--transformer-impl", "local"),
+        *("--tensor-model-parallel-size", job.tp, "--pipeline-model-parallel-size", job.pp),
+        *("--context-parallel-size", job.cp, "--data-parallel-size", data),
+        *("--num-distributed-optimizer-instances", job.instances),
+    ]
+    switches = {
+        "--swiglu": job.swiglu,
+        "--disable-bias-linear": not job.bias,
+        "--untie-embeddings-and-output-weights": not job.tied,
+        "--qk-layernorm": job.qk_layernorm,
+        "--attention-output-gate": job.gated_attention,
+        "--overlap-grad-reduce": job.overlap,
+        "--grad-reduce-in-bf16": not job.grad_fp32,
+        "--ddp-pad-buckets-for-high-nccl-busbw": "pad_buckets_for_high_nccl_busbw" in job.ddp_args,
+        "--adam-mini-value-as-block": job.adam_mini.get("value_as_block", False),
+    }
+    flags += [name for name, on in switches.items() if on]
+    if job.bucket_size:
+        flags += ["--ddp-bucket-size", job.bucket_size]
+    if job.vpp:
+        flags += ["--num-virtual-stages-per-pipeline-rank", job.vpp]
+    if "full_v" in job.adam_mini:
+        flags += ["--adam-mini-full-v", *job.adam_mini["full_v"]]
+    return [str(flag) for flag in flags]
+
+
+def run_cli(capsys: Any, *flags: str) -> dict[str, Any]:
+    assert cli.main(["memory", *flags, "--json", "--every-rank"]) == 0
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return report
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_every_byte_of_a_real_run(case: str, capsys: Any) -> None:
+    job, world, form = RUNS[case]
+    options = {**job.adam_mini, **OPTIONS[form]}
+    ranks = run_ranks(world, allocated, replace(job, adam_mini=options))
+    report = run_cli(capsys, *flags_of(job, world))
+    assert report["every_rank"][form] == [rank["bytes"] for rank in ranks]
+
+    model = Model(**report["model"])
+    layout = Parallel(**report["layout"])
+    for rank in ranks:
+        place = {"pp_rank": rank["pp_rank"], "tp_rank": rank["tp_rank"]}
+        described = stage_parameters(model, layout, **place)
+        assert [info for chunk in described for info in chunk] == rank["infos"]
+        blocks = stage_blocks(model, layout, AdamMiniConfig(), **place)
+        plan = plan_stage(model, layout, blocks, pp_rank=rank["pp_rank"])
+        assert [bucket.numel for bucket in plan.dense] == rank["buckets"]
+
+    # The summary is the maximum over ranks.
+    totals = [sum(rank["bytes"].values()) for rank in ranks]
+    largest = report["optimizers"][form]["largest_rank"]
+    assert largest["total"] == max(totals) == totals[largest["rank"]]
+    assert largest["stage"] == ranks[largest["rank"]]["pp_rank"]
+    for stage in report["stages"]:
+        own = [
+            t for t, rank in zip(totals, ranks, strict=True) if rank["pp_rank"] == stage["stage"]
+        ]
+        assert stage["optimizers"][form]["total"] == max(own)
+
+
+def test_every_byte_of_megatrons_adam(capsys: Any) -> None:
+    job, world, _ = RUNS["tied, biases, pp2-dp2"]
+    ranks = run_ranks(world, allocated, replace(job, optimizer="adam"))
+    report = run_cli(capsys, *flags_of(job, world))
+    assert report["every_rank"]["adam"] == [rank["bytes"] for rank in ranks]
+
+
+# Parameters of models that cannot be trained here, against Megatron's own modules.
+
+
+def parameters_of(kind: str) -> list[tuple[str, tuple[int, ...], Any, bool]]:
+    """Return name, shape, split dimension and expert flag of a model's parameters."""
+    import megatron.core.models.gpt.gpt_layer_specs as specs
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    expert_parallel = 2 if kind == "experts" else 1
+    parallel_state.initialize_model_parallel(
+        2, expert_model_parallel_size=expert_parallel, expert_tensor_parallel_size=1
+    )
+    model_parallel_cuda_manual_seed(7)
+    common = {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 8,
+        "tensor_model_parallel_size": 2,
+        "use_cpu_initialization": True,
+        "gradient_accumulation_fusion": False,
+    }
+    if kind == "experts":
+        config = TransformerConfig(
+            **common,
+            add_bias_linear=False,
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
+            normalization="RMSNorm",
+            num_moe_experts=4,
+            moe_ffn_hidden_size=32,
+            moe_layer_freq=[0, 1],
+            moe_shared_expert_intermediate_size=48,
+            moe_shared_expert_gate=True,
+            expert_model_parallel_size=expert_parallel,
+            expert_tensor_parallel_size=1,
+        )
+    elif kind == "latent attention":
+        config = MLATransformerConfig(
+            **common,
+            add_bias_linear=False,
+            normalization="RMSNorm",
+            multi_latent_attention=True,
+            qk_layernorm=True,
+            q_lora_rank=48,
+            kv_lora_rank=24,
+            qk_head_dim=16,
+            qk_pos_emb_head_dim=8,
+            v_head_dim=12,
+        )
+    else:
+        config = TransformerConfig(**common, qk_layernorm=True)
+    spec = specs.get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization=config.normalization
+    )
+    if kind == "latent attention":
+        # Megatron's own attention for the CPU cannot be built for it; it has no parameters.
+        for layer in spec.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = IdentityOp
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=128,
+        max_sequence_length=16,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="learned_absolute" if kind == "learned positions" else "rope",
+    )
+    return [
+        (
+            name,
+            tuple(param.shape),
+            param.partition_dim if getattr(param, "tensor_model_parallel", False) else None,
+            not getattr(param, "allreduce", True),
+        )
+        for name, param in model.named_parameters()
+    ]
+
+
+DESCRIBED = {
+    "experts": [
+        *("--swiglu", "--disable-bias-linear", "--normalization", "RMSNorm"),
+        *("--num-experts", "4", "--moe-ffn-hidden-size", "32", "--moe-layer-freq", "[0]+[1]*1"),
+        *("--moe-shared-expert-intermediate-size", "48", "--moe-shared-expert-gate"),
+        *("--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"),
+        # Megatron's command line has a smaller default for SwiGLU than its TransformerConfig.
+        *("--ffn-hidden-size", "256"),
+        *("--position-embedding-type", "rope"),
+    ],
+    "latent attention": [
+        *("--disable-bias-linear", "--normalization", "RMSNorm", "--multi-latent-attention"),
+        *("--qk-layernorm", "--q-lora-rank", "48", "--kv-lora-rank", "24", "--qk-head-dim", "16"),
+        *("--qk-pos-emb-head-dim", "8", "--v-head-dim", "12", "--position-embedding-type", "rope"),
+    ],
+    "learned positions": ["--qk-layernorm", "--max-position-embeddings", "16"],
+}
+
+
+@pytest.mark.parametrize("kind", DESCRIBED)
+def test_described_parameters_are_the_models_own(kind: str, capsys: Any) -> None:
+    real = run_ranks(2, parameters_of, kind)
+    report = run_cli(
+        capsys,
+        *("--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "8"),
+        *("--padded-vocab-size", "128", "--untie-embeddings-and-output-weights"),
+        *("--transformer-impl", "local", "--tensor-model-parallel-size", "2"),
+        *DESCRIBED[kind],
+    )
+    model, layout = Model(**report["model"]), Parallel(**report["layout"])
+    for rank in range(2):
+        chunks = stage_parameters(
+            model, layout, pp_rank=0, tp_rank=rank, expert_tp_rank=rank % layout.etp
+        )
+        described = [(i.name, i.shape, i.tp_dim, i.expert) for chunk in chunks for i in chunk]
+        # With one expert-tensor-parallel rank Megatron marks experts as split, over a group of one.
+        expected = [(n, s, None if ".local_experts." in n else d, e) for n, s, d, e in real[rank]]
+        assert described == expected
+
+
+# Public models.
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("llama-2-7b", 6_738_415_616),
+        ("llama-2-13b", 13_015_864_320),
+        ("llama-3-8b", 8_030_261_248),
+        ("llama-3-70b", 70_553_706_496),
+        ("llama-3-405b", 405_853_388_800),
+        ("mixtral-8x7b-like", 46_702_792_704),
+        # 671,026,419,200 as published, less the router's 58 x 256 biases, which are no parameters.
+        ("deepseek-v3-like", 671_026_419_200 - 58 * 256),
+    ],
+)
+def test_public_parameter_counts(name: str, count: int) -> None:
+    assert Planner(MODELS[name], Parallel(), AdamMiniConfig()).num_parameters() == count
+
+
+def test_llama_2_7b_needs_half_of_m_and_v(capsys: Any) -> None:
+    report = run_cli(capsys, "--model", "llama-2-7b")
+    adam, mini = (report["optimizers"][name]["largest_rank"] for name in ("adam", "adam_mini"))
+    state = {"adam": adam["exp_avg"] + adam["exp_avg_sq"], "mini": mini["exp_avg"]}
+    assert state["adam"] == 2 * 4 * 6_738_415_616
+    assert state["mini"] == 4 * 6_738_415_616
+    # v: per token; per layer a head each of Q and K, V, projection and MLP rows; norms.
+    rows = 2 * 32000 + 32 * (32 + 32 + 4096 + 4096 + 2 * 11008 + 4096 + 2) + 1
+    assert mini["exp_avg_sq"] == 4 * rows
+    assert cli.main(["memory", "--model", "llama-2-7b"]) == 0
+    text = capsys.readouterr().out
+    assert "53.907" in text
+    assert "26.958" in text
+
+
+@pytest.mark.parametrize(("name", "per_shard"), [(n, f) for n, f in FORMATS.items() if n != "adam"])
+def test_how_far_a_saving_reaches(name: str, per_shard: Any) -> None:
+    """Compare with bytes per parameter, 6 + state / d, where v of blocks is next to nothing."""
+    planner = Planner(MODELS["llama-2-7b"], Parallel(), AdamMiniConfig())
+    sharing = Sharing(planner)
+    state = per_shard.main_param + per_shard.exp_avg
+    state += 0 if per_shard.blocks else per_shard.exp_avg_sq
+    for share in (0.01, 0.05):
+        # share * (6 + 12 / d) = (12 - state) / d
+        expected = ((12 - state) - 12 * share) / (6 * share)
+        found = sharing.largest(name, share)
+        assert found is not None
+        assert abs(found - expected) <= 1
+        assert sharing.saving(name, found) >= share > sharing.saving(name, found + 1)
+
+
+def test_a_saving_that_is_never_reached() -> None:
+    planner = Planner(MODELS["llama-3-8b"], Parallel(), AdamMiniConfig(full_v=("*",)))
+    assert Sharing(planner).largest("adam_mini", 0.01) is None
+
+
+def test_experts_share_by_their_own_group() -> None:
+    model = replace(MODELS["mixtral-8x7b-like"], num_layers=2)
+    layout = Parallel(
+        tensor_model_parallel_size=2,
+        data_parallel_size=8,
+        expert_model_parallel_size=4,
+        expert_tensor_parallel_size=1,
+    )
+    (stage,) = Planner(model, layout, AdamMiniConfig()).stages(layout)
+    assert (layout.dense_shards, layout.expert_shards) == (8, 4)
+    assert stage.elements.shape == (16,)
+    expert = 2 * 2 * 3 * 4096 * 14336  # layers, experts per rank, matrices
+    dense = stage.num_parameters - expert
+    assert stage.elements.sum() == 2 * dense + 4 * expert
+
+
+def test_documented_output_is_the_real_one(capsys: Any) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "memory.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```console\n\$ (.*?[^\\])\n(.*?)\n```", text, flags=re.S)
+    assert len(blocks) == 3
+    for command, output in blocks:
+        program, *arguments = command.replace("\\\n", "").split()
+        assert program == "megatron-adam-mini"
+        assert cli.main(arguments) == 0
+        assert capsys.readouterr().out == output + "\n"
+
+
+def test_added_traffic_of_llama_2_7b_at_tp8_dp8_stays_within_its_target() -> None:
+    result = plan_scale.plan(plan_scale.cases()[0])
+    assert plan_scale.cases()[0].parallel.world_size == 64
+    assert result.most.collectives <= 2
+    assert 0 < result.share <= 1e-4
+    # Rows of the two row-parallel weights of each layer, over the data-parallel ranks.
+    assert result.most.tp_bytes >= 4 * 32 * 2 * 4096 / 8
+
+
+# Layouts.
+
+
+@pytest.mark.parametrize(
+    ("layout", "layers", "expected"),
+    [
+        (Parallel(pipeline_model_parallel_size=2), 4, [[(0, 2)], [(2, 4)]]),
+        (
+            Parallel(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2),
+            8,
+            [[(0, 2), (4, 6)], [(2, 4), (6, 8)]],
+        ),
+        (
+            Parallel(
+                pipeline_model_parallel_size=2,
+                num_layers_per_virtual_pipeline_stage=2,
+                account_for_embedding_in_pipeline_split=True,
+                account_for_loss_in_pipeline_split=True,
+            ),
+            6,
+            [[(0, 1), (3, 5)], [(1, 3), (5, 6)]],
+        ),
+        (
+            Parallel(
+                pipeline_model_parallel_size=4,
+                decoder_first_pipeline_num_layers=1,
+                decoder_last_pipeline_num_layers=1,
+            ),
+            8,
+            [[(0, 1)], [(1, 4)], [(4, 7)], [(7, 8)]],
+        ),
+    ],
+)
+def test_layers_of_stages(layout: Parallel, layers: int, expected: list[Any]) -> None:
+    found = stage_layers(layout, layers)
+    assert [[(r.start, r.stop) for r in stage] for stage in found] == expected
+
+
+def test_vocabulary_is_padded_by_tensor_parallel_size() -> None:
+    model = MODELS["llama-3-8b"]
+    assert model.vocabulary(1) == 128256
+    assert model.vocabulary(8) == math.ceil(128256 / 1024) * 1024 == 129024
+
+
+def test_flags_override_the_public_model(capsys: Any) -> None:
+    flags = ("--model", "llama-2-7b", "--num-layers", "4", "--padded-vocab-size", "256")
+    report = run_cli(capsys, *flags)
+    expected = {**vars_of(MODELS["llama-2-7b"]), "num_layers": 4}
+    assert report["model"] == {**expected, "vocab_size": None, "padded_vocab_size": 256}
+
+
+def test_world_size_is_another_way_to_say_data_parallel_size(capsys: Any) -> None:
+    size = ("--model", "llama-3-8b", "--tensor-model-parallel-size", "2")
+    one = run_cli(capsys, *size, "--world-size", "8")
+    assert one == run_cli(capsys, *size, "--data-parallel-size", "4")
+    assert set(one["every_rank"]["adam"][0]) == set(KINDS)
+
+
+def test_notes_say_what_does_not_run_or_saves_nothing(capsys: Any) -> None:
+    flags = ["memory", "--model", "deepseek-v3-like", "--num-layers", "3", "--num-experts", "8"]
+    assert cli.main([*flags, "--moe-layer-freq", "[0]+[1]*2"]) == 0
+    text = capsys.readouterr().out
+    assert "refuses to train it in this release" in text
+    assert "no rule and keep a full v" in text
+    assert cli.main(["memory", "--model", "llama-3-8b"]) == 0
+    assert "note" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "--num-layers, --hidden-size, --num-attention-heads missing. Give them, or --model"),
+        ("--model llama-2-7b --pipeline-model-parallel-size 5", "32 layers are not divisible by"),
+        (
+            "--model llama-2-7b --tensor-model-parallel-size 3",
+            "--num-attention-heads=32 is not divisible by --tensor-model-parallel-size=3",
+        ),
+        (
+            "--model llama-3-8b --num-attention-heads 36 --kv-channels 128 --num-query-groups 4 "
+            "--tensor-model-parallel-size 6 --ffn-hidden-size 12288",
+            "--num-query-groups=4 must be a multiple or a divisor of",
+        ),
+        ("--model llama-2-7b --ffn-hidden-size 11009 --tensor-model-parallel-size 2", "=11009 is"),
+        ("--model llama-2-7b --num-query-groups 8", "without --group-query-attention; add that"),
+        ("--model llama-2-7b --world-size 6 --tensor-model-parallel-size 4", "not a multiple of"),
+        ("--model llama-2-7b --world-size 6 --data-parallel-size 6", "give one of them"),
+        ("--model llama-2-7b --expert-model-parallel-size 2 --data-parallel-size 2", "has none"),
+        (
+            "--model mixtral-8x7b-like --expert-model-parallel-size 3 --data-parallel-size 3",
+            "--num-experts=8 is not divisible by --expert-model-parallel-size=3",
+        ),
+        ("--model mixtral-8x7b-like --expert-model-parallel-size 8", "1 ranks are not divisible"),
+        ("--model mixtral-8x7b-like --moe-layer-freq [1]*31", "for each of the 32 layers"),
+        ("--model mixtral-8x7b-like --moe-layer-freq __import__('os')", "cannot be read; give"),
+        ("--model llama-2-7b --data-parallel-size 0", "=0 is not allowed; it must be at least 1"),
+        ("--model llama-2-7b --adam-mini-full-v nothing*", "['nothing*'] match no parameter"),
+        ("--model llama-2-7b --every-rank", "add --json"),
+        (
+            "--model llama-2-7b --pipeline-model-parallel-size 3 "
+            "--decoder-first-pipeline-num-layers 9",
+            "23 layers are left for the 2 other pipeline stages",
+        ),
+        (
+            "--model llama-2-7b --data-parallel-size 3 --num-distributed-optimizer-instances 2",
+            "not divisible by --num-distributed-optimizer-instances=2",
+        ),
+        ("--model llama-2-7b --num-virtual-stages-per-pipeline-rank 2", "at least 2; raise it"),
+        ("--model llama-2-7b --position-embedding-type learned_absolute", "need --max-position"),
+    ],
+)
+def test_impossible_layouts_are_refused(flags: str, message: str, capsys: Any) -> None:
+    assert cli.main(["memory", *flags.split()]) == 2
+    output = capsys.readouterr()
+    assert message in output.err
+    assert not output.out
