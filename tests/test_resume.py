@@ -1,9 +1,10 @@
-"""Real training runs that are killed and go on: bit for bit as if nothing had happened."""
+"""Real runs that are killed or whose disk is full go on, bit for bit as if nothing happened."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_adam_mini import cli
 from megatron_adam_mini.offline.reader import Checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,16 +72,21 @@ def start(dataset: Path, folder: Path, *flags: str, ranks: int = 4) -> subproces
     )
 
 
-def kill(run: subprocess.Popen[bytes]) -> None:
-    """Kill torchrun and every rank at once; ranks have sessions of their own."""
+def family(run: subprocess.Popen[bytes]) -> set[int]:
+    """Return the processes of torchrun, of every rank and of what ranks started."""
     children = subprocess.run(
         ["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
     ).stdout
     parents = [tuple(map(int, line.split())) for line in children.splitlines()]
-    doomed = {run.pid}
+    found = {run.pid}
     for _ in range(4):
-        doomed |= {pid for pid, parent in parents if parent in doomed}
-    for pid in doomed:
+        found |= {pid for pid, parent in parents if parent in found}
+    return found
+
+
+def kill(run: subprocess.Popen[bytes]) -> None:
+    """Kill torchrun and every rank at once; ranks have sessions of their own."""
+    for pid in family(run):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     run.wait(TIMEOUT)
@@ -142,6 +149,39 @@ def test_killed_while_it_saves_a_run_goes_on_bit_for_bit(
     assert "successfully loaded checkpoint from" in text
     assert tracker(broken) == "12"
     assert_same(everything(straight / "iter_0000012"), everything(broken / "iter_0000012"))
+
+
+@pytest.mark.parametrize("flags", [(), ("--async-save", "--async-strategy", "mcore")])
+def test_when_the_disk_is_full_a_run_ends_and_keeps_the_old_checkpoint(
+    flags: tuple[str, ...], straight: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Writes fail in the middle of the second checkpoint, as on a full disk (EFBIG for ENOSPC)."""
+    folder = tmp_path / "full"
+    run = start(dataset, folder, *flags)
+    begun = time.monotonic()
+    while tracker(folder) != "4":
+        assert run.poll() is None, folder.with_suffix(".log").read_text()[-4000:]
+        assert time.monotonic() - begun < TIMEOUT
+        time.sleep(0.005)
+    old = folder / "iter_0000004"
+    limit = min(path.stat().st_size for path in old.glob("*.distcp")) * 3 // 4
+    for pid in family(run) - {run.pid}:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        code = run.wait(TIMEOUT)
+    finally:
+        kill(run)
+    text = folder.with_suffix(".log").read_text(errors="replace")
+    assert len(text) < limit, "the limit may have cut the log, too"
+    assert code != 0
+    assert "File too large" in text, text[-4000:]
+    assert max(p.stat().st_size for p in (folder / "iter_0000008").iterdir()) == limit
+    assert tracker(folder) == "4"
+    assert cli.main(["verify", str(folder)]) == 0
+    text = finish(start(dataset, folder, *flags), folder)
+    assert "at iteration 4" in text
+    assert tracker(folder) == "12"
+    assert_same(everything(straight / "iter_0000012"), everything(folder / "iter_0000012"))
 
 
 def test_a_run_goes_on_under_another_layout(straight: Path, dataset: Path, tmp_path: Path) -> None:
