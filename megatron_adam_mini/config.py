@@ -53,6 +53,9 @@ class AdamMiniConfig:
         stochastic_rounding: round a bfloat16 m stochastically instead of to the nearest.
         param_remainders: store the lower 16 bits of the float32 main parameters only; the upper
             ones are the bfloat16 model weights. Training is the same, bit for bit.
+        single_phase: read each gradient once per step instead of twice. Possible where nothing
+            waits for the gradient norm (no clipping, no loss scale); the norm is then not known,
+            and non-finite gradients do not skip the step.
         manifest: path of a JSON file that rank 0 writes the partition to; ``None`` writes none.
         convert_partition: when a checkpoint has finer blocks, average its v over this run's
             (exact) instead of refusing it.
@@ -73,6 +76,7 @@ class AdamMiniConfig:
     exp_avg_dtype: str = "fp32"
     stochastic_rounding: bool = False
     param_remainders: bool = False
+    single_phase: bool = False
     manifest: str | None = None
     convert_partition: bool = False
     check_files: bool = True

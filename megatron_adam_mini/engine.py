@@ -280,6 +280,17 @@ class Engine:
         self._reduce_norm()
         return torch.sum(self._norm_stats, dim=0, out=self._norm_total)
 
+    def collect_cut(self) -> None:
+        """Sum up blocks that other ranks hold parts of, and no others; all ranks must call it.
+
+        For single-phase steps: :meth:`update` then reads the other gradients itself. Collectives
+        as in :meth:`collect`, without the norm.
+        """
+        for bucket in self.buckets:
+            if len(bucket.cut):
+                self.kernels.block_sum_sq_(self._sum_sq_B, bucket.source.grad, bucket.cut)
+        self._start_reductions()
+
     def update(self, grad_scale: float | Tensor) -> None:
         """Advance v, m, main parameters and model weights by one step; local to the rank.
 
@@ -302,9 +313,13 @@ class Engine:
         self._scalars.fill(
             self.param_groups, betas=self._betas(), step=self.step_count + 1, grad_scale=grad_scale
         )
-        self._block_step_size(self._whole_index)
+        if not self.config.single_phase:
+            self._block_step_size(self._whole_index)
         for bucket in self.buckets:
-            self._update_segments(bucket, bucket.whole)
+            if self.config.single_phase:
+                self._update_whole(bucket)
+            else:
+                self._update_segments(bucket, bucket.whole)
             if len(bucket.ranges):
                 self.kernels.update_elementwise_(
                     *self._storage(bucket, self.exp_avg_sq_E[bucket.elements_at]),
@@ -342,6 +357,20 @@ class Engine:
                 *self._storage(bucket),
                 segments,
                 step_size_B=self._step_size_B,
+                group_B=self._group_B,
+                scalars=self._scalars,
+                stochastic=self.config.stochastic_rounding,
+            )
+
+    def _update_whole(self, bucket: _BucketStep) -> None:
+        if len(bucket.whole):
+            self.kernels.update_whole_(
+                *self._storage(bucket),
+                bucket.whole,
+                exp_avg_sq_B=self.exp_avg_sq_B,
+                step_size_B=self._step_size_B,
+                sum_sq_B=self._sum_sq_B,
+                inv_numel_B=self._inv_numel_B,
                 group_B=self._group_B,
                 scalars=self._scalars,
                 stochastic=self.config.stochastic_rounding,

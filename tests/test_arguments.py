@@ -37,6 +37,7 @@ FLAGS = (
     "--adam-mini-no-file-check",
     "--adam-mini-param-remainders",
     "--adam-mini-stochastic-rounding",
+    "--adam-mini-single-phase",
 )
 
 
@@ -119,6 +120,7 @@ def test_flags_reach_the_config(tmp_path):
         *("--adam-mini-manifest", "manifest.json", "--adam-mini-convert-partition"),
         *("--adam-mini-no-file-check", "--adam-mini-param-remainders"),
         *("--adam-mini-stochastic-rounding", "--exp-avg-dtype", "bf16", "--bf16"),
+        *("--adam-mini-single-phase", "--clip-grad", "0"),
     ]
     own = [flag for flag in flags if flag.startswith("--adam-mini")]
     assert sorted(own) == sorted(FLAGS)
@@ -134,6 +136,7 @@ def test_flags_reach_the_config(tmp_path):
         exp_avg_dtype="bf16",
         stochastic_rounding=True,
         param_remainders=True,
+        single_phase=True,
     )
 
 
@@ -203,6 +206,11 @@ def test_bad_values_are_refused_before_megatron_validates(tmp_path):
         ("--adam-eps", "0"): ("ValueError", "eps=0.0 is not allowed"),
         ("--weight-decay", "-1"): ("ValueError", "weight_decay=-1.0 is not allowed"),
         ("--adam-mini-stochastic-rounding",): ("ValueError", "give exp_avg_dtype='bf16'"),
+        ("--adam-mini-single-phase",): ("ValueError", "but --clip-grad 1.0 needs it first"),
+        ("--adam-mini-single-phase", "--clip-grad", "0", "--fp16"): (
+            "ValueError",
+            "a loss scale (--fp16 or --loss-scale) needs it first",
+        ),
         ("--exp-avg-dtype", "fp16"): ("ValueError", "exp_avg_dtype='fp16' is not known; allowed"),
         ("--exp-avg-sq-dtype", "bf16"): ("NotImplementedError", "--exp-avg-sq-dtype bf16: allowed"),
         ("--main-params-dtype", "fp16"): ("NotImplementedError", "Remedy: drop the flag; what"),

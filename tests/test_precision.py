@@ -207,3 +207,44 @@ def test_whole_blocks_are_updated_while_cut_ones_are_on_the_way() -> None:
     for events in run_ranks(4, order_of_events, job):
         changes = [e for i, e in enumerate(events) if i == 0 or events[i - 1] != e]
         assert changes == ["start_tp", "update whole", "finish_tp_", "update cut"]
+
+
+# Single phase.
+
+
+def test_single_phase_equals_two_phases_without_clipping() -> None:
+    """Cut rows, biases and tensor-parallel ones included; only long rows add in another order."""
+    job = replace(SHARDED, clip_grad=0.0)
+    two = run_ranks(8, train, job)
+    one = run_ranks(8, train, replace(job, adam_mini={"single_phase": True}))
+    assert [r["digest"] for r in two] == [r["digest"] for r in one]
+    for left, right in zip(two, one, strict=True):
+        for mine, theirs in zip(left["slices"], right["slices"], strict=True):
+            for key in ("param", "exp_avg", "v"):
+                assert mine.values[key].tobytes() == theirs.values[key].tobytes(), key
+
+
+def single_phase_errors(jobs: list[Job]) -> list[str]:
+    from megatron.core import parallel_state
+
+    found = []
+    for job in jobs:
+        with pytest.raises(ValueError, match="single-phase") as caught:
+            Trainer(job)
+        found.append(str(caught.value))
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def test_single_phase_is_refused_where_something_waits_for_the_norm() -> None:
+    job = Job(adam_mini={"single_phase": True}, clip_grad=0.0)
+    jobs = [
+        replace(job, clip_grad=1.0),
+        replace(job, fp16=True),
+        replace(job, optimizer_args={"grad_norm_skip_threshold": 5.0}),
+    ]
+    reasons = ["--clip-grad 1.0 needs", "a loss scale", "grad_norm_skip_threshold 5.0 needs"]
+    for found in run_ranks(2, single_phase_errors, jobs):
+        for reason, text in zip(reasons, found, strict=True):
+            assert reason in text
+            assert "Remedy: drop --adam-mini-single-phase" in text

@@ -15,7 +15,7 @@ from megatron_adam_mini.config import (
     check_adam_values,
     read_rules,
 )
-from megatron_adam_mini.mcore.preflight import refuse_unsupported
+from megatron_adam_mini.mcore.preflight import refuse_single_phase, refuse_unsupported
 
 OPTIMIZER = "adam_mini"
 
@@ -84,6 +84,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="with --exp-avg-dtype bf16 (Megatron's flag): round m stochastically",
     )
     group.add_argument(
+        "--adam-mini-single-phase",
+        action="store_true",
+        help="with --clip-grad 0 and without a loss scale: read each gradient once per step; the "
+        "gradient norm is then logged as 0, as Megatron does without clipping, and non-finite "
+        "gradients do not skip the step",
+    )
+    group.add_argument(
         "--adam-mini-manifest", metavar="FILE", help="write the partition of the model as JSON"
     )
     group.add_argument(
@@ -111,6 +118,7 @@ def config_from_args(args: argparse.Namespace) -> AdamMiniConfig:
         exp_avg_dtype=_dtype_name(args.exp_avg_dtype),
         stochastic_rounding=args.adam_mini_stochastic_rounding,
         param_remainders=args.adam_mini_param_remainders,
+        single_phase=args.adam_mini_single_phase,
         manifest=args.adam_mini_manifest,
         convert_partition=args.adam_mini_convert_partition,
         check_files=args.adam_mini_check_files,
@@ -136,6 +144,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             "--adam-mini-param-remainders needs --bf16: 16 bits complete a bfloat16 weight to its "
             "float32 main parameter, and no other type. Drop it, or train in bfloat16."
+        )
+    if args.adam_mini_single_phase:
+        refuse_single_phase(
+            args.clip_grad,
+            loss_scaled=bool(args.fp16 or args.loss_scale),
+            skip_threshold=getattr(args, "grad_norm_skip_threshold", float("inf")),
         )
     check_adam_values(
         lr=args.lr,

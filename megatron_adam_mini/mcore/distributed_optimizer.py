@@ -91,6 +91,8 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
             ``(updated, grad_norm, num_zeros_in_grad)``. A step with a non-finite gradient on any
             rank is skipped everywhere: ``(False, None, None)``, with no state changed.
         """
+        if self.engine.config.single_phase:
+            return self._single_phase_step()
         with self._timer("optimizer-block-sums"):
             stats = self.engine.collect()
         with self._timer("optimizer-inner-step"):
@@ -111,11 +113,26 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         self.engine.step_count += 1
         return True, grad_norm, num_zeros
 
+    def _single_phase_step(self) -> tuple[bool, float | None, int | None]:
+        """Take a step that waits for no norm; Megatron, too, reports 0 without clipping."""
+        with self._timer("optimizer-block-sums"):
+            self.engine.collect_cut()
+        with self._timer("optimizer-inner-step"):
+            self.engine.update(1.0)
+        self.engine.step_count += 1
+        self._start_param_sync()
+        return True, 0.0, self.count_zeros() if self.config.log_num_zeros_in_grad else None
+
     # The same phase by phase, for callers that drive a MegatronOptimizer themselves.
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
         """Take all block sums; return whether any gradient of any rank is not finite."""
+        if self.engine.config.single_phase:
+            raise RuntimeError(
+                "A single-phase step has no phases to drive one by one; call step(), or drop "
+                "--adam-mini-single-phase."
+            )
         with self._timer("optimizer-block-sums"):
             stats = self.engine.collect()
         return self._look_at(stats)

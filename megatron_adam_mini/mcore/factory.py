@@ -27,7 +27,7 @@ from megatron_adam_mini.engine import Domain, Engine
 from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
 from megatron_adam_mini.mcore.metrics import observe
 from megatron_adam_mini.mcore.param_info import collect_parameters
-from megatron_adam_mini.mcore.preflight import refuse_unsupported
+from megatron_adam_mini.mcore.preflight import refuse_single_phase, refuse_unsupported
 from megatron_adam_mini.mcore.slices import bucket_slices, dense_buffers, whole_parameters
 from megatron_adam_mini.partition import (
     ParameterBlocks,
@@ -77,6 +77,12 @@ def build_optimizer(
             weight_decay=config.weight_decay,
         )
         _check_distributed_optimizer(config, model_chunks)
+        if options.single_phase:
+            refuse_single_phase(
+                config.clip_grad,
+                loss_scaled=bool(config.loss_scale or config.fp16),
+                skip_threshold=config.grad_norm_skip_threshold,
+            )
         if options.manifest and distributed.get_rank() == 0:
             _check_writable(options.manifest)
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()

@@ -105,3 +105,23 @@ def refuse_unsupported(*sources: Any) -> None:
                 "--no-decoupled-weight-decay the decay would enter the gradient after its block "
                 "sums were taken. Remedy: drop the flag."
             )
+
+
+def refuse_single_phase(clip_grad: float, *, loss_scaled: bool, skip_threshold: float) -> None:
+    """Check that nothing in the step waits for the gradient norm.
+
+    Raises:
+        ValueError: names what does.
+    """
+    waits = {
+        f"--clip-grad {clip_grad}": clip_grad > 0.0,
+        "a loss scale (--fp16 or --loss-scale)": loss_scaled,
+        f"grad_norm_skip_threshold {skip_threshold}": skip_threshold < float("inf"),
+    }
+    found = [name for name, applies in waits.items() if applies]
+    if found:
+        raise ValueError(
+            "--adam-mini-single-phase updates blocks before the gradient norm is known, but "
+            f"{' and '.join(found)} needs it first. Remedy: drop --adam-mini-single-phase, or "
+            "train with --clip-grad 0 in float32 or bfloat16 without a loss scale."
+        )
