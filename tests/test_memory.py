@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ import torch
 from benchmarks import plan_scale
 from megatron_adam_mini import cli
 from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.engine import Domain, Engine
 from megatron_adam_mini.planning.buckets import plan_stage, stage_blocks
 from megatron_adam_mini.planning.flags import vars_of
-from megatron_adam_mini.planning.memory import FORMATS, KINDS, Planner, Sharing
+from megatron_adam_mini.planning.memory import FORMATS, KINDS, Planner, Sharing, largest_rank
 from megatron_adam_mini.planning.models import MODELS, Model, stage_parameters
 from megatron_adam_mini.planning.parallel import Parallel, stage_layers
 from tests.megatron_job import Job, Trainer
@@ -345,6 +347,46 @@ def test_llama_2_7b_needs_half_of_m_and_v(capsys: Any) -> None:
     text = capsys.readouterr().out
     assert "53.907" in text
     assert "26.958" in text
+
+
+@pytest.mark.parametrize("form", OPTIONS)
+def test_llama_2_7b_as_the_optimizer_allocates_it(form: str) -> None:
+    """The engine itself, on tensors that have shapes and no memory, beside Adam's 8 bytes."""
+    meta, options = torch.device("meta"), AdamMiniConfig(**OPTIONS[form])
+    model, parallel = MODELS["llama-2-7b"], Parallel()
+    plan = plan_stage(model, parallel, stage_blocks(model, parallel, options, pp_rank=0), pp_rank=0)
+    (bucket,) = plan.dense
+    domain = Domain(
+        name="dense",
+        buckets=plan.dense,
+        slices=[
+            SimpleNamespace(
+                grad=torch.empty(bucket.numel, device=meta),
+                weight=torch.empty(bucket.numel, dtype=torch.bfloat16, device=meta),
+            )
+        ],
+        dp_group=None,
+        dp_rank=0,
+        tp_group=None,
+        tp_rank=0,
+        tp_size=1,
+        dp_replicas=False,
+        norm_group=None,
+    )
+    engine = Engine(
+        options, plan.parameters, [{}], [0] * len(plan.parameters), [domain], device=meta
+    )
+    found = engine.state_bytes()
+    (stage,) = Planner(model, parallel, options).stages()
+    assert found["main_param"] + found["exp_avg"] + found["exp_avg_sq"] == sum(
+        largest_rank([stage], FORMATS[form])[kind]
+        for kind in ("main_param", "exp_avg", "exp_avg_sq")
+    )
+    adam = 8 * 6_738_415_616
+    share = (found["exp_avg"] + found["exp_avg_sq"]) / adam
+    assert share == pytest.approx(0.25 if "bf16" in form else 0.5, abs=2e-4)
+    assert found["main_param"] == (2 if "remainders" in form else 4) * bucket.numel
+    assert found["exp_avg_sq"] < 5_000_000
 
 
 @pytest.mark.parametrize(("name", "per_shard"), [(n, f) for n, f in FORMATS.items() if n != "adam"])
