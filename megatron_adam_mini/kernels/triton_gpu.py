@@ -48,7 +48,7 @@ NAME = "triton"
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 #: Entries per program of the kernels that treat one entry per segment.
 ENTRIES = 256
-NORM_ENTRIES = 4096
+NORM_ENTRIES = 2048
 #: Parts of a long segment that are added at once.
 PARTS = 1024
 

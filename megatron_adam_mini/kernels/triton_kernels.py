@@ -342,11 +342,10 @@ def combine_kernel(
         scale = tl.load(grad_scale)
         if _finite(scale):
             tl.store(sum_sq + at, total)
-            one = at + tl.arange(0, 1)
-            total = tl.broadcast_to(total, (1,))
+            total_1 = tl.broadcast_to(total, (1,))
             _step_sizes(
-                exp_avg_sq, step_size, total, inv_numel, group, hyper, corrections,
-                one, _finite(total), scale, beta2, one_minus_beta2,
+                exp_avg_sq, step_size, total_1, inv_numel, group, hyper, corrections,
+                at + tl.arange(0, 1), _finite(total_1), scale, beta2, one_minus_beta2,
             )  # fmt: skip
 
 
