@@ -209,7 +209,7 @@ def test_compiled(capability, monkeypatch):
         kind = found.kernel if found.vec != 1 else "single"
         registers[kind] = max(registers.get(kind, 0), found.usage["REG"])
         assert found.usage["STACK"] == found.usage["LOCAL"] == 0, (key, found.usage)
-        assert not [op for op in found.sass if re.match("LDL|STL|RED|ATOM", op)], key
+        assert not [op for op in found.sass if re.match(r"LDL|STL|RED\b|ATOM", op)], key
         assert not re.findall(r"\b(?:fma|div\.full|atom|red)\.|\.approx|\.ftz", found.ptx), key
         if found.vec and found.vec > 1:
             for access in ("ld", "st"):
@@ -290,3 +290,14 @@ def test_refuses_tensors_of_the_cpu():
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         update(case, triton_gpu)
+
+
+def test_benchmark_refuses_without_a_gpu(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "benchmarks/gpu_step.py", "--results", str(tmp_path)],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "found no CUDA device" in result.stderr
+    assert not list(tmp_path.iterdir())
