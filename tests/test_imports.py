@@ -42,7 +42,7 @@ THIRD_PARTY = {
     "agreement": {"torch"},
     "rounding": {"torch"},
     "state": {"torch"},
-    "kernels": {"numpy", "torch"},
+    "kernels": {"numpy", "torch", "triton"},
     "engine": {"numpy", "torch"},
     "offline": {"numpy", "torch"},
     "mcore": {"numpy", "torch", "megatron"},
@@ -160,6 +160,11 @@ def test_third_party_imports_are_those_that_the_layer_promises(module):
 def test_only_mcore_imports_megatron(module):
     names = [name for name, _ in imports_in(module)]
     assert not [name for name in names if name.split(".")[0] == "megatron"]
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if "/triton_" not in m])
+def test_only_the_triton_backend_imports_triton(module):
+    assert not [name for name, _ in imports_in(module) if name.split(".")[0] == "triton"]
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if layer_of(m) == "cpu_host"])

@@ -1,0 +1,333 @@
+"""The kernels on a GPU, in Triton; same functions as ``reference``, which specifies them.
+
+Imports triton. Launches per call: one per bucket and function, and
+
+* one more where segments do not start at a vector, which is rare: Megatron aligns parameters;
+* ``block_sum_sq_`` and ``update_whole_`` one per width of short rows (powers of two below 2048; all
+  longer rows are one width), and one that adds up the parts of segments above 16,384 elements;
+  ``update_whole_`` updates these by another one: their g is too large to be kept at hand;
+* ``norm_partials_`` two.
+
+Nothing waits for the device. The first call for a table makes its launch tables and scratch,
+later ones allocate nothing, and numbers that change from step to step are read on the device: a
+step can be captured in a CUDA graph after one ordinary step. Scratch of a table is used by one
+stream at a time.
+
+Deterministic: no atomics; sums are added in an order that follows from the table alone.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from megatron_adam_mini.kernels import triton_kernels
+from megatron_adam_mini.kernels.scalars import StepScalars
+from megatron_adam_mini.kernels.segments import SegmentTable
+from megatron_adam_mini.kernels.triton_tiles import (
+    TILE_NUMEL,
+    RowTiles,
+    is_long,
+    parts,
+    row_tiles,
+    windows,
+)
+from megatron_adam_mini.partition import IntArray
+
+NAME = "triton"
+
+#: Eight warps: 8 elements per thread and stream, two 16-byte vectors of float32. No contraction
+#: to fused multiply-add: results equal the reference bit for bit, and kernels that wait for
+#: memory lose nothing.
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+#: Entries per program of the kernels that treat one entry per segment.
+ENTRIES = 256
+NORM_ENTRIES = 2048
+#: Parts of a long segment that are added at once.
+PARTS = 1024
+
+
+def block_sum_sq_(sum_sq_B: Tensor, grad_L: Tensor, segments: SegmentTable) -> None:
+    """Write the sum of squares of each segment; see ``reference.block_sum_sq_``.
+
+    Squares are added in float32 within 16,384 elements, and then in float64.
+    """
+    if not len(segments):
+        return
+    plan, vec = _plan(segments), _vec(grad_L)
+    with _on(sum_sq_B):
+        _sum(plan, vec, sum_sq_B, grad_L)
+        owners, partials = plan.parts(vec)
+        _launch(
+            triton_kernels.combine_kernel, len(owners),
+            sum_sq_B, partials, owners, *[None] * 7, 0.0, 0.0, BLOCK=PARTS,
+        )  # fmt: skip
+
+
+def norm_partials_(stats_D2: Tensor, sum_sq_B: Tensor, domain_B: Tensor) -> None:
+    """Add up the sums of squares that count in the norm; see ``reference.norm_partials_``."""
+    domains = len(stats_D2)
+    if not domains:
+        return
+    programs = -(-len(sum_sq_B) // NORM_ENTRIES)
+    stride = 1 << domains.bit_length()  # a power of two above the number of domains
+    partials = _norm_scratch(programs, stride, sum_sq_B.device)
+    sizes = {"DOMAINS": domains, "STRIDE": stride}
+    with _on(sum_sq_B):
+        _launch(
+            triton_kernels.norm_kernel, programs,
+            partials, sum_sq_B, domain_B, len(sum_sq_B), BLOCK=NORM_ENTRIES, **sizes,
+        )  # fmt: skip
+        _launch(
+            triton_kernels.combine_norm_kernel, 1,
+            stats_D2, partials, programs, BLOCK=ENTRIES, **sizes,
+        )  # fmt: skip
+
+
+def block_step_size_(
+    exp_avg_sq_B: Tensor,
+    step_size_B: Tensor,
+    sum_sq_B: Tensor,
+    *,
+    inv_numel_B: Tensor,
+    group_B: Tensor,
+    scalars: StepScalars,
+    index: Tensor | None = None,
+) -> None:
+    """Advance v and write the step sizes; see ``reference.block_step_size_``."""
+    num = len(exp_avg_sq_B) if index is None else len(index)
+    with _on(sum_sq_B):
+        _launch(
+            triton_kernels.step_size_kernel, -(-num // ENTRIES),
+            exp_avg_sq_B, step_size_B, sum_sq_B, inv_numel_B, group_B, index,
+            scalars.hyper_G3, scalars.bias_corrections, scalars.grad_scale, num,
+            scalars.beta2, 1 - scalars.beta2, BLOCK=ENTRIES,
+        )  # fmt: skip
+
+
+def update_(
+    param_L: Tensor,
+    exp_avg_L: Tensor,
+    weight_L: Tensor | None,
+    grad_L: Tensor,
+    segments: SegmentTable,
+    *,
+    step_size_B: Tensor,
+    group_B: Tensor,
+    scalars: StepScalars,
+    stochastic: bool = False,
+) -> None:
+    """Update the elements of all segments; see ``reference.update_``."""
+    if not len(segments):
+        return
+    with _on(grad_L):
+        _update(
+            _plan(segments), (param_L, exp_avg_L, weight_L, grad_L), step_size_B, group_B, None,
+            scalars, stochastic,
+        )  # fmt: skip
+
+
+def update_whole_(
+    param_L: Tensor,
+    exp_avg_L: Tensor,
+    weight_L: Tensor | None,
+    grad_L: Tensor,
+    segments: SegmentTable,
+    *,
+    exp_avg_sq_B: Tensor,
+    step_size_B: Tensor,
+    sum_sq_B: Tensor,
+    inv_numel_B: Tensor,
+    group_B: Tensor,
+    scalars: StepScalars,
+    stochastic: bool = False,
+) -> None:
+    """Do all of a step for segments that are whole blocks; see ``reference.update_whole_``.
+
+    One pass over memory for segments of up to 16,384 elements; longer ones are summed first. If
+    ``grad_scale`` is not finite, sums of parts stay in scratch, and nothing else is written.
+    """
+    if not len(segments):
+        return
+    plan, decays = _plan(segments), _decays(scalars)
+    streams = param_L, exp_avg_L, weight_L, grad_L
+    vec = _vec(grad_L)
+    per_block = exp_avg_sq_B, step_size_B, inv_numel_B, group_B
+    per_step = scalars.hyper_G3, scalars.bias_corrections, scalars.grad_scale
+    with _on(grad_L):
+        for kind, tiles in plan.short.rows(_vec(*streams)):
+            _launch(
+                triton_kernels.update_rows_kernel, len(tiles),
+                *map(_bits, streams), tiles, sum_sq_B, *per_block, *per_step,
+                segments.origin_tensor if stochastic else None, scalars.noise_key, *decays,
+                VEC=kind.vec, COLUMNS=kind.columns, ROWS=kind.rows,
+                ONCE=kind.columns < TILE_NUMEL, STOCHASTIC=stochastic,
+            )  # fmt: skip
+        _sum(plan.long, vec, sum_sq_B, grad_L)
+        owners, partials = plan.long.parts(vec)
+        _launch(
+            triton_kernels.combine_kernel, len(owners),
+            sum_sq_B, partials, owners, *per_block, *per_step, *decays[2:], BLOCK=PARTS,
+        )  # fmt: skip
+        _update(plan.long, streams, step_size_B, group_B, sum_sq_B, scalars, stochastic)
+
+
+def update_elementwise_(
+    param_L: Tensor,
+    exp_avg_L: Tensor,
+    exp_avg_sq_E: Tensor,
+    weight_L: Tensor | None,
+    grad_L: Tensor,
+    ranges: SegmentTable,
+    *,
+    group_B: Tensor,
+    scalars: StepScalars,
+    stochastic: bool = False,
+) -> None:
+    """Update the elements that keep their own second moment; see the reference."""
+    if not len(ranges):
+        return
+    streams = param_L, exp_avg_L, exp_avg_sq_E, weight_L, grad_L
+    with _on(grad_L):
+        for vec, table in _plan(ranges).windows(_vec(*streams), packed=True):
+            _launch(
+                triton_kernels.update_elementwise_kernel, len(table),
+                *map(_bits, streams), table, group_B,
+                scalars.hyper_G3, scalars.bias_corrections, scalars.grad_scale,
+                ranges.origin_tensor if stochastic else None, scalars.noise_key,
+                *_decays(scalars), VEC=vec, TILE=TILE_NUMEL, STOCHASTIC=stochastic,
+            )  # fmt: skip
+
+
+class _Plan:
+    """Launch tables and scratch of one table of segments, made when first asked for."""
+
+    def __init__(self, segments: SegmentTable) -> None:
+        self.segments = segments
+        self._windows: dict[tuple[int, bool], list[tuple[int, Tensor]]] = {}
+        self._rows: dict[int, list[tuple[RowTiles, Tensor]]] = {}
+        self._parts: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @cached_property
+    def short(self) -> _Plan:
+        """Plan of the segments that are summed in one piece."""
+        return _Plan(self.segments.subset(~is_long(self.segments)))
+
+    @cached_property
+    def long(self) -> _Plan:
+        """Plan of the segments that are summed in parts."""
+        return _Plan(self.segments.subset(is_long(self.segments)))
+
+    def windows(self, vec: int, *, packed: bool = False) -> list[tuple[int, Tensor]]:
+        """Return, for each launch, elements per access and windows."""
+        if (vec, packed) not in self._windows:
+            found = windows(self.segments, vec, packed=packed)
+            self._windows[vec, packed] = [(v, self._to(tiles)) for v, tiles in found.items()]
+        return self._windows[vec, packed]
+
+    def rows(self, vec: int) -> list[tuple[RowTiles, Tensor]]:
+        """Return, for each launch, what kind of row tiles it treats, and these."""
+        if vec not in self._rows:
+            found = row_tiles(self.segments, vec)
+            self._rows[vec] = [(kind, self._to(kind.tiles)) for kind in found]
+        return self._rows[vec]
+
+    def parts(self, vec: int) -> tuple[Tensor, Tensor]:
+        """Return entry, first part and number of parts of long segments; scratch for the parts."""
+        if vec not in self._parts:
+            start, _, index_S, segment_T = parts(self.segments, vec)
+            first_S = np.searchsorted(segment_T, np.arange(len(index_S)))
+            count_S = np.bincount(segment_T, minlength=len(index_S))
+            owners = self._to(np.stack([index_S, first_S, count_S], axis=1))
+            self._parts[vec] = owners, torch.zeros(len(start), device=self.segments.device)
+        return self._parts[vec]
+
+    def _to(self, table: IntArray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(table)).to(self.segments.device)
+
+
+def _plan(segments: SegmentTable) -> _Plan:
+    """Return the table's plan, which lives as long as the table (as its cached properties do)."""
+    plan: _Plan | None = vars(segments).get("_triton_plan")
+    if plan is None:
+        plan = vars(segments)["_triton_plan"] = _Plan(segments)
+    return plan
+
+
+def _sum(plan: _Plan, vec: int, sum_sq_B: Tensor, grad_L: Tensor) -> None:
+    """Sum squares of whole segments into ``sum_sq_B``, of parts into the plan's scratch."""
+    _, partials = plan.parts(vec)
+    for kind, tiles in plan.rows(vec):
+        _launch(
+            triton_kernels.sum_kernel, len(tiles),
+            sum_sq_B, partials, _bits(grad_L), tiles,
+            VEC=kind.vec, COLUMNS=kind.columns, ROWS=kind.rows,
+        )  # fmt: skip
+
+
+def _update(
+    plan: _Plan,
+    streams: tuple[Tensor | None, ...],
+    step_size_B: Tensor,
+    group_B: Tensor,
+    sum_sq_B: Tensor | None,
+    scalars: StepScalars,
+    stochastic: bool,
+) -> None:
+    """Update all segments; with ``sum_sq_B``, those with finite sums."""
+    for vec, tiles in plan.windows(_vec(*streams)):
+        _launch(
+            triton_kernels.update_kernel, len(tiles),
+            *map(_bits, streams), tiles, step_size_B, group_B, sum_sq_B,
+            scalars.hyper_G3, scalars.grad_scale,
+            plan.segments.origin_tensor if stochastic else None, scalars.noise_key,
+            *_decays(scalars)[:2], VEC=vec, TILE=TILE_NUMEL, STOCHASTIC=stochastic,
+        )  # fmt: skip
+
+
+def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    if programs:
+        kernel[(programs,)](*arguments, **constants, **OPTIONS)
+
+
+def _vec(*streams: Tensor | None) -> int:
+    """Return elements per access: 16 bytes of the widest stream; 1 if one is not aligned."""
+    found = [stream for stream in streams if stream is not None]
+    if any(stream.data_ptr() % 16 for stream in found):
+        return 1
+    return 16 // max(stream.element_size() for stream in found)
+
+
+def _bits(stream: Tensor | None) -> Tensor | None:
+    """Return a bfloat16 stream as int16; see ``triton_kernels``."""
+    if stream is None or stream.dtype != torch.bfloat16:
+        return stream
+    return stream.view(torch.int16)
+
+
+def _decays(scalars: StepScalars) -> tuple[float, float, float, float]:
+    """Return what kernels multiply with; 1 - beta is taken in double, as by the reference."""
+    return scalars.beta1, 1 - scalars.beta1, scalars.beta2, 1 - scalars.beta2
+
+
+@cache
+def _norm_scratch(programs: int, stride: int, device: torch.device) -> Tensor:
+    return torch.zeros(programs, stride, dtype=torch.float64, device=device)
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Make the tensor's GPU the current one, as Triton launches there."""
+    if tensor.is_cuda:
+        return torch.cuda.device(tensor.device)
+    if isinstance(triton_kernels.sum_kernel, triton.JITFunction):
+        raise ValueError(
+            f"Adam-mini backend='triton' got tensors on {str(tensor.device)!r}; allowed: 'cuda'. "
+            "Choose another backend, or set TRITON_INTERPRET=1 to interpret the kernels."
+        )
+    return nullcontext()

@@ -1,0 +1,441 @@
+"""The kernels in Triton's language; ``triton_gpu`` launches them.
+
+Imports triton. They compute what ``reference`` computes, in its order, operation by operation:
+they are launched without contraction to fused multiply-add, divisions and square roots are the
+correctly rounded ones, and rounding to bfloat16 is integer arithmetic. So results equal the
+reference bit for bit, but for sums of many elements, which are added in another (fixed) order.
+
+A 16-bit float stream other than float16 arrives as int16, its bits. Two kinds of tiles, see
+``triton_tiles``: *windows*, whose elements are treated one by one, and *row tiles*, which hold
+whole segments. Both are looked at as vectors of ``VEC`` elements that one thread moves in one
+access: masks are per vector, because a mask per element would split the access.
+
+Shape legend: ``NV`` vectors and ``V`` elements in each; ``RCV`` rows, vectors of a row, elements.
+"""
+
+# mypy: ignore-errors
+# (Triton's language has no types.)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _load(stream, offset, mask):
+    """Load as float32; int16 holds the bits of bfloat16."""
+    value = tl.load(stream + offset, mask=mask, other=0)
+    if stream.dtype.element_ty == tl.int16:
+        result = (value.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        result = value
+    return result
+
+
+@triton.jit
+def _bits(value):
+    """Return the bits of float32 values, of NaNs always the same."""
+    return tl.where(value != value, 0x7FC00000, value.to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _finite(value):
+    return tl.abs(value) < float("inf")
+
+
+@triton.jit
+def _noise16(number):
+    """Return 16 random bits per uint32 number; see ``rounding.noise16``."""
+    bits = (number ^ (number >> 16)) * tl.full((), 0x85EBCA6B, tl.uint32)
+    bits = (bits ^ (bits >> 13)) * tl.full((), 0xC2B2AE35, tl.uint32)
+    return ((bits ^ (bits >> 16)) & 0xFFFF).to(tl.int32)
+
+
+@triton.jit
+def _load_param(param, weight, offset, mask):
+    """Load main parameters, or make them up from weight and remainder."""
+    if param.dtype.element_ty == tl.int16:
+        high = tl.load(weight + offset, mask=mask, other=0).to(tl.int32) << 16
+        low = tl.load(param + offset, mask=mask, other=0).to(tl.int32)
+        p = (high + low).to(tl.float32, bitcast=True)
+    else:
+        p = tl.load(param + offset, mask=mask, other=0)
+    return p
+
+
+@triton.jit
+def _store_param(param, weight, offset, mask, p):
+    """Store main parameters and model weights, or weights and remainders."""
+    if weight is not None:
+        if weight.dtype.element_ty == tl.int16:
+            bits = _bits(p)
+            high = (bits + 0x8000) >> 16
+            tl.store(weight + offset, high.to(tl.int16), mask=mask)
+            if param.dtype.element_ty == tl.int16:
+                tl.store(param + offset, (bits - (high << 16)).to(tl.int16), mask=mask)
+        else:
+            tl.store(weight + offset, p.to(tl.float16), mask=mask)
+    if param.dtype.element_ty == tl.float32:
+        tl.store(param + offset, p, mask=mask)
+
+
+@triton.jit
+def _store_moment(exp_avg, offset, mask, m, number, STOCHASTIC: tl.constexpr):
+    """Store m, rounded to bfloat16 where it is kept so: to the nearest, or with noise."""
+    if exp_avg.dtype.element_ty == tl.int16:
+        bits = _bits(m) + (_noise16(number) if STOCHASTIC else 0x8000)
+        tl.store(exp_avg + offset, (bits >> 16).to(tl.int16), mask=mask)
+    else:
+        tl.store(exp_avg + offset, m, mask=mask)
+
+
+@triton.jit
+def _update(
+    param, exp_avg, weight, g, offset, mask, step, decay, factor, beta1, number,
+    STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """Update elements with the step sizes of their blocks."""
+    m = _load(exp_avg, offset, mask) * beta1 + g * factor
+    p = _load_param(param, weight, offset, mask)
+    p = p * decay - m * step
+    _store_param(param, weight, offset, mask, p)
+    _store_moment(exp_avg, offset, mask, m, number, STOCHASTIC)
+
+
+@triton.jit
+def _vectors(COUNT: tl.constexpr, VEC: tl.constexpr):
+    """Return the first element of each vector, and each element's place in its vector."""
+    return (tl.arange(0, COUNT) * VEC)[:, None], tl.arange(0, VEC)[None, :]
+
+
+@triton.jit
+def _window(tiles, VEC: tl.constexpr, TILE: tl.constexpr):
+    """Return a window's start, vectors ``(NV, 1)`` of it with mask, row and place in the row."""
+    tile = tiles + tl.program_id(0).to(tl.int64) * 8
+    start = tl.multiple_of(tl.load(tile), VEC)
+    low = tl.load(tile + 1).to(tl.int32)
+    high = tl.load(tile + 2).to(tl.int32)
+    shift = tl.load(tile + 3).to(tl.int32)
+    length = tl.load(tile + 4).to(tl.int32)
+    index = tl.load(tile + 5)
+    skip = tl.load(tile + 6)
+    first, _ = _vectors(TILE // VEC, VEC)
+    inside = (first >= low) & (first < high)
+    row = (shift + first) // length
+    place = (shift + first - row * length).to(tl.int64) + tl.where(row == 0, skip, 0)
+    return start, first, inside, index + row, place
+
+
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "step_size", "group", "sum_sq", "hyper", "grad_scale", "origin", "noise_key",
+    ]
+)  # fmt: skip
+def update_kernel(
+    param, exp_avg, weight, grad, tiles,
+    step_size, group, sum_sq, hyper, grad_scale, origin, noise_key,
+    beta1, one_minus_beta1,
+    VEC: tl.constexpr, TILE: tl.constexpr, STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """Update the elements of a window; with ``sum_sq``, only where the block's is finite."""
+    scale = tl.load(grad_scale)
+    if _finite(scale):
+        start, first_NV, inside_NV, row_NV, place_NV = _window(tiles, VEC, TILE)
+        _, place_V = _vectors(TILE // VEC, VEC)
+        step_NV = tl.load(step_size + row_NV, mask=inside_NV, other=0)
+        group_NV = tl.load(group + row_NV, mask=inside_NV, other=0)
+        decay_NV = tl.load(hyper + group_NV * 3 + 2, mask=inside_NV, other=0)
+        if sum_sq is not None:
+            inside_NV = inside_NV & _finite(tl.load(sum_sq + row_NV, mask=inside_NV, other=0))
+        number = place_V
+        if STOCHASTIC:
+            number_NV = place_NV + tl.load(origin + row_NV, mask=inside_NV, other=0)
+            number = (number_NV + tl.load(noise_key)).to(tl.uint32) + place_V.to(tl.uint32)
+
+        offset = start + (first_NV + place_V)
+        mask = tl.broadcast_to(inside_NV, (TILE // VEC, VEC))
+        g = _load(grad, offset, mask)
+        _update(
+            param, exp_avg, weight, g, offset, mask, step_NV, decay_NV, scale * one_minus_beta1,
+            beta1, number, STOCHASTIC,
+        )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "group", "hyper", "corrections", "grad_scale", "origin", "noise_key",
+    ]
+)  # fmt: skip
+def update_elementwise_kernel(
+    param, exp_avg, exp_avg_sq, weight, grad, tiles,
+    group, hyper, corrections, grad_scale, origin, noise_key,
+    beta1, one_minus_beta1, beta2, one_minus_beta2,
+    VEC: tl.constexpr, TILE: tl.constexpr, STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """Update the elements of a window that have a second moment of their own."""
+    scale = tl.load(grad_scale)
+    if _finite(scale):
+        start, first_NV, inside_NV, row_NV, place_NV = _window(tiles, VEC, TILE)
+        packed = tl.multiple_of(tl.load(tiles + tl.program_id(0).to(tl.int64) * 8 + 7), VEC)
+        _, place_V = _vectors(TILE // VEC, VEC)
+        group_NV = tl.load(group + row_NV, mask=inside_NV, other=0)
+        lr_NV = tl.load(hyper + group_NV * 3, mask=inside_NV, other=0)
+        eps_NV = tl.load(hyper + group_NV * 3 + 1, mask=inside_NV, other=1)
+        decay_NV = tl.load(hyper + group_NV * 3 + 2, mask=inside_NV, other=0)
+        rate_NV = tl.div_rn(lr_NV, tl.load(corrections))
+        correction2 = tl.load(corrections + 1)
+        number = place_V
+        if STOCHASTIC:
+            number_NV = place_NV + tl.load(origin + row_NV, mask=inside_NV, other=0)
+            number = (number_NV + tl.load(noise_key)).to(tl.uint32) + place_V.to(tl.uint32)
+
+        offset = start + (first_NV + place_V)
+        offset_sq = packed + (first_NV + place_V)
+        mask = tl.broadcast_to(inside_NV, (TILE // VEC, VEC))
+        g = _load(grad, offset, mask)
+        m = _load(exp_avg, offset, mask) * beta1 + g * (scale * one_minus_beta1)
+        p = _load_param(param, weight, offset, mask)
+        g = g * scale
+        v = tl.load(exp_avg_sq + offset_sq, mask=mask, other=0) * beta2
+        v = v + g * g * one_minus_beta2
+        root = tl.sqrt_rn(tl.div_rn(v, tl.broadcast_to(correction2, v.shape))) + eps_NV
+        p = p * decay_NV - tl.div_rn(m * rate_NV, root)
+        tl.store(exp_avg_sq + offset_sq, v, mask=mask)
+        _store_param(param, weight, offset, mask, p)
+        _store_moment(exp_avg, offset, mask, m, number, STOCHASTIC)
+
+
+@triton.jit
+def _row_tile(tiles, VEC: tl.constexpr):
+    """Return a row tile's start, length of rows, number of rows, first entry, number as a part."""
+    tile = tiles + tl.program_id(0).to(tl.int64) * 5
+    start = tl.multiple_of(tl.load(tile), VEC)
+    length = tl.multiple_of(tl.load(tile + 1).to(tl.int32), VEC)
+    count = tl.load(tile + 2).to(tl.int32)
+    return start, length, count, tl.load(tile + 3), tl.load(tile + 4)
+
+
+@triton.jit
+def _rectangle(
+    start, length, count, column,
+    VEC: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Return offset, place in the row, and mask of a tile's elements from ``column`` on."""
+    row = tl.arange(0, ROWS)[:, None, None]
+    first = column + (tl.arange(0, COLUMNS // VEC) * VEC)[None, :, None]
+    inside = (row < count) & (first < length)
+    place = first + tl.arange(0, VEC)[None, None, :]
+    offset = start + (row * length + place)
+    return offset, place.to(tl.uint32), tl.broadcast_to(inside, (ROWS, COLUMNS // VEC, VEC))
+
+
+@triton.jit
+def _row_sums(
+    grad, start, length, count,
+    VEC: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Return the sums of squares of the rows of a tile."""
+    total = tl.zeros((ROWS, COLUMNS // VEC, VEC), tl.float32)
+    for column in range(0, length, COLUMNS):
+        offset, _, mask = _rectangle(start, length, count, column, VEC, COLUMNS, ROWS)
+        g = _load(grad, offset, mask)
+        total += g * g
+    return tl.sum(tl.sum(total, axis=2), axis=1)
+
+
+@triton.jit(do_not_specialize_on_alignment=["sum_sq", "partials"])
+def sum_kernel(
+    sum_sq, partials, grad, tiles,
+    VEC: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Sum the squares of whole segments into ``sum_sq``, of parts into ``partials``."""
+    start, length, count, index, partial = _row_tile(tiles, VEC)
+    row = tl.arange(0, ROWS)
+    total = _row_sums(grad, start, length, count, VEC, COLUMNS, ROWS)
+    tl.store(sum_sq + index + row, total, mask=(row < count) & (partial < 0))
+    tl.store(partials + partial + row, total, mask=(row < count) & (partial >= 0))
+
+
+@triton.jit
+def _advanced_v(v, sum_sq, inv_numel, lr, eps, corrections, scale, beta2, one_minus_beta2):
+    """Return v after the step, and the step size of its block."""
+    mean_sq = sum_sq * inv_numel * (scale * scale)
+    v = v * beta2 + mean_sq * one_minus_beta2
+    correction1 = tl.broadcast_to(tl.load(corrections), v.shape)
+    correction2 = tl.broadcast_to(tl.load(corrections + 1), v.shape)
+    return v, tl.div_rn(tl.div_rn(lr, correction1), tl.sqrt_rn(tl.div_rn(v, correction2)) + eps)
+
+
+@triton.jit
+def _step_sizes(
+    exp_avg_sq, step_size, total, inv_numel, group, hyper, corrections,
+    at, mask, scale, beta2, one_minus_beta2,
+):  # fmt: skip
+    """Advance v of the entries ``at`` where ``mask``, and return their step sizes and groups."""
+    group_at = tl.load(group + at, mask=mask, other=0)
+    v, step = _advanced_v(
+        tl.load(exp_avg_sq + at, mask=mask, other=0),
+        total,
+        tl.load(inv_numel + at, mask=mask, other=0),
+        tl.load(hyper + group_at * 3, mask=mask, other=0),
+        tl.load(hyper + group_at * 3 + 1, mask=mask, other=1),
+        corrections,
+        scale,
+        beta2,
+        one_minus_beta2,
+    )
+    tl.store(exp_avg_sq + at, v, mask=mask)
+    tl.store(step_size + at, step, mask=mask)
+    return step, group_at
+
+
+@triton.jit(
+    do_not_specialize=["num"],
+    do_not_specialize_on_alignment=[
+        "exp_avg_sq", "step_size", "sum_sq", "inv_numel", "group", "index", "hyper", "corrections",
+        "grad_scale",
+    ],
+)  # fmt: skip
+def step_size_kernel(
+    exp_avg_sq, step_size, sum_sq, inv_numel, group, index, hyper, corrections, grad_scale, num,
+    beta2, one_minus_beta2, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Advance v and write the step size of all blocks, or of those that ``index`` lists."""
+    scale = tl.load(grad_scale)
+    if _finite(scale):
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = at < num
+        if index is not None:
+            at = tl.load(index + at, mask=mask, other=0)
+        total = tl.load(sum_sq + at, mask=mask, other=0)
+        _step_sizes(
+            exp_avg_sq, step_size, total, inv_numel, group, hyper, corrections,
+            at, mask, scale, beta2, one_minus_beta2,
+        )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "sum_sq", "exp_avg_sq", "step_size", "inv_numel", "group", "hyper", "corrections",
+        "grad_scale",
+    ],
+)  # fmt: skip
+def combine_kernel(
+    sum_sq, partials, owners, exp_avg_sq, step_size, inv_numel, group, hyper, corrections,
+    grad_scale, beta2, one_minus_beta2, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add up the parts of one long segment; with ``exp_avg_sq``, do what follows from the sum.
+
+    ``grad_scale`` not finite: the sum is not written either if v is given.
+    """
+    owner = owners + tl.program_id(0).to(tl.int64) * 3
+    at, first, count = tl.load(owner), tl.load(owner + 1), tl.load(owner + 2).to(tl.int32)
+    sums = tl.zeros((BLOCK,), tl.float64)
+    for begin in range(0, count, BLOCK):
+        part = begin + tl.arange(0, BLOCK)
+        sums += tl.load(partials + first + part, mask=part < count, other=0).to(tl.float64)
+    total = tl.sum(sums, axis=0).to(tl.float32)
+    if exp_avg_sq is None:
+        tl.store(sum_sq + at, total)
+    else:
+        scale = tl.load(grad_scale)
+        if _finite(scale):
+            tl.store(sum_sq + at, total)
+            total_1 = tl.broadcast_to(total, (1,))
+            _step_sizes(
+                exp_avg_sq, step_size, total_1, inv_numel, group, hyper, corrections,
+                at + tl.arange(0, 1), _finite(total_1), scale, beta2, one_minus_beta2,
+            )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "exp_avg_sq", "step_size", "sum_sq", "inv_numel", "group", "hyper", "corrections",
+        "grad_scale", "origin", "noise_key",
+    ]
+)  # fmt: skip
+def update_rows_kernel(
+    param, exp_avg, weight, grad, tiles,
+    sum_sq, exp_avg_sq, step_size, inv_numel, group, hyper, corrections, grad_scale,
+    origin, noise_key, beta1, one_minus_beta1, beta2, one_minus_beta2,
+    VEC: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, ONCE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """Do all of a step for whole blocks; rows of one rectangle keep their g in registers."""
+    scale = tl.load(grad_scale)
+    if _finite(scale):
+        start, length, count, index, _ = _row_tile(tiles, VEC)
+        if ONCE:
+            offset, place, mask = _rectangle(start, length, count, 0, VEC, COLUMNS, ROWS)
+            g = _load(grad, offset, mask)
+            total = tl.sum(tl.sum(g * g, axis=2), axis=1)
+        else:
+            total = _row_sums(grad, start, length, count, VEC, COLUMNS, ROWS)
+        row = tl.arange(0, ROWS)
+        tl.store(sum_sq + index + row, total, mask=row < count)
+        inside = (row < count) & _finite(total)
+        step, group_R = _step_sizes(
+            exp_avg_sq, step_size, total, inv_numel, group, hyper, corrections,
+            index + row, inside, scale, beta2, one_minus_beta2,
+        )  # fmt: skip
+        decay = tl.load(hyper + group_R * 3 + 2, mask=inside, other=0)[:, None, None]
+        step = step[:, None, None]
+        inside = inside[:, None, None]
+        factor = scale * one_minus_beta1
+        number = tl.zeros((ROWS, 1, 1), tl.uint32)
+        if STOCHASTIC:
+            number_R = tl.load(origin + index + row, mask=row < count, other=0)
+            number = (number_R + tl.load(noise_key)).to(tl.uint32)[:, None, None]
+        if ONCE:
+            _update(
+                param, exp_avg, weight, g, offset, mask & inside, step, decay, factor, beta1,
+                number + place, STOCHASTIC,
+            )  # fmt: skip
+        else:
+            for column in range(0, length, COLUMNS):
+                offset, place, mask = _rectangle(start, length, count, column, VEC, COLUMNS, ROWS)
+                g = _load(grad, offset, mask)
+                _update(
+                    param, exp_avg, weight, g, offset, mask & inside, step, decay, factor, beta1,
+                    number + place, STOCHASTIC,
+                )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num"], do_not_specialize_on_alignment=["sum_sq", "domain"])
+def norm_kernel(
+    partials, sum_sq, domain, num,
+    DOMAINS: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write, per program, a row of sums by domain and at its end the number of non-finite ones."""
+    total_D = tl.zeros((STRIDE,), tl.float64)
+    column = tl.arange(0, STRIDE)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < num
+    value = tl.load(sum_sq + at, mask=mask, other=0)
+    where = tl.load(domain + at, mask=mask, other=-1)
+    for number in tl.static_range(DOMAINS):
+        share = tl.sum(tl.where(where == number, value, 0).to(tl.float64), axis=0)
+        total_D = tl.where(column == number, share, total_D)
+    bad = tl.sum(tl.where(_finite(value), 0, 1), axis=0).to(tl.float64)
+    total_D = tl.where(column == DOMAINS, bad, total_D)
+    tl.store(partials + tl.program_id(0) * STRIDE + column, total_D)
+
+
+@triton.jit(do_not_specialize=["programs"], do_not_specialize_on_alignment=["stats"])
+def combine_norm_kernel(
+    stats, partials, programs,
+    DOMAINS: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add up the rows of all programs and write ``[sum, non-finite]`` of every domain."""
+    column = tl.arange(0, STRIDE)[None, :]
+    total = tl.zeros((BLOCK, STRIDE), tl.float64)
+    for begin in range(0, programs, BLOCK):
+        row = begin + tl.arange(0, BLOCK)[:, None]
+        total += tl.load(partials + row * STRIDE + column, mask=row < programs, other=0)
+    total_D = tl.sum(total, axis=0)
+    column = tl.arange(0, STRIDE)
+    zero = tl.zeros((STRIDE,), tl.float64)
+    tl.store(stats + column * 2, total_D, mask=column < DOMAINS)
+    tl.store(stats + column * 2 + 1, zero, mask=(column > 0) & (column < DOMAINS))
+    tl.store(stats + 1 + column * 0, total_D, mask=column == DOMAINS)

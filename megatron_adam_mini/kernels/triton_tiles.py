@@ -1,0 +1,192 @@
+"""How the Triton kernels cut a table of segments into pieces of work, one per program.
+
+Imports numpy. Data flow: SegmentTable -> **windows, row tiles** -> launch tables (triton_gpu).
+
+Everything about alignment is decided here, once and from integers. Kernels move ``vec`` elements
+per access; a tile suits them if each of its vectors lies in one segment, wholly inside of the
+tile, at a multiple of ``vec``. Tiles that do not suit go to a launch with single elements.
+
+Shape suffixes: ``_T`` tiles, ``_N`` runs of segments (see ``SegmentTable.runs``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_adam_mini.kernels.segments import SegmentTable
+from megatron_adam_mini.partition import IntArray
+
+#: Elements of a window, and of the rectangle that one pass over a row tile loads.
+TILE_NUMEL = 2048
+#: A longer segment is summed in parts of this length, and its second read of g goes to memory.
+ROW_LIMIT = 16384
+#: Narrower rows share the smallest rectangle, so that there are few kernels to compile.
+MIN_COLUMNS = 32
+
+WINDOW_FIELDS = ("start", "low", "high", "shift", "length", "index", "skip", "packed")
+ROW_FIELDS = ("start", "length", "count", "index", "partial")
+
+
+@dataclass(frozen=True)
+class RowTiles:
+    """Row tiles that one launch treats.
+
+    Attributes:
+        vec: elements per access.
+        columns: width of the rectangle that is loaded at once, a power of two. Rows are not
+            longer, unless it is ``TILE_NUMEL``: then they take several passes.
+        tiles: int64, shape ``(T, 5)``, columns :data:`ROW_FIELDS`: ``start`` in the slice, and
+            ``count`` rows of ``length`` elements with entries from ``index`` on; or one part of a
+            segment, with ``partial`` its number among all parts (else -1).
+    """
+
+    vec: int
+    columns: int
+    tiles: IntArray
+
+    @property
+    def rows(self) -> int:
+        """Rows per tile."""
+        return TILE_NUMEL // self.columns
+
+
+def windows(table: SegmentTable, vec: int, *, packed: bool) -> dict[int, IntArray]:
+    """Cut the runs into windows of the slice, for kernels that look at elements one by one.
+
+    Args:
+        table: segments.
+        vec: elements per access of the main path, a power of two.
+        packed: a stream that holds the table's elements without gaps must suit too.
+
+    Returns:
+        windows by elements per access (``vec`` and 1; none that is empty): int64, shape
+        ``(T, 8)``, columns :data:`WINDOW_FIELDS`. Element ``x`` of a window, ``low <= x < high``,
+        is element ``start + x`` of the slice and ``packed + x`` of the packed stream. It is in
+        row ``(shift + x) // length`` of the rows with entries from ``index`` on, at
+        ``(shift + x) % length`` of it, plus ``skip`` in row 0: ``length`` is clipped to the
+        window, so that numbers stay small in segments of any length.
+    """
+    if not len(table):
+        return {}
+    runs = [(run.first, run.count, run.start, run.length) for run in table.runs]
+    first_N, count_N, start_N, length_N = np.asarray(runs, dtype=np.int64).T
+    numel_N = count_N * length_N
+    packed_N = np.cumsum(numel_N) - numel_N
+    grid_N = start_N // vec * vec
+    run_T, number_T = _repeat(-(-(start_N + numel_N - grid_N) // TILE_NUMEL))
+
+    begin = grid_N[run_T] + number_T * TILE_NUMEL
+    first = np.maximum(begin, start_N[run_T])
+    last = np.minimum(begin + TILE_NUMEL, (start_N + numel_N)[run_T])
+    length = length_N[run_T]
+    row = (first - start_N[run_T]) // length
+    into = first - start_N[run_T] - row * length
+    left = length - into
+    clipped = np.where(length > TILE_NUMEL, np.maximum(TILE_NUMEL - left, 0), into)
+    length = np.minimum(length, TILE_NUMEL)
+    columns = {
+        "start": begin,
+        "low": first - begin,
+        "high": last - begin,
+        "shift": clipped - (first - begin),
+        "length": length,
+        "index": first_N[run_T] + row,
+        "skip": into - clipped,
+        "packed": (packed_N - start_N)[run_T] + begin,
+    }
+    one_row = columns["shift"] + columns["high"] <= length
+    suits = (columns["low"] % vec == 0) & (columns["high"] % vec == 0)
+    suits &= one_row | ((columns["shift"] % vec == 0) & (length % vec == 0))
+    if packed:
+        suits &= columns["packed"] % vec == 0
+    tiles = np.stack([columns[name] for name in WINDOW_FIELDS], axis=1)
+    return _by_vec(tiles, suits, vec)
+
+
+def row_tiles(table: SegmentTable, vec: int) -> list[RowTiles]:
+    """Cut the table into tiles of whole segments, or parts of long ones, for kernels that sum.
+
+    Args:
+        table: segments.
+        vec: elements per access of the main path, a power of two.
+
+    Returns:
+        one entry per launch; tiles of equal rectangles are together.
+    """
+    if not len(table):
+        return []
+    runs = [(run.first, run.count, run.start, run.length) for run in table.runs]
+    first_N, count_N, start_N, length_N = np.asarray(runs, dtype=np.int64).T
+    columns_N = np.minimum(TILE_NUMEL, np.maximum(MIN_COLUMNS, _power_of_two(length_N)))
+    rows_N = TILE_NUMEL // columns_N
+    run_T, number_T = _repeat(np.where(length_N > ROW_LIMIT, 0, -(-count_N // rows_N)))
+    row = number_T * rows_N[run_T]
+    whole = np.stack(
+        [
+            start_N[run_T] + row * length_N[run_T],
+            length_N[run_T],
+            np.minimum(rows_N[run_T], count_N[run_T] - row),
+            first_N[run_T] + row,
+            np.full_like(row, -1),
+        ],
+        axis=1,
+    )
+    start, end, index, segment_T = parts(table, vec)
+    split = np.stack(
+        [start, end - start, np.ones_like(start), index[segment_T], np.arange(len(start))], axis=1
+    )
+    tiles = np.concatenate([whole, split])
+    width = np.concatenate([columns_N[run_T], np.full(len(split), TILE_NUMEL)])
+    suits = (tiles[:, 0] % vec == 0) & (tiles[:, 1] % vec == 0)
+    return [
+        RowTiles(size, int(columns), found)
+        for columns in np.unique(width)
+        for size, found in _by_vec(tiles[width == columns], suits[width == columns], vec).items()
+    ]
+
+
+def parts(table: SegmentTable, vec: int) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+    """Return the parts of long segments: start, end; entries of these segments; owner of a part.
+
+    Only the first part of a segment starts, and only the last one ends, elsewhere than at a
+    multiple of ``vec``.
+    """
+    chosen = np.flatnonzero(is_long(table))
+    start_S, end_S = table.start_S[chosen], table.end_S[chosen]
+    grid_S = start_S // vec * vec
+    segment_T, number_T = _repeat(-(-(end_S - grid_S) // ROW_LIMIT))
+    begin = grid_S[segment_T] + number_T * ROW_LIMIT
+    return (
+        np.maximum(begin, start_S[segment_T]),
+        np.minimum(begin + ROW_LIMIT, end_S[segment_T]),
+        table.indices[chosen],
+        segment_T,
+    )
+
+
+def is_long(table: SegmentTable) -> NDArray[np.bool_]:
+    """Tell which segments are summed in parts."""
+    long: NDArray[np.bool_] = table.end_S - table.start_S > ROW_LIMIT
+    return long
+
+
+def _by_vec(tiles: IntArray, suits: NDArray[np.bool_], vec: int) -> dict[int, IntArray]:
+    if vec == 1:
+        suits = np.zeros(len(tiles), dtype=np.bool_)
+    found = {vec: tiles[suits], 1: tiles[~suits]}
+    return {size: np.ascontiguousarray(chosen) for size, chosen in found.items() if len(chosen)}
+
+
+def _repeat(count: IntArray) -> tuple[IntArray, IntArray]:
+    """Return owner and number of ``count[i]`` items that each ``i`` has."""
+    owner = np.repeat(np.arange(len(count)), count)
+    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
+
+
+def _power_of_two(number: IntArray) -> IntArray:
+    """Return the smallest power of two that is not less, for numbers from 1 to 2**53."""
+    powers: IntArray = 2 ** np.ceil(np.log2(number)).astype(np.int64)
+    return powers

@@ -1,0 +1,309 @@
+"""Triton's kernels without a GPU: what they compute, and what they are compiled to.
+
+The first test interprets them against the reference, in a process of its own. The others record
+what the wrappers launch, compile exactly these kernels for several GPUs with the tools inside of
+the triton wheel, and look at the result. Neither is a run on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_adam_mini.kernels.segments import SegmentTable
+from megatron_adam_mini.kernels.triton_tiles import TILE_NUMEL, WINDOW_FIELDS, row_tiles, windows
+from tests.triton_cases import (
+    CPU,
+    DTYPES,
+    GRADS,
+    LAYOUTS,
+    MOMENTS,
+    STORAGE,
+    Case,
+    block_sum_sq,
+    step_size,
+    update,
+    update_elementwise,
+    update_whole,
+)  # fmt: skip
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from megatron_adam_mini.kernels import triton_gpu
+
+ROOT = Path(__file__).parents[1]
+
+#: Every value of each dtype, and with each gradient every way to store parameters.
+FEW_DTYPES = [
+    (GRADS[0], MOMENTS[0], STORAGE[0]),
+    (GRADS[0], MOMENTS[0], STORAGE[1]),
+    (GRADS[1], MOMENTS[1], STORAGE[2]),
+    (GRADS[0], MOMENTS[2], STORAGE[3]),
+    (GRADS[1], MOMENTS[2], STORAGE[3]),
+]
+
+#: Registers per thread of 256-thread programs, of 65,536 per multiprocessor: 48 leave room for
+#: five programs, 64 for four, 80 for three. Programs of single elements ("single"), which no
+#: parameter of Megatron's needs, have a mask and a step size for every element.
+REGISTERS = {
+    "sum_kernel": 48,
+    "update_kernel": 48,
+    "update_rows_kernel": 80,
+    "update_elementwise_kernel": 80,
+    "combine_kernel": 48,
+    "step_size_kernel": 48,
+    "norm_kernel": 64,
+    "combine_norm_kernel": 64,
+    "single": 160,
+}
+
+
+def test_interpreted():
+    """The parity tests pass; see triton_parity.py."""
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton_parity.py"],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    assert re.search(r"\d\d\d passed", result.stdout), result.stdout[-500:]
+
+
+def recorded(monkeypatch, calls):
+    """Return what calls of the wrappers would launch: ``(kernel, arguments by name)``."""
+    launches = []
+
+    def record(kernel, programs, *arguments, **constants):
+        if programs:
+            named = dict(zip(kernel.arg_names, arguments, strict=False))
+            launches.append((kernel, named, constants))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(triton_gpu, "_launch", record)
+        patched.setattr(triton_gpu, "_on", lambda _: nullcontext())
+        for call, case in calls:
+            call(case, triton_gpu)
+    return launches
+
+
+def indexed_step_size(case, backend):
+    step_size(case, backend, torch.arange(2))
+
+
+def norm(case, backend):
+    backend.norm_partials_(torch.zeros(2, 2, dtype=torch.float64), case.sum_sq, case.domain)
+
+
+class Compiled:
+    """A launch, compiled with the specialisation that Triton would choose for it."""
+
+    def __init__(self, kernel, arguments, constants, capability):
+        self.kernel, self.arguments = kernel.fn.__name__, arguments
+        self.vec, self.once = constants.get("VEC"), constants.get("ONCE", True)
+        signature, attributes = {}, {}
+        for position, parameter in enumerate(kernel.params):
+            value = arguments.get(parameter.name)
+            if isinstance(value, torch.Tensor):
+                signature[parameter.name] = triton.runtime.jit.mangle_type(value)
+                if value.data_ptr() % 16 == 0 and not parameter.do_not_specialize_on_alignment:
+                    attributes[position,] = [["tt.divisibility", 16]]
+            elif value is None:
+                signature[parameter.name] = "constexpr"
+            else:
+                signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        fixed = {n: constants.get(n) for n, kind in signature.items() if kind == "constexpr"}
+        self.key = f"{self.kernel} {signature} {fixed} {attributes}"
+        self.source = ASTSource(kernel, signature, fixed, attributes)
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def compile(self):
+        result = triton.compile(self.source, target=self.target, options=triton_gpu.OPTIONS)
+        self.ptx = result.asm["ptx"]
+        self.cubin = result.asm["cubin"]
+        usage = self.inspect("-res-usage")
+        self.usage = {k: int(n) for k, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+        return self
+
+    def inspect(self, option):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.cubin)
+            file.flush()
+            tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+            result = subprocess.run(
+                [tool, option, file.name], capture_output=True, text=True, check=True
+            )
+        return result.stdout + result.stderr
+
+    def vectors(self, kind):
+        """Return how often a thread loads (``ld``) or stores (``st``) how many bytes at once."""
+        found = re.findall(kind + r"\.global[.\w:]*\.v(\d)\.b(\d+)", self.ptx)
+        return Counter(int(count) * int(width) // 8 for count, width in found)
+
+    def expected_vectors(self, kind):
+        """Return the same, if each stream is moved once (g of long rows: twice), in vectors."""
+        names = [] if self.kernel == "sum_kernel" else ["param", "exp_avg", "weight"]
+        if self.kernel == "update_elementwise_kernel":
+            names.append("exp_avg_sq")
+        if kind == "ld":
+            if names and self.arguments["param"].dtype != torch.int16:
+                names.remove("weight")
+            names += ["grad"] if self.once else ["grad", "grad"]
+        per_thread = TILE_NUMEL // (32 * triton_gpu.OPTIONS["num_warps"]) // self.vec
+        sizes = [self.arguments[n].element_size() for n in names if self.arguments[n] is not None]
+        return Counter({n * self.vec: c * per_thread for n, c in Counter(sizes).items()})
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_compiled(capability, monkeypatch):
+    """Main path: all streams move in whole vectors, 16 bytes for the widest one. All paths: no
+    spills, no atomics, few registers, and only correctly rounded arithmetic.
+
+    A thread moves the same elements of all streams, so that nothing is exchanged between threads:
+    next to float32 a 16-bit stream moves 8 bytes at once, and 16 where all streams have 16 bits.
+    """
+    main = capability == 90
+    calls = [
+        (call, Case(layout, *dtypes))
+        for layout, call, dtypes_of_call in (
+            # Main path: every combination of dtypes for one GPU, every value of each for others.
+            ("few", update, DTYPES if main else FEW_DTYPES),
+            ("few", update_elementwise, DTYPES if main else FEW_DTYPES[-2:]),
+            ("few", update_whole, DTYPES if main else FEW_DTYPES[-2:]),
+            # Rows of several passes, segments in parts, and other widths.
+            ("passes", update_whole, FEW_DTYPES if main else FEW_DTYPES[1:2]),
+            ("parts", update_whole, FEW_DTYPES[-1:]),
+            ("rows", block_sum_sq, FEW_DTYPES[1:2]),
+            ("few", block_sum_sq, FEW_DTYPES[-2:]),
+            ("parts", block_sum_sq, FEW_DTYPES[-2:-1]),
+            # Single elements.
+            ("mixed", update, FEW_DTYPES[1:2]),
+            ("mixed", update_elementwise, FEW_DTYPES[1:2] if main else []),
+            ("mixed", update_whole, FEW_DTYPES[1:2] if main else []),
+            ("odd parts", block_sum_sq, FEW_DTYPES[1:2] if main else []),
+            ("few", step_size, FEW_DTYPES[:1]),
+            ("few", indexed_step_size, FEW_DTYPES[:1] if main else []),
+            ("few", norm, FEW_DTYPES[:1]),
+        )
+        for dtypes in dtypes_of_call
+    ]
+    compiled = {}
+    for launch in recorded(monkeypatch, calls):
+        found = Compiled(*launch, capability)
+        if found.key not in compiled:
+            compiled[found.key] = found.compile()
+    assert {found.kernel for found in compiled.values()} == REGISTERS.keys() - {"single"}
+    registers: dict[str, int] = {}
+    for key, found in compiled.items():
+        kind = found.kernel if found.vec != 1 else "single"
+        registers[kind] = max(registers.get(kind, 0), found.usage["REG"])
+        assert found.usage["STACK"] == found.usage["LOCAL"] == 0, (key, found.usage)
+        assert not re.findall(r"\b(?:fma|div\.full|atom|red)\.|\.approx|\.ftz", found.ptx), key
+        if found.vec and found.vec > 1:
+            for access in ("ld", "st"):
+                assert found.vectors(access) == found.expected_vectors(access), key
+            assert found.expected_vectors("ld")[16], key
+    # The assembler keeps vectors whole (it may unroll loops). Disassembling takes about a second,
+    # so one of each of the kernels that move most of the data is looked at.
+    for kernel in ("sum_kernel", "update_kernel", "update_rows_kernel"):
+        found = next(f for f in compiled.values() if f.kernel == kernel)
+        operations = re.findall(r"\b(?:LD|ST|RED|ATOM)[A-Z]*[\w.]*", found.inspect("-sass"))
+        assert not [op for op in operations if re.match(r"LDL|STL|RED\b|ATOM", op)], kernel
+        for access, name in (("ld", "LDG.E.128"), ("st", "STG.E.128")):
+            wide = sum(op.startswith(name) for op in operations)
+            assert wide >= found.expected_vectors(access)[16], kernel
+    print(f"sm_{capability}: {len(compiled)} kernels, most registers {registers}")
+    assert {kind: n for kind, n in registers.items() if n > REGISTERS[kind]} == {}
+
+
+@pytest.mark.parametrize("vec", [1, 4, 8])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tiles_cover_every_element_once(layout, vec):
+    table = Case(layout).table
+    starts = np.repeat(table.start_S, table.end_S - table.start_S)
+    owner = np.repeat(table.indices, table.end_S - table.start_S)
+    element = np.concatenate(
+        [np.arange(a, b) for a, b in zip(table.start_S, table.end_S, strict=True)]
+        or [np.empty(0, dtype=np.int64)]
+    )
+    expected = sorted(zip(element, owner, element - starts, np.arange(len(element)), strict=True))
+
+    seen = []
+    for size, tiles in windows(table, vec, packed=True).items():
+        for tile in tiles:
+            field = dict(zip(WINDOW_FIELDS, tile.tolist(), strict=True))
+            assert field["start"] % vec == 0
+            assert 0 <= field["low"] < field["high"] <= TILE_NUMEL
+            at = np.arange(field["low"], field["high"])
+            row = (field["shift"] + at) // field["length"]
+            place = (
+                field["shift"] + at - row * field["length"] + np.where(row == 0, field["skip"], 0)
+            )
+            seen += zip(
+                field["start"] + at, field["index"] + row, place, field["packed"] + at, strict=True
+            )
+            if size > 1:
+                assert field["low"] % size == field["high"] % size == field["packed"] % size == 0
+                vector = row.reshape(-1, size)
+                assert (vector == vector[:, :1]).all()
+    assert sorted(seen) == expected
+
+    seen = []
+    for kind in row_tiles(table, vec):
+        for start, length, count, index, partial in kind.tiles.tolist():
+            assert partial < 0 or count == 1
+            assert count <= kind.rows
+            assert length <= kind.columns or kind.columns == TILE_NUMEL
+            assert kind.vec == 1 or start % kind.vec == length % kind.vec == 0
+            for row in range(count):
+                at = np.arange(start + row * length, start + (row + 1) * length)
+                seen += zip(at, np.full(length, index + row), strict=True)
+    assert sorted(seen) == sorted(zip(element, owner, strict=True))
+
+
+def test_layouts_as_megatron_makes_them_move_in_vectors():
+    for layout in ("few", "rows", "passes", "parts"):
+        table = Case(layout).table
+        assert set(windows(table, 8, packed=False)) == {8}
+        assert {kind.vec for kind in row_tiles(table, 8)} == {8}
+
+
+def test_offsets_beyond_32_bits():
+    far = np.asarray([2**33 + 64], dtype=np.int64)
+    table = SegmentTable(far, far + 2**31 + 4096, CPU)
+    tiles = windows(table, 4, packed=False)[4]
+    assert tiles[0, 0] == far[0]
+    assert tiles[-1, 0] == far[0] + 2**31 + TILE_NUMEL
+    assert (tiles[:, 1:6] <= TILE_NUMEL).all()
+
+
+def test_refuses_tensors_of_the_cpu():
+    case = Case("few")
+    message = (
+        "Adam-mini backend='triton' got tensors on 'cpu'; allowed: 'cuda'. Choose another "
+        "backend, or set TRITON_INTERPRET=1 to interpret the kernels."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        update(case, triton_gpu)
+
+
+def test_benchmark_refuses_without_a_gpu(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "benchmarks/gpu_step.py", "--results", str(tmp_path)],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "found no CUDA device" in result.stderr
+    assert not list(tmp_path.iterdir())

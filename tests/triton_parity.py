@@ -1,0 +1,230 @@
+"""Triton's kernels in its interpreter against the reference; run by test_triton.py.
+
+Triton decides when it is imported whether it interprets, for the whole process. So these tests
+are collected only if named, with TRITON_INTERPRET=1, in a process of their own.
+
+Bit-equal to the reference, given the same inputs: v, step sizes, m, main parameters, remainders
+and model weights. Sums of squares are not, because they are added in another order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+import torch
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run by tests/test_triton.py"
+
+from megatron_adam_mini.kernels import reference, triton_gpu
+from tests.triton_cases import (
+    DTYPES,
+    GRADS,
+    LAYOUTS,
+    MOMENTS,
+    STORAGE,
+    Case,
+    block_sum_sq,
+    noise,
+    step_size,
+    update,
+    update_elementwise,
+    update_whole,
+)  # fmt: skip
+
+#: Squares are added in float32 within 16,384 elements: some ten roundings of 2**-24 in a row by
+#: one thread, and a tree of at most 11 levels.
+SUM_RTOL = 3e-6
+#: Two orders of adding a few dozen float64 numbers.
+NORM_RTOL = 1e-14
+
+
+@pytest.fixture(autouse=True)
+def correct_square_roots(monkeypatch):
+    """Let torch round square roots correctly, as GPUs do; MKL's are 1 ulp off in 0.6 % of cases."""
+    monkeypatch.setattr(
+        torch.Tensor, "sqrt", lambda value: torch.sqrt(value.double()).to(value.dtype)
+    )
+
+
+def bits(tensor):
+    """Return bit patterns; NaNs of different payload count as equal, signed zeros do not."""
+    if not tensor.dtype.is_floating_point:
+        return tensor.clone()
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    quiet = torch.where(tensor.isnan(), torch.nan, tensor)
+    return quiet.view(kinds[tensor.element_size()])
+
+
+def whole_from_found_sums(sum_sq):
+    """Return update_whole_ by the reference's pieces, from sums that are known already."""
+
+    def function(case, backend):
+        finite = sum_sq[torch.from_numpy(case.table.indices)].isfinite()
+        case.sum_sq.copy_(sum_sq)
+        step_size(case, backend, torch.from_numpy(case.table.indices)[finite])
+        table, case.table = case.table, case.table.subset(finite.numpy())
+        update(case, backend)
+        case.table = table
+
+    return function
+
+
+def assert_equal_bits(found, expected):
+    for name, value in expected.items():
+        if value is None:
+            continue
+        differ = (bits(found[name]) != bits(value)).nonzero().flatten()
+        assert not len(differ), (
+            f"{name} differs at {len(differ)} of {len(value)}, first at {differ[:5].tolist()}: "
+            f"{found[name][differ[:5]].tolist()} instead of {value[differ[:5]].tolist()}"
+        )
+
+
+def assert_whole(case):
+    """Check update_whole_: sums within a tolerance, and all that follows from them bit by bit."""
+    before = case.sum_sq.clone()
+    found = case.after(update_whole, triton_gpu)
+    sums = case.after(block_sum_sq, reference)["sum_sq"]
+    torch.testing.assert_close(found["sum_sq"], sums, rtol=SUM_RTOL, atol=0, equal_nan=True)
+    untouched = torch.ones(case.entries, dtype=torch.bool)
+    untouched[torch.from_numpy(case.table.indices)] = False
+    assert torch.equal(found["sum_sq"][untouched], before[untouched])
+    assert_equal_bits(found, case.after(whole_from_found_sums(found["sum_sq"]), reference))
+    return found
+
+
+@pytest.mark.parametrize("grad", GRADS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sums_of_squares(layout, grad):
+    case = Case(layout, grad)
+    found = case.after(block_sum_sq, triton_gpu)["sum_sq"]
+    expected = case.after(block_sum_sq, reference)["sum_sq"]
+    torch.testing.assert_close(found, expected, rtol=SUM_RTOL, atol=0)
+
+
+@pytest.mark.parametrize("kind", [update, update_elementwise, update_whole])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, kind):
+    case = Case(layout, torch.float32, (torch.bfloat16, True), STORAGE[1])
+    if kind is update_whole:
+        assert_whole(case)
+    else:
+        assert_equal_bits(case.after(kind, triton_gpu), case.after(kind, reference))
+
+
+@pytest.mark.parametrize("kind", [update, update_elementwise, update_whole])
+@pytest.mark.parametrize(("grad", "moment", "storage"), DTYPES)
+def test_dtypes(grad, moment, storage, kind):
+    case = Case("mixed", grad, moment, storage)
+    if kind is update_whole:
+        assert_whole(case)
+    else:
+        assert_equal_bits(case.after(kind, triton_gpu), case.after(kind, reference))
+
+
+@pytest.mark.parametrize("unaligned", [False, True])
+@pytest.mark.parametrize("layout", ["mixed", "odd start"])
+def test_subset_of_segments_with_entries_and_numbers_of_their_own(layout, unaligned):
+    case = Case(
+        layout, torch.bfloat16, (torch.bfloat16, True), STORAGE[3], subset=True, unaligned=unaligned
+    )
+    assert_whole(case)
+    for kind in (update, update_elementwise):
+        assert_equal_bits(case.after(kind, triton_gpu), case.after(kind, reference))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", [step_size, update, update_elementwise, update_whole])
+def test_nothing_is_written_if_grad_scale_is_not_finite(kind, bad):
+    case = Case("mixed", torch.float32, (torch.bfloat16, True), STORAGE[3], grad_scale=bad)
+    before = case.after(lambda *_: None, reference)
+    assert_equal_bits(case.after(kind, triton_gpu), before)
+    good = Case("mixed", torch.float32, (torch.bfloat16, True), STORAGE[3])
+    after = good.after(kind, triton_gpu)
+    assert any(
+        value is not None and not torch.equal(bits(value), bits(before[name]))
+        for name, value in after.items()
+    )
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize(
+    ("layout", "storage"), [("few", STORAGE[1]), ("few", STORAGE[3]), ("parts", STORAGE[1])]
+)
+def test_gradients_that_are_not_finite(layout, storage, bad):
+    """A sum that overflows counts as not finite, too."""
+    case = Case(layout, torch.float32, (torch.bfloat16, False), storage)
+    case.grad[int(case.table.start_S[1]) + 17] = bad
+    case.grad[int(case.table.end_S[-1]) - 1] = bad
+    found = assert_whole(case)
+    assert found["sum_sq"][: len(case.table)].isfinite().tolist() == [
+        index not in (1, len(case.table) - 1) for index in range(len(case.table))
+    ]
+    if layout == "few":
+        for kind in (update, update_elementwise):
+            assert_equal_bits(case.after(kind, triton_gpu), case.after(kind, reference))
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+def test_rounding_of_special_values():
+    """Ties, signed zeros, denormals, values that round to infinity, and NaN go through update_."""
+    patterns = [0x3F808000, 0x3F818000, 0x80000000, 1, 0x8000, 0x7F7FFFFF, 0x7F800000, 0xFF800000,
+                0x7F7F8000, 0x7F7F7FFF, 0x7FC00001, 0x477FF000, 0x33000000, 0xBF808001]  # fmt: skip
+    special = torch.tensor(patterns, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    for storage, moment in itertools.product(STORAGE[:3], MOMENTS):
+        case = Case("few", torch.float32, moment, storage)
+        case.scalars.fill(
+            [{"lr": 0.0, "eps": 1e-8, "weight_decay": 0.0}] * 3,
+            betas=(0.0, 0.95), step=1, grad_scale=1.0,
+        )  # fmt: skip
+        case.step_size.zero_()
+        case.param[: len(special)] = special
+        case.grad[: len(special)] = special
+        case.exp_avg.zero_()
+        assert_equal_bits(case.after(update, triton_gpu), case.after(update, reference))
+
+
+def test_step_sizes():
+    case = Case("rows")
+    for index in (None, torch.tensor([3, 0, 7]), torch.empty(0, dtype=torch.int64)):
+        found = case.after(lambda c, b, index=index: step_size(c, b, index), triton_gpu)
+        expected = case.after(lambda c, b, index=index: step_size(c, b, index), reference)
+        assert_equal_bits(found, expected)
+
+
+@pytest.mark.parametrize("entries", [0, 1, 5000])
+@pytest.mark.parametrize("domains", [1, 2, 4])
+def test_norm(domains, entries):
+    sum_sq = noise(entries, 1).abs()
+    domain = (torch.arange(entries) % (domains + 1) - 1).to(torch.int8)
+    stats = {
+        backend.NAME: torch.full((domains, 2), 7.0, dtype=torch.float64)
+        for backend in (reference, triton_gpu)
+    }
+    for bad in (None, float("inf"), float("nan")):
+        if bad is not None:
+            sum_sq[:3] = bad
+        for backend in (reference, triton_gpu):
+            backend.norm_partials_(stats[backend.NAME], sum_sq, domain)
+        torch.testing.assert_close(
+            stats["triton"], stats["reference"], rtol=NORM_RTOL, atol=0, equal_nan=True
+        )
+
+
+def test_no_domain():
+    triton_gpu.norm_partials_(torch.zeros(0, 2, dtype=torch.float64), noise(3, 1), torch.zeros(3))
+
+
+def test_tables_and_scratch_are_made_once(monkeypatch):
+    """A later step neither copies to the device nor allocates, so it can be captured."""
+    case = Case("odd parts", torch.float32, (torch.bfloat16, True), STORAGE[1])
+    kinds = (block_sum_sq, step_size, update, update_whole, update_elementwise)
+    for kind in kinds:
+        kind(case, triton_gpu)
+    for name in ("from_numpy", "zeros", "empty", "tensor"):
+        monkeypatch.setattr(torch, name, None)
+    for kind in kinds:
+        kind(case, triton_gpu)
