@@ -96,7 +96,8 @@ def allocated(job: Job) -> dict[str, Any]:
             "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
         },
         "buckets": [bucket.grad_data.numel() for buffer in buffers for bucket in buffer.buckets],
-        "infos": list(infos.values()),
+        # The key is where Megatron's checkpoints have the parameter, which is no matter of memory.
+        "infos": [replace(info, key="") for info in infos.values()],
         "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
         "pp_rank": parallel_state.get_pipeline_model_parallel_rank(),
     }
@@ -377,7 +378,7 @@ def test_llama_2_7b_as_the_optimizer_allocates_it(form: str) -> None:
         options, plan.parameters, [{}], [0] * len(plan.parameters), [domain], device=meta
     )
     found = engine.state_bytes()
-    (stage,) = Planner(model, parallel, options).stages()
+    (stage,) = Planner(model, parallel, options).stages(parallel)
     assert found["main_param"] + found["exp_avg"] + found["exp_avg_sq"] == sum(
         largest_rank([stage], FORMATS[form])[kind]
         for kind in ("main_param", "exp_avg", "exp_avg_sq")
