@@ -55,8 +55,10 @@ def metadata_of(sharding: str | None) -> dict[str, Any]:
     return found | ({"distrib_optim_sharding_type": sharding} if sharding else {})
 
 
-def save(trainer: Trainer, folder: str, sharding: str | None = "fully_reshardable") -> None:
-    """Save as megatron.training does, fully parallel."""
+def save(
+    trainer: Trainer, folder: str, sharding: str | None = "fully_reshardable", *, wait: bool = True
+) -> Any:
+    """Save as megatron.training does, fully parallel; return the request if not to wait for it."""
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing.strategies.filesystem_async import (
         get_write_results_queue,
@@ -74,10 +76,12 @@ def save(trainer: Trainer, folder: str, sharding: str | None = "fully_reshardabl
     state = model_state(trainer, metadata)
     state["optimizer"] = trainer.optimizer.sharded_state_dict(state, metadata=metadata)
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    dist_checkpointing.save(
+    return dist_checkpointing.save(
         state,
         folder,
         FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), group),
+        async_sharded_save=not wait,
+        async_strategy="mcore",
         content_metadata=_clean_metadata_for_serialization(metadata),
     )
 
@@ -214,6 +218,28 @@ def rounded_m(parts: list[Part]) -> list[Part]:
         )
         for part in parts
     ]
+
+
+def train_while_saving(job: Job, folder: str) -> Any:
+    """Take a step while a process that Megatron forks writes the state of the step before."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+    trainer = Trainer(job)
+    for step in range(job.steps):
+        trainer.step(step)
+    queue = AsyncCallsQueue(persistent=False)
+    found = slices_of(trainer), weights_of(trainer)
+    queue.schedule_async_request(save(trainer, folder, wait=False))
+    trainer.step(job.steps)
+    queue.maybe_finalize_async_calls(blocking=True)
+    return found
+
+
+def test_a_step_does_not_reach_a_save_that_goes_on_beside_it(tmp_path: Path) -> None:
+    job = replace(BASE, tp=2)
+    saved = run_ranks(4, train_while_saving, job, str(tmp_path))
+    other = replace(BASE, pp=2)
+    compare(saved, job, run_ranks(2, load_and_show, other, str(tmp_path)), other)
 
 
 def test_dp_reshardable_is_supported_and_changes_the_data_parallel_size(tmp_path: Path) -> None:

@@ -377,8 +377,12 @@ def test_flags_of_the_user_stay(given: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "given",
-    [["--distributed-backend", "nccl"], ["--transformer-impl=transformer_engine"]],
+    [
+        ["--distributed-backend", "nccl"],
+        ["--transformer-impl=transformer_engine"],
+        ["--use-persistent-ckpt-worker"],
+    ],
 )
 def test_flags_that_need_cuda_are_refused(given: list[str]) -> None:
-    with pytest.raises(ValueError, match=f"{given[0].split('=')[0]} .* does not work on the CPU"):
+    with pytest.raises(ValueError, match=f"{given[0].split('=')[0]} .*does not work on the CPU"):
         with_cpu_flags(given)

@@ -132,12 +132,11 @@ def straight(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("flags", [(), ("--async-save", "--async-strategy", "mcore")])
 def test_killed_while_it_saves_a_run_goes_on_bit_for_bit(
-    flags: tuple[str, ...], straight: Path, dataset: Path, tmp_path: Path
+    straight: Path, dataset: Path, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
-    run = start(dataset, broken, *flags)
+    run = start(dataset, broken)
     begun = time.monotonic()
     while not (broken / "iter_0000008").exists():
         assert run.poll() is None, broken.with_suffix(".log").read_text()[-4000:]
@@ -145,7 +144,7 @@ def test_killed_while_it_saves_a_run_goes_on_bit_for_bit(
         time.sleep(0.005)
     kill(run)
     assert tracker(broken) == "4", "the kill came too late to prove anything"
-    text = finish(start(dataset, broken, *flags), broken)
+    text = finish(start(dataset, broken), broken)
     assert "successfully loaded checkpoint from" in text
     assert tracker(broken) == "12"
     assert_same(everything(straight / "iter_0000012"), everything(broken / "iter_0000012"))

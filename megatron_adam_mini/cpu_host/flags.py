@@ -30,6 +30,15 @@ _REQUIRED = frozenset({"--distributed-backend", "--transformer-impl"})
 """Flags for which no other value works; Megatron would fail late and without naming them."""
 
 
+_NEED_CUDA = {
+    "--use-persistent-ckpt-worker": (
+        "its process selects a CUDA device, fails, and the run waits for it without end; save "
+        "synchronously (Megatron's --async-save needs this worker)"
+    ),
+}
+"""Flags that work with CUDA only, and why."""
+
+
 def with_cpu_flags(arguments: Sequence[str]) -> list[str]:
     """Return ``arguments`` followed by every flag of ``CPU_FLAGS`` that they lack.
 
@@ -39,7 +48,7 @@ def with_cpu_flags(arguments: Sequence[str]) -> list[str]:
         arguments: the training script's arguments, without the script's own name.
 
     Raises:
-        ValueError: if the arguments ask for a backend or a layer implementation that needs CUDA.
+        ValueError: if the arguments ask for something that needs CUDA; the message says what.
     """
     given: dict[str, str | None] = {}
     for position, argument in enumerate(arguments):
@@ -48,6 +57,9 @@ def with_cpu_flags(arguments: Sequence[str]) -> list[str]:
             following = arguments[position + 1] if position + 1 < len(arguments) else None
             given[name] = value if has_value else following
 
+    for name, reason in _NEED_CUDA.items():
+        if name in given:
+            raise ValueError(f"{name} does not work on the CPU host: {reason}, or use a GPU")
     appended: list[str] = []
     for name, *values in CPU_FLAGS:
         if name not in given:
