@@ -57,6 +57,7 @@ inline bool is_finite(float value) {
 }  // namespace
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
+#define ALWAYS_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace baseline {
 #include "cpu_kernels.inc"
