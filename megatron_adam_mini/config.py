@@ -17,7 +17,7 @@ from typing import Any
 RULE_VERSION = 1
 
 #: Raised when older code could not read the checkpoints that newer code writes.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 #: Keys of Adam-mini's state in checkpoints start with it.
 STATE_PREFIX = "optimizer.adam_mini."

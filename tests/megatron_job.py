@@ -6,6 +6,7 @@ Runs inside the ranks that ``ranks.run_ranks`` starts.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -202,7 +203,9 @@ class Trainer:
         )
         if job.optimizer == "adam_mini":
             megatron_adam_mini.register()
-            config.adam_mini = AdamMiniConfig(**job.adam_mini)
+            # Another backend for all tests: ADAM_MINI_TEST_BACKEND, see test_backends.py.
+            backend = os.environ.get("ADAM_MINI_TEST_BACKEND", AdamMiniConfig.backend)
+            config.adam_mini = AdamMiniConfig(**{"backend": backend, **job.adam_mini})
         optimizer = get_megatron_optimizer(config, self.chunks)
         for group in optimizer.param_groups:  # as Megatron's scheduler does in its first step
             group["weight_decay"] = job.weight_decay * group["wd_mult"]

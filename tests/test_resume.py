@@ -150,13 +150,12 @@ def test_killed_while_it_saves_a_run_goes_on_bit_for_bit(
     assert_same(everything(straight / "iter_0000012"), everything(broken / "iter_0000012"))
 
 
-@pytest.mark.parametrize("flags", [(), ("--async-save", "--async-strategy", "mcore")])
 def test_when_the_disk_is_full_a_run_ends_and_keeps_the_old_checkpoint(
-    flags: tuple[str, ...], straight: Path, dataset: Path, tmp_path: Path
+    straight: Path, dataset: Path, tmp_path: Path
 ) -> None:
     """Writes fail in the middle of the second checkpoint, as on a full disk (EFBIG for ENOSPC)."""
     folder = tmp_path / "full"
-    run = start(dataset, folder, *flags)
+    run = start(dataset, folder)
     begun = time.monotonic()
     while tracker(folder) != "4":
         assert run.poll() is None, folder.with_suffix(".log").read_text()[-4000:]
