@@ -29,6 +29,11 @@ class Part:
     values: dict[str, np.ndarray]
 
 
+def nearest_bfloat16(values: torch.Tensor) -> torch.Tensor:
+    """Round to bfloat16, ties away from zero (torch's own rule differs at ties)."""
+    return ((values.view(torch.int32) + 0x8000) >> 16 << 16).view(torch.float32)
+
+
 def weights_of(trainer: Trainer) -> list[Part]:
     """Return the model weights of this rank as float32 (all of its shard)."""
     return [

@@ -14,7 +14,7 @@ from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.mcore.checkpoint_identity import partition_of_checkpoint
 from megatron_adam_mini.offline.reader import Checkpoint
 from megatron_adam_mini.partition import ParameterInfo, manifest_of, partition_parameter
-from tests.gather import Part, slices_of, weights_of, whole_tensors
+from tests.gather import Part, nearest_bfloat16, slices_of, weights_of, whole_tensors
 from tests.megatron_job import Job, Trainer, global_names
 from tests.ranks import RankError, run_ranks
 from tests.test_oracle import labels_of
@@ -126,11 +126,6 @@ def load_and_show(job: Job, folder: str, parallel: bool = False) -> Any:
     optimizer = trainer.optimizer
     found = slices_of(trainer), weights_of(trainer), optimizer.engine.step_count
     return *found, [group["lr"] for group in optimizer.param_groups]
-
-
-def nearest_bfloat16(values: torch.Tensor) -> torch.Tensor:
-    """Round to bfloat16, ties away from zero (torch's own rule differs at ties)."""
-    return ((values.view(torch.int32) + 0x8000) >> 16 << 16).view(torch.float32)
 
 
 def compare(saved: list[Any], saved_job: Job, loaded: list[Any], job: Job) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.gather import slices_of, weights_of, whole_tensors
+from tests.gather import nearest_bfloat16, slices_of, weights_of, whole_tensors
 from tests.megatron_job import Job, Trainer, global_names
 from tests.ranks import run_ranks
 from tests.reference import (
@@ -176,7 +176,7 @@ def check_replicas(ranks: list[dict[str, Any]], job: Job) -> None:
     for name, weight in weights.items():
         master = masters[name]
         if job.bf16:
-            same = torch.equal(weight, master.bfloat16().float()) or torch.equal(weight, master)
+            same = torch.equal(weight, nearest_bfloat16(master)) or torch.equal(weight, master)
         else:
             same = torch.equal(weight, master)
         assert same, f"{name}: model weights are not the rounded main parameters"
