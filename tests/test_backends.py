@@ -1,7 +1,7 @@
 """Whole training runs with the backends that are not the default on a CPU.
 
 ``ADAM_MINI_TEST_BACKEND=NAME python -m pytest`` runs every test with a backend; here a few runs
-against the oracle, in a session of their own: Triton must be told to interpret before it is imported.
+against the oracle, in a session of their own: Triton must be told to interpret before its import.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ def test_when_the_disk_is_full_a_run_ends_and_keeps_the_old_checkpoint(
     assert max(p.stat().st_size for p in (folder / "iter_0000008").iterdir()) == limit
     assert tracker(folder) == "4"
     assert cli.main(["verify", str(folder)]) == 0
-    text = finish(start(dataset, folder, *flags), folder)
+    text = finish(start(dataset, folder), folder)
     assert "at iteration 4" in text
     assert tracker(folder) == "12"
     assert_same(everything(straight / "iter_0000012"), everything(folder / "iter_0000012"))
