@@ -120,6 +120,11 @@ class AdamMiniConfig:
             "overrides": [list(pair) for pair in self.overrides()],
         }
 
+    def step_fields(self) -> dict[str, Any]:
+        """Return what must be equal on all ranks beyond the partition."""
+        names = ("exp_avg_dtype", "stochastic_rounding", "param_remainders", "single_phase")
+        return {name: getattr(self, name) for name in names}
+
     def partition_hash(self) -> str:
         """Return a short hash of :meth:`partition_fields`, equal wherever the rules are equal."""
         return short_hash(self.partition_fields())

@@ -30,6 +30,16 @@ def split(value: Tensor) -> tuple[Tensor, Tensor]:
     return weight.to(torch.int16).view(torch.bfloat16), (bits - (weight << 16)).to(torch.int16)
 
 
+def is_rounded(weight: Tensor, value: Tensor) -> Tensor:
+    """Return where float32 ``value`` rounds to ``weight``, whichever way ties go.
+
+    For state of any origin: torch breaks ties to even, Transformer Engine's remainders away from
+    zero.
+    """
+    to_even, away = value.to(weight.dtype), to_weight(value, weight.dtype)
+    return (to_even == weight) | (away == weight) | (value.isnan() & weight.isnan())
+
+
 def join(weight: Tensor, remainder: Tensor) -> Tensor:
     """Return the float32 values that :func:`split` took apart."""
     bits = (weight.view(torch.int16).to(torch.int32) << 16) + remainder.to(torch.int32)

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from megatron_adam_mini.rounding import join, split, to_weight
 
+#: Elements that are rounded at a time when state is loaded.
+_STORE_NUMEL = 2**22
+
 
 class Slice(Protocol):
     """The live tensors of one slice; they are asked for anew in each step.
@@ -96,16 +99,19 @@ class SliceState:
         rounded to the nearest.
         """
         if self.exp_avg.dtype != torch.float32:
-            self.exp_avg.copy_(to_weight(values["exp_avg"], self.exp_avg.dtype))
+            for begin in range(0, len(self.exp_avg), _STORE_NUMEL):
+                part = slice(begin, begin + _STORE_NUMEL)
+                self.exp_avg[part] = to_weight(values["exp_avg"][part], self.exp_avg.dtype)
         if not self.owns_main_param:
             return
         weight = self.source.weight
-        if self.param.dtype == torch.float32:
-            weight.copy_(to_weight(values["param"], weight.dtype))
-        else:
-            high, low = split(values["param"])
-            weight.copy_(high)
-            self.param.copy_(low)
+        # In parts: rounding takes several temporaries of the length of what it rounds.
+        for begin in range(0, len(weight), _STORE_NUMEL):
+            part = slice(begin, begin + _STORE_NUMEL)
+            if self.param.dtype == torch.float32:
+                weight[part] = to_weight(values["param"][part], weight.dtype)
+            else:
+                weight[part], self.param[part] = split(values["param"][part])
 
     def take_weights(self) -> None:
         """Set the main parameters to the model's weights, after somebody changed those."""

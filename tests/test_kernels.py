@@ -53,6 +53,7 @@ STORAGE = {
     "fp32": (torch.float32, torch.float32, torch.float32, None),
     "fp32 grad, bf16 weight": (torch.float32, torch.float32, torch.float32, torch.bfloat16),
     "bf16 grad and weight": (torch.bfloat16, torch.float32, torch.float32, torch.bfloat16),
+    "fp16 grad and weight": (torch.float16, torch.float32, torch.float32, torch.float16),
     "fp16 weight": (torch.float32, torch.float32, torch.float32, torch.float16),
     "bf16 m": (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16),
     "remainders": (torch.float32, torch.float32, torch.int16, torch.bfloat16),
@@ -208,7 +209,7 @@ class Tensors:
 # block_sum_sq_.
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_block_sum_sq(kernels, layout, dtype):
     grad = noise(layout.numel, 1, dtype)
     grad[layout.outside] = float("nan")
@@ -427,8 +428,6 @@ def test_stochastic_rounding_is_unbiased_and_another_one_in_each_step(kernels):
 def test_update_whole_equals_the_kernels_that_it_joins(kernels, layout, storage):
     stochastic, scalars = storage.startswith("bf16 m"), scalars_of()
     together = Tensors.make(storage, layout.numel, layout.outside)
-    if layout.bounds:
-        together.grad[layout.bounds[-1][0]] = float("inf")  # that block stays as it was
     apart = together.clone()
     v, group = positive(layout.entries, 5), groups_of(layout.entries)
     inv_numel, sums, steps = positive(layout.entries, 6), *torch.zeros(2, layout.entries)
@@ -445,7 +444,6 @@ def test_update_whole_equals_the_kernels_that_it_joins(kernels, layout, storage)
         stochastic=stochastic,
     )
     kernels.block_sum_sq_(sums, apart.grad, layout.table)
-    finite = sums[layout.table.indices].isfinite()
     kernels.block_step_size_(
         v,
         steps,
@@ -453,11 +451,11 @@ def test_update_whole_equals_the_kernels_that_it_joins(kernels, layout, storage)
         inv_numel_B=inv_numel,
         group_B=group,
         scalars=scalars,
-        index=torch.from_numpy(layout.table.indices)[finite],
+        index=torch.from_numpy(layout.table.indices),
     )
     kernels.update_(
         *apart,
-        layout.table.subset(finite.numpy()),
+        layout.table,
         step_size_B=steps,
         group_B=group,
         scalars=scalars,
@@ -636,7 +634,41 @@ def test_float16_weights_are_rounded_as_torch_does():
     assert weight[nan].isnan().all()
 
 
+def test_float16_gradients_are_read_exactly():
+    """Every finite pattern, subnormals included, through both kernels that read gradients."""
+    patterns = torch.arange(0, 0x7C00, dtype=torch.int32)
+    half = torch.cat([patterns, patterns + 0x8000]).to(torch.int16).view(torch.float16)
+    n, one = len(half), torch.ones(1)
+    each = SegmentTable(np.arange(n), np.arange(1, n + 1), CPU)
+    found = torch.empty(n)
+    cpu.block_sum_sq_(found, half, each)
+    assert torch.equal(found, half.float() ** 2)
+    scalars, m = scalars_of(grad_scale=1.0), torch.zeros(n)
+    together = SegmentTable(np.asarray([0]), np.asarray([n]), CPU)
+    cpu.update_(
+        torch.zeros(n), m, None, half, together, step_size_B=one, group_B=groups_of(1),
+        scalars=scalars,
+    )  # fmt: skip
+    factor = torch.tensor(1.0) * (1 - BETA1)
+    assert torch.equal(m, half.float() * factor)
+    for special in (float("inf"), float("-inf"), float("nan")):
+        cpu.block_sum_sq_(one, torch.tensor([special], dtype=torch.float16), together_of(1))
+        assert not one.isfinite()
+
+
+def together_of(numel: int) -> SegmentTable:
+    return SegmentTable(np.asarray([0]), np.asarray([numel]), CPU)
+
+
 # rounding.
+
+
+def test_state_of_any_origin_counts_as_rounded():
+    tie = torch.tensor([0x3F808000, 0x3F818000], dtype=torch.int32).view(torch.float32)
+    for weight in (tie.bfloat16(), rounding.to_weight(tie, torch.bfloat16)):
+        assert rounding.is_rounded(weight, tie).all()
+    assert not torch.equal(tie.bfloat16(), rounding.to_weight(tie, torch.bfloat16))
+    assert not rounding.is_rounded(tie.bfloat16(), tie * 1.01).any()
 
 
 def test_remainders_complete_every_float32():

@@ -63,7 +63,8 @@ namespace baseline {
 #include "cpu_kernels.inc"
 }
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// Before GCC 11 the names of x86-64 levels are not known; then, as with clang, the baseline serves.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
 #define ADAM_MINI_DISPATCH 1
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")

@@ -68,7 +68,13 @@ def library() -> ctypes.CDLL:
             "it was installed). Remedy: install g++ and run pip install again, with "
             "--no-binary megatron-adam-mini --force-reinstall."
         )
-    loaded = ctypes.CDLL(str(found[0]))
+    try:
+        loaded = ctypes.CDLL(str(found[0]))
+    except OSError as error:
+        raise ImportError(
+            f"the C++ kernels of megatron-adam-mini cannot be loaded: {error}. Remedy: install "
+            "what is missing (libgomp comes with gcc), or pip install again on this machine."
+        ) from error
     if loaded.adam_mini_abi() != _ABI:
         raise ImportError(
             f"{found[0]} was built from another version of megatron-adam-mini (ABI "
@@ -92,7 +98,6 @@ class _Work:
         self.split = table.tiles(_TILE_NUMEL, split=True)
         self.whole = table.tiles(_TILE_NUMEL, split=False)
         self.partials = np.zeros(int(self.split[:, -1].max(initial=-1)) + 1)
-        self.origin = table.origin_tensor
         self.reach = int(table.end_S.max(initial=0))
         self.entries = int(table.indices.max(initial=-1)) + 1
 
@@ -169,7 +174,7 @@ def update_(
     """See ``reference.update_``."""
     work = _work(segments)
     library().adam_mini_update(
-        ctypes.byref(_slice(param_L, exp_avg_L, weight_L, grad_L, work, stochastic)),
+        ctypes.byref(_slice(param_L, exp_avg_L, weight_L, grad_L, segments, stochastic)),
         *_tiles(work.split),
         ctypes.byref(_blocks(None, step_size_B, None, None, group_B, entries=work.entries)),
         ctypes.byref(_scalars(scalars)),
@@ -198,7 +203,7 @@ def update_whole_(
         exp_avg_sq_B, step_size_B, sum_sq_B, inv_numel_B, group_B, entries=work.entries
     )
     library().adam_mini_update_whole(
-        ctypes.byref(_slice(param_L, exp_avg_L, weight_L, grad_L, work, stochastic)),
+        ctypes.byref(_slice(param_L, exp_avg_L, weight_L, grad_L, segments, stochastic)),
         *_tiles(work.whole),
         ctypes.byref(blocks),
         ctypes.byref(_scalars(scalars)),
@@ -221,7 +226,7 @@ def update_elementwise_(
     """See ``reference.update_elementwise_``."""
     work = _work(ranges)
     library().adam_mini_update_elementwise(
-        ctypes.byref(_slice(param_L, exp_avg_L, weight_L, grad_L, work, stochastic)),
+        ctypes.byref(_slice(param_L, exp_avg_L, weight_L, grad_L, ranges, stochastic)),
         _pointer(exp_avg_sq_E, ranges.numel),
         *_tiles(work.split),
         _pointer(group_B, work.entries),
@@ -246,10 +251,10 @@ def _slice(
     exp_avg_L: Tensor,
     weight_L: Tensor | None,
     grad_L: Tensor,
-    work: _Work,
+    segments: SegmentTable,
     stochastic: bool,
 ) -> _Slice:
-    reach = work.reach
+    reach = _work(segments).reach
     return _Slice(
         _pointer(param_L, reach),
         _pointer(exp_avg_L, reach),
@@ -259,7 +264,7 @@ def _slice(
         _KINDS[exp_avg_L.dtype],
         -1 if weight_L is None else _KINDS[weight_L.dtype],
         _KINDS[grad_L.dtype],
-        work.origin.data_ptr() if stochastic else None,
+        segments.origin_tensor.data_ptr() if stochastic else None,
     )
 
 

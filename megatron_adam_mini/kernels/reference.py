@@ -6,8 +6,8 @@ parameter's rows in the slice; and they read ``grad_scale`` on the host.
 
 Storage, told by dtypes: ``param_L`` float32 holds main parameters; int16 holds remainders, with
 which the bfloat16 ``weight_L`` makes up the main parameters (see ``rounding``). ``exp_avg_L`` is
-float32 or bfloat16 (to the nearest as weights, or stochastically). ``grad_L`` is float32 or
-bfloat16, and only read.
+float32 or bfloat16 (to the nearest as weights, or stochastically). ``grad_L`` is float32,
+bfloat16 or float16, and only read.
 
 Shape legend: ``L`` elements of one slice, ``S`` segments of a table, ``R`` element ranges,
 ``E`` elements in all element ranges, ``B`` vectors with one entry per segment of the rank, in
@@ -40,7 +40,7 @@ def block_sum_sq_(sum_sq_B: Tensor, grad_L: Tensor, segments: SegmentTable) -> N
 
     Args:
         sum_sq_B: float32, the segments' entries are overwritten.
-        grad_L: float32 or bfloat16, shape ``(L,)``; squares are taken and added in at least
+        grad_L: shape ``(L,)``; squares are taken and added in at least
             float32 (here: squared in float32, added in float64).
         segments: S segments.
     """
@@ -162,7 +162,7 @@ def update_whole_(
 
     The three kernels above in one, for steps in which nothing waits for the gradient norm.
     ``sum_sq_B`` and ``step_size_B`` are written as they would write them, so that the norm is
-    known afterwards. A block whose sum is not finite is left as it was.
+    known afterwards. Non-finite gradients enter v, m and p, as they do without a norm.
 
     Args: as above.
     """
@@ -170,7 +170,6 @@ def update_whole_(
         return
     block_sum_sq_(sum_sq_B, grad_L, segments)
     indices = torch.from_numpy(segments.indices).to(sum_sq_B.device)
-    finite = sum_sq_B[indices].isfinite()
     block_step_size_(
         exp_avg_sq_B,
         step_size_B,
@@ -178,14 +177,14 @@ def update_whole_(
         inv_numel_B=inv_numel_B,
         group_B=group_B,
         scalars=scalars,
-        index=indices[finite],
+        index=indices,
     )
     update_(
         param_L,
         exp_avg_L,
         weight_L,
         grad_L,
-        segments.subset(finite.cpu().numpy()),
+        segments,
         step_size_B=step_size_B,
         group_B=group_B,
         scalars=scalars,

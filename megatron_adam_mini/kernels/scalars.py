@@ -17,7 +17,7 @@ class StepScalars:
     """Hyper-parameters of one step in tensors that are made once and refilled in place.
 
     On a GPU they are filled by asynchronous copies from pinned memory, so neither :meth:`fill` nor
-    a kernel that reads them waits for the device.
+    a kernel that reads them waits for the device (unless it is a whole step behind).
 
     Args:
         num_groups: parameter groups, ``G``.
@@ -41,6 +41,7 @@ class StepScalars:
         self._device = torch.zeros_like(self._host, device=device)
         self._numpy: np.ndarray[Any, Any] = self._host.numpy()
         self._seed = seed
+        self._copied: Any = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
         self.grad_scale = torch.ones((), device=device)
         self.noise_key = torch.zeros((), dtype=torch.int64, device=device)
         self.beta1 = self.beta2 = 0.0
@@ -64,6 +65,8 @@ class StepScalars:
         grad_scale: float | Tensor,
     ) -> None:
         """Set everything for step ``step`` (counts from 1)."""
+        if self._copied is not None:
+            self._copied.synchronize()  # the step before may not have read its numbers yet
         self.beta1, self.beta2 = betas
         self._numpy[0] = 1 - self.beta1**step
         self._numpy[1] = 1 - self.beta2**step
@@ -77,6 +80,8 @@ class StepScalars:
         self._device.copy_(self._host, non_blocking=True)
         self._host_key.fill_(mix32(mix32(self._seed) + step))
         self.noise_key.copy_(self._host_key, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
         if isinstance(grad_scale, Tensor):
             self.grad_scale.copy_(grad_scale)
         else:

@@ -9,9 +9,9 @@ Imports triton. Launches per call: one per bucket and function, and
 * ``norm_partials_`` two.
 
 Nothing waits for the device. The first call for a table makes its launch tables and scratch,
-later ones allocate nothing, and numbers that change from step to step are read on the device: a
-step can be captured in a CUDA graph after one ordinary step. Scratch of a table is used by one
-stream at a time.
+later ones allocate nothing, and numbers that change from step to step are read on the device, so
+calls can be captured in a CUDA graph after one ordinary step (never tried). Scratch of a table is
+used by one stream at a time.
 
 Deterministic: no atomics; sums are added in an order that follows from the table alone.
 """
@@ -128,7 +128,7 @@ def update_(
         return
     with _on(grad_L):
         _update(
-            _plan(segments), (param_L, exp_avg_L, weight_L, grad_L), step_size_B, group_B, None,
+            _plan(segments), (param_L, exp_avg_L, weight_L, grad_L), step_size_B, group_B,
             scalars, stochastic,
         )  # fmt: skip
 
@@ -175,7 +175,7 @@ def update_whole_(
             triton_kernels.combine_kernel, len(owners),
             sum_sq_B, partials, owners, *per_block, *per_step, *decays[2:], BLOCK=PARTS,
         )  # fmt: skip
-        _update(plan.long, streams, step_size_B, group_B, sum_sq_B, scalars, stochastic)
+        _update(plan.long, streams, step_size_B, group_B, scalars, stochastic)
 
 
 def update_elementwise_(
@@ -276,15 +276,14 @@ def _update(
     streams: tuple[Tensor | None, ...],
     step_size_B: Tensor,
     group_B: Tensor,
-    sum_sq_B: Tensor | None,
     scalars: StepScalars,
     stochastic: bool,
 ) -> None:
-    """Update all segments; with ``sum_sq_B``, those with finite sums."""
+    """Update all segments."""
     for vec, tiles in plan.windows(_vec(*streams)):
         _launch(
             triton_kernels.update_kernel, len(tiles),
-            *map(_bits, streams), tiles, step_size_B, group_B, sum_sq_B,
+            *map(_bits, streams), tiles, step_size_B, group_B,
             scalars.hyper_G3, scalars.grad_scale,
             plan.segments.origin_tensor if stochastic else None, scalars.noise_key,
             *_decays(scalars)[:2], VEC=vec, TILE=TILE_NUMEL, STOCHASTIC=stochastic,

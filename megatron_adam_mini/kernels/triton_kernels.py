@@ -29,7 +29,7 @@ def _load(stream, offset, mask):
     if stream.dtype.element_ty == tl.int16:
         result = (value.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
-        result = value
+        result = value.to(tl.float32)
     return result
 
 
@@ -134,11 +134,11 @@ def _window(tiles, VEC: tl.constexpr, TILE: tl.constexpr):
 )  # fmt: skip
 def update_kernel(
     param, exp_avg, weight, grad, tiles,
-    step_size, group, sum_sq, hyper, grad_scale, origin, noise_key,
+    step_size, group, hyper, grad_scale, origin, noise_key,
     beta1, one_minus_beta1,
     VEC: tl.constexpr, TILE: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    """Update the elements of a window; with ``sum_sq``, only where the block's is finite."""
+    """Update the elements of a window."""
     scale = tl.load(grad_scale)
     if _finite(scale):
         start, first_NV, inside_NV, row_NV, place_NV = _window(tiles, VEC, TILE)
@@ -146,8 +146,6 @@ def update_kernel(
         step_NV = tl.load(step_size + row_NV, mask=inside_NV, other=0)
         group_NV = tl.load(group + row_NV, mask=inside_NV, other=0)
         decay_NV = tl.load(hyper + group_NV * 3 + 2, mask=inside_NV, other=0)
-        if sum_sq is not None:
-            inside_NV = inside_NV & _finite(tl.load(sum_sq + row_NV, mask=inside_NV, other=0))
         number = place_V
         if STOCHASTIC:
             number_NV = place_NV + tl.load(origin + row_NV, mask=inside_NV, other=0)
@@ -345,7 +343,7 @@ def combine_kernel(
             total_1 = tl.broadcast_to(total, (1,))
             _step_sizes(
                 exp_avg_sq, step_size, total_1, inv_numel, group, hyper, corrections,
-                at + tl.arange(0, 1), _finite(total_1), scale, beta2, one_minus_beta2,
+                at + tl.arange(0, 1), tl.full((1,), 1, tl.int1), scale, beta2, one_minus_beta2,
             )  # fmt: skip
 
 
@@ -374,7 +372,7 @@ def update_rows_kernel(
             total = _row_sums(grad, start, length, count, VEC, COLUMNS, ROWS)
         row = tl.arange(0, ROWS)
         tl.store(sum_sq + index + row, total, mask=row < count)
-        inside = (row < count) & _finite(total)
+        inside = row < count
         step, group_R = _step_sizes(
             exp_avg_sq, step_size, total, inv_numel, group, hyper, corrections,
             index + row, inside, scale, beta2, one_minus_beta2,

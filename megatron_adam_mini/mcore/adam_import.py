@@ -32,6 +32,7 @@ from megatron_adam_mini.mcore.state_entries import (
     refuse_buckets,
     remember,
 )
+from megatron_adam_mini.rounding import is_rounded
 
 if TYPE_CHECKING:
     from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
@@ -135,7 +136,7 @@ def checked(
 def _rounds_to_weight(piece: Piece, states: FloatStates) -> bool:
     weight = piece.bucket.source.weight[piece.window]
     main_param = states[id(piece.bucket)]["param"][piece.window]
-    return torch.equal(main_param.to(weight.dtype), weight)
+    return bool(is_rounded(weight, main_param).all())
 
 
 def _in_bucket(

@@ -98,7 +98,9 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         with self._timer("optimizer-inner-step"):
             self.engine.update(self._grad_scale_of(stats))
         self._start_param_sync()
-        if self._look_at(stats):
+        found_inf = self._look_at(stats)
+        if found_inf:
+            self._norm_sq = None
             return False, None, None
         grad_norm = self.get_grad_norm()
         num_zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
@@ -172,11 +174,16 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
     def _grad_scale_of(self, stats: Tensor) -> Tensor:
         """Return inverse loss scale times clipping, on the device; NaN if the step is skipped."""
-        inv_scale = 1.0 if self.grad_scaler is None else self.grad_scaler.inv_scale.squeeze()
-        grad_norm = stats[0].sqrt() * inv_scale
-        grad_scale = torch.ones_like(grad_norm) * inv_scale
+        # In the order of _look_at, so that host and device decide alike.
+        inv_scale = torch.ones_like(stats[0])
+        if self.grad_scaler is not None:
+            inv_scale *= self.grad_scaler.inv_scale.squeeze()
+        grad_norm = (stats[0] * inv_scale**2).sqrt()
+        grad_scale = inv_scale
         if self.config.clip_grad > 0.0:
-            grad_scale *= (self.config.clip_grad / (grad_norm + _CLIP_EPS)).clamp(max=1.0)
+            grad_scale = inv_scale * (self.config.clip_grad / (grad_norm + _CLIP_EPS)).clamp(
+                max=1.0
+            )
         skip = (stats[1] > 0) | ~grad_norm.isfinite()
         skip |= grad_norm > self.config.grad_norm_skip_threshold
         return grad_scale.masked_fill(skip, math.nan)

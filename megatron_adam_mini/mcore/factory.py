@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.nn import Parameter
 from megatron_adam_mini.agreement import PlanRecord, check_agreement
 from megatron_adam_mini.config import AdamMiniConfig, check_adam_values
 from megatron_adam_mini.engine import Domain, Engine
+from megatron_adam_mini.kernels import select_backend
 from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
 from megatron_adam_mini.mcore.metrics import observe
 from megatron_adam_mini.mcore.param_info import collect_parameters
@@ -67,6 +68,7 @@ def build_optimizer(
     params: dict[Parameter, Any] = {}
     blocks: list[ParameterBlocks] = []
     error: Exception | None = None
+    backend = ""
     try:
         _check_chunks(model_chunks)
         refuse_unsupported(config, model_chunks[0].ddp_config)
@@ -77,6 +79,8 @@ def build_optimizer(
             weight_decay=config.weight_decay,
         )
         _check_distributed_optimizer(config, model_chunks)
+        device = torch.device(torch.cuda.current_device())
+        backend = select_backend(options.backend, device).NAME
         if options.single_phase:
             refuse_single_phase(
                 config.clip_grad,
@@ -88,6 +92,7 @@ def build_optimizer(
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         expert_tp = getattr(groups, "expt_tp", None) or groups.tp
         params = collect_parameters(model_chunks, tp_group=groups.tp, expert_tp_group=expert_tp)
+        _check_remainders(options, params)
         blocks = [partition_parameter(info, options) for info in params.values()]
         domain = _dense_domain(model_chunks, list(params), groups, config)
     except Exception as caught:
@@ -96,7 +101,8 @@ def build_optimizer(
     check_agreement(
         PlanRecord(
             stage=f"pipeline stage {groups.pp.rank()}" if error is None else "",
-            rules=options.partition_fields(),
+            # The partition, and what would let ranks drift apart or wait for each other.
+            rules={**options.partition_fields(), "backend": backend, **options.step_fields()},
             layout=_layout_record(blocks, domain) if error is None else (),
             matched=frozenset(patterns).difference(
                 unmatched_patterns([info.name for info in params.values()], options)
@@ -115,7 +121,7 @@ def build_optimizer(
         param_groups,
         [group_of[param] for param in params],
         [domain],
-        device=torch.device(torch.cuda.current_device()),
+        device=device,
     )
     manifest = _gather_manifest(model_chunks, list(params), blocks, options, groups.pp)
     optimizer = AdamMiniOptimizer(
@@ -145,6 +151,16 @@ def _check_distributed_optimizer(config: OptimizerConfig, model_chunks: Sequence
                 f"OptimizerConfig but {wrapped} in DistributedDataParallelConfig; give both the "
                 "same value."
             )
+
+
+def _check_remainders(options: AdamMiniConfig, params: Iterable[Parameter]) -> None:
+    dtypes = {param.dtype for param in params}
+    if options.param_remainders and (torch.bfloat16 not in dtypes or torch.float16 in dtypes):
+        raise ValueError(
+            "Adam-mini param_remainders=True needs bfloat16 weights, got "
+            f"{', '.join(sorted(map(str, dtypes)))}: 16 bits complete a bfloat16 to a float32, and "
+            "no other type. Remedy: --bf16, or drop --adam-mini-param-remainders."
+        )
 
 
 def _check_writable(manifest: str) -> None:

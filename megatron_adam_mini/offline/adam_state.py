@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_adam_mini.offline.errors import CorruptError, UnreadableError
 from megatron_adam_mini.offline.naming import ADAM_PREFIX, PREFIX, keys_by_kind
 from megatron_adam_mini.offline.reader import Checkpoint, tiling_problem
+from megatron_adam_mini.rounding import is_rounded
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -95,8 +96,7 @@ def unsound(checkpoint: Checkpoint, model_key: str, offset: tuple[int, ...], mai
         main: float32 box of main parameters.
     """
     weight = checkpoint.box(model_key, offset, tuple(main.shape))
-    rounded = main.to(weight.dtype)
-    return int((_bits(rounded) != _bits(weight)).sum())
+    return int((~is_rounded(weight, main)).sum())
 
 
 def refuse_unsound(checkpoint: Checkpoint, key: str, count: int, numel: int) -> None:
@@ -114,11 +114,6 @@ def refuse_unsound(checkpoint: Checkpoint, key: str, count: int, numel: int) -> 
             "Save again from the run without that flag and load the result in an Adam-mini run, or "
             "start from the weights alone with --no-load-optim."
         )
-
-
-def _bits(values: Tensor) -> Tensor:
-    # Compared as integers: NaN equals itself, and -0.0 is not 0.0.
-    return values.view(torch.int32 if values.itemsize == 4 else torch.int16)
 
 
 def _refuse_other_formats(checkpoint: Checkpoint) -> None:
