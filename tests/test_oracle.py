@@ -287,7 +287,6 @@ def test_other_partitions_equal_the_oracle_on_their_own_gradients(case: str) -> 
 
 PRECISIONS = {
     "bf16, float32 gradients": (replace(BASE, bf16=True, tp=2, pp=2), 2),
-    "fp16, fp16 gradients": (replace(BASE, fp16=True, grad_fp32=False), 2),
     "bf16, bf16 gradients": (replace(BASE, bf16=True, grad_fp32=False), 3),
     "bf16, replicated state": (replace(BASE, bf16=True, distributed_optimizer=False, tp=2), 2),
     "float32 and bf16 parameters in one group": (

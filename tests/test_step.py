@@ -52,13 +52,17 @@ NORM_LAYOUTS = {
     "several instances": (replace(SHARDED, pp=1, instances=2), 8),
     "bf16": (replace(SHARDED, bf16=True), 8),
     "bf16 gradients": (replace(SHARDED, bf16=True, grad_fp32=False, pp=1), 4),
+    "fp16 gradients": (
+        replace(SHARDED, fp16=True, grad_fp32=False, pp=1, optimizer_args={"loss_scale": 64.0}),
+        4,
+    ),
 }
 
 
 @pytest.mark.parametrize("case", NORM_LAYOUTS)
 def test_grad_norm_and_zeros_equal_megatrons_own(case: str) -> None:
     job, world = NORM_LAYOUTS[case]
-    job = replace(job, optimizer_args={"log_num_zeros_in_grad": True})
+    job = replace(job, optimizer_args=job.optimizer_args | {"log_num_zeros_in_grad": True})
     ours = run_ranks(world, first_norm, job)
     stock = run_ranks(world, first_norm, replace(job, optimizer="adam"))
     assert len(set(ours)) == 1, "ranks disagree on the norm"
