@@ -48,6 +48,10 @@ class Checkout:
         shutil.copytree(ROOT / "requirements", self.root / "requirements")
         for name in ("pyproject.toml", "setup.py"):
             shutil.copy(ROOT / name, self.root)
+        kernels = self.root / "megatron_adam_mini/kernels"
+        kernels.mkdir(parents=True)
+        for name in ("cpu.cpp", "cpu_kernels.inc"):
+            shutil.copy(ROOT / "megatron_adam_mini/kernels" / name, kernels)
         for name in ("sh", "dirname", "cat", "cksum", "tr", "sed", "rm", "mkdir", "cp"):
             tool = shutil.which(name)
             assert tool is not None, name

@@ -2,7 +2,8 @@
 # Make .venv with everything that `make demo` and `make test` need, unless it is there already.
 #
 # Finds a Python that the pinned packages support, also one that only pyenv knows; installs once, and again only when
-# the requirements, pyproject.toml, setup.py or the chosen Python change. Set PYTHON to choose a Python yourself.
+# the requirements, pyproject.toml, setup.py, the C++ kernels or the chosen Python change. Set PYTHON to choose a
+# Python yourself.
 set -eu
 
 cd "$(dirname "$0")/.."
@@ -69,7 +70,7 @@ find_python() {
 
 # What the installation depends on, as one line.
 fingerprint() {
-    cat requirements/*.txt pyproject.toml setup.py | cksum
+    cat requirements/*.txt pyproject.toml setup.py megatron_adam_mini/kernels/*.cpp megatron_adam_mini/kernels/*.inc | cksum
     printf '%s\n' "$ROOT ${PYTHON:-}"
 }
 
