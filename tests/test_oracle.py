@@ -126,6 +126,19 @@ def sharded_run(job: Job) -> dict[str, Any]:
     }
 
 
+def key_rows(job: Job) -> Tensor:
+    """Return which rows of a fused QKV are of Keys.
+
+    Softmax does not see a Key's bias, so its gradient is zero but for rounding (v is about 1e-14),
+    which Adam then scales up: trajectories of that noise differ between layouts. What the update
+    makes of it is compared by check_same_gradients.
+    """
+    head_dim, per_group = job.hidden // job.heads, job.heads // job.groups
+    queries = per_group * head_dim * (2 if job.gated_attention else 1)
+    group = [False] * queries + [True] * head_dim + [False] * head_dim
+    return torch.tensor(group * job.groups)
+
+
 def world_of(job: Job, dp: int) -> int:
     return job.tp * job.pp * job.cp * dp
 
@@ -247,7 +260,8 @@ def test_sharded_run_equals_unsharded_oracle(case: str, unsharded: Any) -> None:
     for key in ("param", "v", "exp_avg"):
         found = whole_tensors([r["final"] for r in ranks], key, job)
         for name, value in expected[key].items():
-            assert_close(found[name], value, TRAJECTORY_TOLERANCE, f"{key} {name}")
+            told = slice(None) if "linear_qkv.bias" not in name else ~key_rows(job)
+            assert_close(found[name][told], value[told], TRAJECTORY_TOLERANCE, f"{key} {name}")
     # A comparison of states that never moved would prove nothing.
     start = whole_tensors([r["initial"] for r in ranks], "param", job)
     moved = [
