@@ -103,18 +103,7 @@ def engine_of(shape: Shape, grad: Tensor, options: dict[str, Any]) -> Engine:
         placements.append(Placement(index, at, at + info.numel))
         at += info.numel
     weight = torch.randn(at, generator=torch.Generator().manual_seed(1)).mul_(0.02).bfloat16()
-    domain = Domain(
-        name="dense",
-        buckets=[BucketLayout(at, 1, tuple(placements))],
-        slices=[Flat(grad, weight)],
-        dp_group=None,
-        dp_rank=0,
-        tp_group=None,
-        tp_rank=0,
-        tp_size=1,
-        dp_replicas=False,
-        norm_group=None,
-    )
+    domain = Domain.of_one_rank([BucketLayout(at, 1, tuple(placements))], [Flat(grad, weight)])
     groups = [{"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}]
     return Engine(config, blocks, groups, [0] * len(blocks), [domain], device=torch.device("cpu"))
 

@@ -58,6 +58,22 @@ class Domain:
     dp_replicas: bool
     norm_group: distributed.ProcessGroup | None
 
+    @classmethod
+    def of_one_rank(cls, buckets: Sequence[BucketLayout], slices: Sequence[Slice]) -> Domain:
+        """Return the domain of a rank that shares nothing with others."""
+        return cls(
+            name="dense",
+            buckets=buckets,
+            slices=slices,
+            dp_group=None,
+            dp_rank=0,
+            tp_group=None,
+            tp_rank=0,
+            tp_size=1,
+            dp_replicas=False,
+            norm_group=None,
+        )
+
 
 class _BucketStep:
     """What the step needs of one bucket: its slice, its state, and where its segments are.
@@ -215,8 +231,11 @@ class Engine:
             torch.from_numpy(np.flatnonzero(~is_cut)).to(device) if is_cut.any() else None
         )
         layouts = [(domain, layout) for domain in domains for layout in domain.buckets]
+        names = np.asarray(
+            [zlib.crc32(blocks.info.name.encode()) for blocks in parameters], dtype=np.int64
+        )
         for bucket, (domain, layout) in zip(self.buckets, layouts, strict=True):
-            self._make_tables(bucket, domain, layout, is_cut)
+            self._make_tables(bucket, domain, layout, is_cut, names)
 
         owner = np.concatenate([joined("parameter_S", np.int64), joined("parameter_R", np.int64)])
         groups = np.asarray(group_of_parameter, dtype=np.int32)
@@ -232,16 +251,13 @@ class Engine:
         domain: Domain,
         layout: BucketLayout,
         is_cut: np.ndarray[Any, np.dtype[np.bool_]],
+        names: IntArray,
     ) -> None:
         part = bucket.part
 
         def table(starts: IntArray, ends: IntArray, owners: IntArray, at: int) -> SegmentTable:
             numbers = None
             if self.config.stochastic_rounding:
-                names = np.asarray(
-                    [zlib.crc32(blocks.info.name.encode()) for blocks in self.parameters],
-                    dtype=np.int64,
-                )
                 numbers = names[owners] + element_numbers(
                     layout, self.parameters, domain.dp_rank, starts, owners
                 )
@@ -328,8 +344,7 @@ class Engine:
                     scalars=self._scalars,
                     stochastic=self.config.stochastic_rounding,
                 )
-        for reduction, segments in self.reductions:
-            reduction.finish_tp_(self._sum_sq_B[segments])
+        self._finish_reductions()
         if len(self._cut_index):
             self._block_step_size(self._cut_index)
             for bucket in self.buckets:
@@ -382,6 +397,10 @@ class Engine:
         for reduction, segments in self.reductions:
             reduction.start_tp(self._sum_sq_B[segments])
 
+    def _finish_reductions(self) -> None:
+        for reduction, segments in self.reductions:
+            reduction.finish_tp_(self._sum_sq_B[segments])
+
     @torch.no_grad()
     def average_into_v(self, sum_B: Tensor) -> None:
         """Set v of every block to the mean of values that its elements had; all ranks call it.
@@ -394,8 +413,7 @@ class Engine:
         sums = self._sum_sq_B[: self.num_blocks]
         sums.copy_(sum_B)
         self._start_reductions()
-        for reduction, segments in self.reductions:
-            reduction.finish_tp_(self._sum_sq_B[segments])
+        self._finish_reductions()
         torch.mul(sums, self._inv_numel_B, out=self.exp_avg_sq_B)
 
     def pieces(self) -> Iterator[Piece]:

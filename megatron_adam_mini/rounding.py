@@ -46,19 +46,26 @@ def join(weight: Tensor, remainder: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
+def mix32[T: (int, Tensor)](value: T) -> T:
+    """Return a 32-bit hash of numbers (the finaliser of MurmurHash3, public domain).
+
+    Args:
+        value: a number, or int64 numbers; only their lower 32 bits count.
+    """
+    value = value & 0xFFFFFFFF
+    value = (value ^ (value >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
+    value = (value ^ (value >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
+    return value ^ (value >> 16)
+
+
 def noise16(number: Tensor, key: Tensor) -> Tensor:
     """Return 16 random bits per element, int64 in ``[0, 65536)``.
-
-    ``mix(number + key) & 0xffff`` modulo 2**32, with ``mix`` the finaliser of MurmurHash3.
 
     Args:
         number: int64 element numbers; only their lower 32 bits count.
         key: int64 scalar, another one in each step.
     """
-    bits = (number + key) & 0xFFFFFFFF
-    bits = (bits ^ (bits >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
-    bits = (bits ^ (bits >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
-    return (bits ^ (bits >> 16)) & 0xFFFF
+    return mix32(number + key) & 0xFFFF
 
 
 def to_bfloat16_stochastic(value: Tensor, noise: Tensor) -> Tensor:

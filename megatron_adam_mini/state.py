@@ -8,6 +8,7 @@ Data flow: layout -> **SliceState** -> kernels (modified in place) -> checkpoint
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,13 +30,31 @@ class Slice(Protocol):
 
     @property
     def grad(self) -> Tensor:
-        """Reduced gradients of the slice, float32 or bfloat16, shape ``(L,)``."""
+        """Reduced gradients of the slice, float32, bfloat16 or float16, shape ``(L,)``."""
         ...
 
     @property
     def weight(self) -> Tensor:
         """Model weights of the slice, shape ``(L,)``; float32 weights are their own masters."""
         ...
+
+
+def check_remainders(dtypes: Iterable[torch.dtype]) -> None:
+    """Check that remainders have bfloat16 weights to complete.
+
+    Args:
+        dtypes: of the weights; some may be float32, which are their own main parameters.
+
+    Raises:
+        ValueError: no weight is bfloat16, or one is float16.
+    """
+    found = set(dtypes)
+    if torch.bfloat16 not in found or torch.float16 in found:
+        raise ValueError(
+            "Adam-mini param_remainders=True needs bfloat16 weights, got "
+            f"{', '.join(sorted(map(str, found)))}: 16 bits complete a bfloat16 to a float32, and "
+            "no other type. Remedy: --bf16, or drop --adam-mini-param-remainders."
+        )
 
 
 @dataclass
@@ -71,12 +90,7 @@ class SliceState:
             return cls(source, weight, exp_avg, owns_main_param=False)
         if not param_remainders:
             return cls(source, weight.float(), exp_avg, owns_main_param=True)
-        if weight.dtype != torch.bfloat16:
-            raise ValueError(
-                f"Adam-mini param_remainders=True needs bfloat16 weights, got {weight.dtype}: 16 "
-                "bits complete a bfloat16 to a float32, and no other type. Remedy: --bf16, or drop "
-                "--adam-mini-param-remainders."
-            )
+        check_remainders([weight.dtype])
         return cls(
             source, torch.zeros_like(weight, dtype=torch.int16), exp_avg, owns_main_param=True
         )

@@ -357,23 +357,11 @@ def test_llama_2_7b_as_the_optimizer_allocates_it(form: str) -> None:
     model, parallel = MODELS["llama-2-7b"], Parallel()
     plan = plan_stage(model, parallel, stage_blocks(model, parallel, options, pp_rank=0), pp_rank=0)
     (bucket,) = plan.dense
-    domain = Domain(
-        name="dense",
-        buckets=plan.dense,
-        slices=[
-            SimpleNamespace(
-                grad=torch.empty(bucket.numel, device=meta),
-                weight=torch.empty(bucket.numel, dtype=torch.bfloat16, device=meta),
-            )
-        ],
-        dp_group=None,
-        dp_rank=0,
-        tp_group=None,
-        tp_rank=0,
-        tp_size=1,
-        dp_replicas=False,
-        norm_group=None,
+    flat = SimpleNamespace(
+        grad=torch.empty(bucket.numel, device=meta),
+        weight=torch.empty(bucket.numel, dtype=torch.bfloat16, device=meta),
     )
+    domain = Domain.of_one_rank(plan.dense, [flat])
     engine = Engine(
         options, plan.parameters, [{}], [0] * len(plan.parameters), [domain], device=meta
     )

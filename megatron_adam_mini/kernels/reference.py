@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_adam_mini.kernels.scalars import StepScalars
-from megatron_adam_mini.kernels.segments import SegmentTable
+from megatron_adam_mini.kernels.segments import Run, SegmentTable
 from megatron_adam_mini.rounding import (
     join,
     noise16,
@@ -136,11 +136,8 @@ def update_(
         m = _advanced_m(exp_avg_L, grad_L, *rows, scalars)
         p = _main_param(param_L, weight_L, *rows)
         p = p * decay_B[run.segments, None] - m * step_size_B[run.segments, None]
-        _store(param_L, exp_avg_L, weight_L, p, m, run.window)
-        if stochastic:
-            number = segments.origin_tensor[run.segments, None] + _counting(run.length, param_L)
-            noise = noise16(number, scalars.noise_key)
-            exp_avg_L[run.window] = to_bfloat16_stochastic(m, noise).view(-1)
+        noise = _noise(segments, run, scalars) if stochastic else None
+        _store(param_L, exp_avg_L, weight_L, p, m, run.window, noise)
 
 
 def update_whole_(
@@ -233,11 +230,8 @@ def update_elementwise_(
         m = _advanced_m(exp_avg_L, grad_L, *rows, scalars)
         step = m * (lr / correction1) / ((v / correction2).sqrt() + eps)
         p = _main_param(param_L, weight_L, *rows) * decay - step
-        _store(param_L, exp_avg_L, weight_L, p, m, run.window)
-        if stochastic:
-            number = ranges.origin_tensor[run.segments, None] + _counting(run.length, param_L)
-            noise = noise16(number, scalars.noise_key)
-            exp_avg_L[run.window] = to_bfloat16_stochastic(m, noise).view(-1)
+        noise = _noise(ranges, run, scalars) if stochastic else None
+        _store(param_L, exp_avg_L, weight_L, p, m, run.window, noise)
 
 
 def _advanced_m(
@@ -264,8 +258,10 @@ def _store(
     p: Tensor,
     m: Tensor,
     window: slice,
+    noise: Tensor | None,
 ) -> None:
-    exp_avg_L[window] = to_weight(m, exp_avg_L.dtype).view(-1)
+    stored = to_weight(m, exp_avg_L.dtype) if noise is None else to_bfloat16_stochastic(m, noise)
+    exp_avg_L[window] = stored.view(-1)
     if param_L.dtype == torch.float32:
         param_L[window] = p.view(-1)
         if weight_L is not None:
@@ -275,5 +271,6 @@ def _store(
         weight_L[window], param_L[window] = split(p.view(-1))
 
 
-def _counting(length: int, like: Tensor) -> Tensor:
-    return torch.arange(length, device=like.device)
+def _noise(segments: SegmentTable, run: Run, scalars: StepScalars) -> Tensor:
+    first = segments.origin_tensor[run.segments, None]
+    return noise16(first + torch.arange(run.length, device=first.device), scalars.noise_key)

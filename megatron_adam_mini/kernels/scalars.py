@@ -1,6 +1,7 @@
 """The numbers that change from step to step, where kernels read them: on the device.
 
-Imports torch. Data flow: parameter groups, step, clipping -> **StepScalars** -> kernels.
+Imports torch and ``rounding``. Data flow: parameter groups, step, clipping -> **StepScalars**
+-> kernels.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from megatron_adam_mini.rounding import mix32
 
 
 class StepScalars:
@@ -86,11 +89,3 @@ class StepScalars:
             self.grad_scale.copy_(grad_scale)
         else:
             self.grad_scale.fill_(grad_scale)
-
-
-def mix32(value: int) -> int:
-    """Return a 32-bit hash of a number (the finaliser of MurmurHash3, public domain)."""
-    value &= 0xFFFFFFFF
-    value = (value ^ value >> 16) * 0x85EBCA6B & 0xFFFFFFFF
-    value = (value ^ value >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
-    return value ^ value >> 16

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from megatron_adam_mini.partition import (
     partition_parameter,
     unmatched_patterns,
 )
+from megatron_adam_mini.state import check_remainders
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,8 @@ def build_optimizer(
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         expert_tp = getattr(groups, "expt_tp", None) or groups.tp
         params = collect_parameters(model_chunks, tp_group=groups.tp, expert_tp_group=expert_tp)
-        _check_remainders(options, params)
+        if options.param_remainders:
+            check_remainders(param.dtype for param in params)
         blocks = [partition_parameter(info, options) for info in params.values()]
         domain = _dense_domain(model_chunks, list(params), groups, config)
     except Exception as caught:
@@ -151,16 +153,6 @@ def _check_distributed_optimizer(config: OptimizerConfig, model_chunks: Sequence
                 f"OptimizerConfig but {wrapped} in DistributedDataParallelConfig; give both the "
                 "same value."
             )
-
-
-def _check_remainders(options: AdamMiniConfig, params: Iterable[Parameter]) -> None:
-    dtypes = {param.dtype for param in params}
-    if options.param_remainders and (torch.bfloat16 not in dtypes or torch.float16 in dtypes):
-        raise ValueError(
-            "Adam-mini param_remainders=True needs bfloat16 weights, got "
-            f"{', '.join(sorted(map(str, dtypes)))}: 16 bits complete a bfloat16 to a float32, and "
-            "no other type. Remedy: --bf16, or drop --adam-mini-param-remainders."
-        )
 
 
 def _check_writable(manifest: str) -> None:
