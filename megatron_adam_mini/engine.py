@@ -75,32 +75,33 @@ class Domain:
         )
 
 
+@dataclass(frozen=True, eq=False)
 class _BucketStep:
     """What the step needs of one bucket: its slice, its state, and where its segments are.
 
     Attributes:
+        part: the integers of the slice.
         segments: all segments of the slice.
         whole: those of them whose blocks no other rank holds a part of.
         cut: the others.
         ranges: element ranges.
-        blocks_at, ranges_at, elements_at: where the slice's segments, element ranges and their
-            elements have their entries in the vectors of the rank.
+        blocks_at, elements_at: where the slice's segments and the elements of its ranges have
+            their entries in the vectors of the rank.
     """
 
-    def __init__(
-        self,
-        state: SliceState,
-        part: SliceSegments,
-        blocks_at: slice,
-        ranges_at: slice,
-        elements_at: slice,
-    ) -> None:
-        self.state, self.source, self.part = state, state.source, part
-        self.blocks_at, self.ranges_at, self.elements_at = blocks_at, ranges_at, elements_at
-        self.segments: SegmentTable
-        self.whole: SegmentTable
-        self.cut: SegmentTable
-        self.ranges: SegmentTable
+    state: SliceState
+    part: SliceSegments
+    segments: SegmentTable
+    whole: SegmentTable
+    cut: SegmentTable
+    ranges: SegmentTable
+    blocks_at: slice
+    elements_at: slice
+
+    @property
+    def source(self) -> Slice:
+        """The slice's live tensors."""
+        return self.state.source
 
 
 @dataclass(frozen=True)
@@ -166,32 +167,12 @@ class Engine:
             for domain in domains
         ]
         self.num_blocks = sum(p.num_segments for ps in parts for p in ps)
-        self.buckets: list[_BucketStep] = []
+        num_ranges = sum(p.num_ranges for ps in parts for p in ps)
+        is_cut = np.zeros(self.num_blocks, dtype=np.bool_)
         self.reductions: list[tuple[Reduction, slice]] = []
-        completed = [np.empty(0, dtype=np.int64)]
-        segment = ranges = elements = 0
+        begin = 0
         for domain, domain_parts in zip(domains, parts, strict=True):
-            begin = segment
-            for source, part in zip(domain.slices, domain_parts, strict=True):
-                ends = (
-                    segment + part.num_segments,
-                    ranges + part.num_ranges,
-                    elements + part.num_elementwise,
-                )
-                state = SliceState.allocate(
-                    source,
-                    exp_avg_dtype=_DTYPES[config.exp_avg_dtype],
-                    param_remainders=config.param_remainders,
-                )
-                bucket = _BucketStep(
-                    state,
-                    part,
-                    slice(segment, ends[0]),
-                    slice(ranges, ends[1]),
-                    slice(elements, ends[2]),
-                )
-                self.buckets.append(bucket)
-                segment, ranges, elements = ends
+            end = begin + sum(part.num_segments for part in domain_parts)
             plan = plan_reduction(
                 domain.buckets,
                 domain_parts,
@@ -201,12 +182,49 @@ class Engine:
                 tp_size=domain.tp_size,
                 dp_replicas=domain.dp_replicas,
             )
-            completed.append(plan.completed + begin)
+            is_cut[begin + plan.completed] = True
             reduction = Reduction(
-                plan, segment - begin, dp_group=domain.dp_group, tp_group=domain.tp_group,
+                plan, end - begin, dp_group=domain.dp_group, tp_group=domain.tp_group,
                 device=device,
             )  # fmt: skip
-            self.reductions.append((reduction, slice(begin, segment)))
+            self.reductions.append((reduction, slice(begin, end)))
+            begin = end
+
+        names = np.asarray(
+            [zlib.crc32(blocks.info.name.encode()) for blocks in parameters], dtype=np.int64
+        )
+        self.buckets: list[_BucketStep] = []
+        segment, in_ranges, elements = 0, self.num_blocks, 0
+        for domain, domain_parts in zip(domains, parts, strict=True):
+            members = zip(domain.buckets, domain.slices, domain_parts, strict=True)
+            for layout, source, part in members:
+                segments, ranges = (
+                    self._table(domain, layout, names, *bounds)
+                    for bounds in (
+                        (part.start_S, part.end_S, part.parameter_S, segment),
+                        (part.start_R, part.end_R, part.parameter_R, in_ranges),
+                    )
+                )
+                blocks_at = slice(segment, segment + part.num_segments)
+                cut = is_cut[blocks_at]
+                bucket = _BucketStep(
+                    state=SliceState.allocate(
+                        source,
+                        exp_avg_dtype=_DTYPES[config.exp_avg_dtype],
+                        param_remainders=config.param_remainders,
+                    ),
+                    part=part,
+                    segments=segments,
+                    whole=segments.subset(~cut) if cut.any() else segments,
+                    cut=segments.subset(cut),
+                    ranges=ranges,
+                    blocks_at=blocks_at,
+                    elements_at=slice(elements, elements + part.num_elementwise),
+                )
+                self.buckets.append(bucket)
+                segment = blocks_at.stop
+                in_ranges += part.num_ranges
+                elements = bucket.elements_at.stop
 
         def floats(numel: int) -> Tensor:
             return torch.zeros(numel, dtype=torch.float32, device=device)
@@ -216,26 +234,18 @@ class Engine:
             return np.concatenate([np.empty(0, dtype=dtype), *arrays])
 
         # Vectors with suffix _B have one entry per segment, then one per element range.
-        self._sum_sq_B = floats(self.num_blocks + ranges)
+        self._sum_sq_B = floats(self.num_blocks + num_ranges)
         self.exp_avg_sq_B = floats(self.num_blocks)
         self.exp_avg_sq_E = floats(elements)
         self._step_size_B = floats(self.num_blocks)
         inv_numel = 1.0 / joined("block_numel_S", np.int64).astype(np.float64)
         self._inv_numel_B = torch.from_numpy(inv_numel.astype(np.float32)).to(device)
 
-        is_cut = np.zeros(self.num_blocks, dtype=np.bool_)
-        is_cut[np.concatenate(completed)] = True
         self._cut_index = torch.from_numpy(np.flatnonzero(is_cut)).to(device)
         # Without cut blocks: all, so that nothing is looked up.
         self._whole_index = (
             torch.from_numpy(np.flatnonzero(~is_cut)).to(device) if is_cut.any() else None
         )
-        layouts = [(domain, layout) for domain in domains for layout in domain.buckets]
-        names = np.asarray(
-            [zlib.crc32(blocks.info.name.encode()) for blocks in parameters], dtype=np.int64
-        )
-        for bucket, (domain, layout) in zip(self.buckets, layouts, strict=True):
-            self._make_tables(bucket, domain, layout, is_cut, names)
 
         owner = np.concatenate([joined("parameter_S", np.int64), joined("parameter_R", np.int64)])
         groups = np.asarray(group_of_parameter, dtype=np.int32)
@@ -245,32 +255,24 @@ class Engine:
         self._norm_total = torch.zeros(2, dtype=torch.float64, device=device)
         self._scalars = StepScalars(len(param_groups), device)
 
-    def _make_tables(
+    def _table(
         self,
-        bucket: _BucketStep,
         domain: Domain,
         layout: BucketLayout,
-        is_cut: np.ndarray[Any, np.dtype[np.bool_]],
         names: IntArray,
-    ) -> None:
-        part = bucket.part
-
-        def table(starts: IntArray, ends: IntArray, owners: IntArray, at: int) -> SegmentTable:
-            numbers = None
-            if self.config.stochastic_rounding:
-                numbers = names[owners] + element_numbers(
-                    layout, self.parameters, domain.dp_rank, starts, owners
-                )
-            index = np.arange(at, at + len(starts), dtype=np.int64)
-            return SegmentTable(starts, ends, self.device, index, numbers)
-
-        bucket.segments = table(part.start_S, part.end_S, part.parameter_S, bucket.blocks_at.start)
-        bucket.ranges = table(
-            part.start_R, part.end_R, part.parameter_R, self.num_blocks + bucket.ranges_at.start
-        )
-        cut = is_cut[bucket.blocks_at]
-        bucket.whole = bucket.segments.subset(~cut) if cut.any() else bucket.segments
-        bucket.cut = bucket.segments.subset(cut)
+        starts: IntArray,
+        ends: IntArray,
+        owners: IntArray,
+        at: int,
+    ) -> SegmentTable:
+        """Return the table of segments, or of element ranges, whose entries begin at ``at``."""
+        numbers = None
+        if self.config.stochastic_rounding:
+            numbers = names[owners] + element_numbers(
+                layout, self.parameters, domain.dp_rank, starts, owners
+            )
+        index = np.arange(at, at + len(starts), dtype=np.int64)
+        return SegmentTable(starts, ends, self.device, index, numbers)
 
     def collect(self) -> Tensor:
         """Read every gradient once, and sum up what the step needs to know of all of them.
