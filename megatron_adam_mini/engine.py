@@ -85,8 +85,8 @@ class _BucketStep:
         whole: those of them whose blocks no other rank holds a part of.
         cut: the others.
         ranges: element ranges.
-        blocks_at, elements_at: where the slice's segments and the elements of its ranges have
-            their entries in the vectors of the rank.
+        blocks_at: where the slice's segments have their entries in the vectors of the rank.
+        exp_avg_sq_E: v of the elements of its ranges.
     """
 
     state: SliceState
@@ -96,7 +96,7 @@ class _BucketStep:
     cut: SegmentTable
     ranges: SegmentTable
     blocks_at: slice
-    elements_at: slice
+    exp_avg_sq_E: Tensor  # noqa: N815 (shape suffix)
 
     @property
     def source(self) -> Slice:
@@ -166,10 +166,21 @@ class Engine:
             [segment_slice(bucket, parameters, domain.dp_rank) for bucket in domain.buckets]
             for domain in domains
         ]
+
+        def floats(numel: int) -> Tensor:
+            return torch.zeros(numel, dtype=torch.float32, device=device)
+
+        # Vectors with suffix _B have one entry per segment, then one per element range; _S are
+        # their segments alone.
         self.num_blocks = sum(p.num_segments for ps in parts for p in ps)
-        num_ranges = sum(p.num_ranges for ps in parts for p in ps)
+        self._sum_sq_B = floats(self.num_blocks + sum(p.num_ranges for ps in parts for p in ps))
+        self._sum_sq_S = self._sum_sq_B[: self.num_blocks]
+        self.exp_avg_sq_B = floats(self.num_blocks)
+        self.exp_avg_sq_E = floats(sum(p.num_elementwise for ps in parts for p in ps))
+        self._step_size_B = floats(self.num_blocks)
+
         is_cut = np.zeros(self.num_blocks, dtype=np.bool_)
-        self.reductions: list[tuple[Reduction, slice]] = []
+        self.reductions: list[tuple[Reduction, Tensor]] = []
         begin = 0
         for domain, domain_parts in zip(domains, parts, strict=True):
             end = begin + sum(part.num_segments for part in domain_parts)
@@ -187,7 +198,7 @@ class Engine:
                 plan, end - begin, dp_group=domain.dp_group, tp_group=domain.tp_group,
                 device=device,
             )  # fmt: skip
-            self.reductions.append((reduction, slice(begin, end)))
+            self.reductions.append((reduction, self._sum_sq_B[begin:end]))
             begin = end
 
         names = np.asarray(
@@ -219,25 +230,17 @@ class Engine:
                     cut=segments.subset(cut),
                     ranges=ranges,
                     blocks_at=blocks_at,
-                    elements_at=slice(elements, elements + part.num_elementwise),
+                    exp_avg_sq_E=self.exp_avg_sq_E[elements : elements + part.num_elementwise],
                 )
                 self.buckets.append(bucket)
                 segment = blocks_at.stop
                 in_ranges += part.num_ranges
-                elements = bucket.elements_at.stop
-
-        def floats(numel: int) -> Tensor:
-            return torch.zeros(numel, dtype=torch.float32, device=device)
+                elements += part.num_elementwise
 
         def joined(name: str, dtype: type) -> np.ndarray[Any, Any]:
             arrays = [getattr(bucket.part, name) for bucket in self.buckets]
             return np.concatenate([np.empty(0, dtype=dtype), *arrays])
 
-        # Vectors with suffix _B have one entry per segment, then one per element range.
-        self._sum_sq_B = floats(self.num_blocks + num_ranges)
-        self.exp_avg_sq_B = floats(self.num_blocks)
-        self.exp_avg_sq_E = floats(elements)
-        self._step_size_B = floats(self.num_blocks)
         inv_numel = 1.0 / joined("block_numel_S", np.int64).astype(np.float64)
         self._inv_numel_B = torch.from_numpy(inv_numel.astype(np.float32)).to(device)
 
@@ -250,9 +253,11 @@ class Engine:
         owner = np.concatenate([joined("parameter_S", np.int64), joined("parameter_R", np.int64)])
         groups = np.asarray(group_of_parameter, dtype=np.int32)
         self._group_B = torch.from_numpy(groups[owner]).to(device)
+        self._group_S = self._group_B[: self.num_blocks]
         self._norm_domain_B = torch.from_numpy(self._plan_norm(owner)).to(device)
         self._norm_stats = torch.zeros(len(domains), 2, dtype=torch.float64, device=device)
-        self._norm_total = torch.zeros(2, dtype=torch.float64, device=device)
+        several = len(domains) > 1
+        self._norm_total = torch.zeros_like(self._norm_stats[0]) if several else self._norm_stats[0]
         self._scalars = StepScalars(len(param_groups), device)
 
     def _table(
@@ -296,7 +301,9 @@ class Engine:
         self.kernels.norm_partials_(self._norm_stats, self._sum_sq_B, self._norm_domain_B)
         self._start_reductions()
         self._reduce_norm()
-        return torch.sum(self._norm_stats, dim=0, out=self._norm_total)
+        if len(self.domains) > 1:
+            torch.sum(self._norm_stats, dim=0, out=self._norm_total)
+        return self._norm_total
 
     def collect_cut(self) -> None:
         """Sum up blocks that other ranks hold parts of, and no others; all ranks must call it.
@@ -340,7 +347,7 @@ class Engine:
                 self._update_segments(bucket, bucket.whole)
             if len(bucket.ranges):
                 self.kernels.update_elementwise_(
-                    *self._storage(bucket, self.exp_avg_sq_E[bucket.elements_at]),
+                    *self._storage(bucket, bucket.exp_avg_sq_E),
                     bucket.ranges,
                     group_B=self._group_B,
                     scalars=self._scalars,
@@ -361,9 +368,9 @@ class Engine:
         self.kernels.block_step_size_(
             self.exp_avg_sq_B,
             self._step_size_B,
-            self._sum_sq_B[: self.num_blocks],
+            self._sum_sq_S,
             inv_numel_B=self._inv_numel_B,
-            group_B=self._group_B[: self.num_blocks],
+            group_B=self._group_S,
             scalars=self._scalars,
             index=index,
         )
@@ -394,14 +401,14 @@ class Engine:
             )
 
     def _start_reductions(self) -> None:
-        for reduction, segments in self.reductions:
-            reduction.complete_over_dp_(self._sum_sq_B[segments])
-        for reduction, segments in self.reductions:
-            reduction.start_tp(self._sum_sq_B[segments])
+        for reduction, sums_S in self.reductions:
+            reduction.complete_over_dp_(sums_S)
+        for reduction, sums_S in self.reductions:
+            reduction.start_tp(sums_S)
 
     def _finish_reductions(self) -> None:
-        for reduction, segments in self.reductions:
-            reduction.finish_tp_(self._sum_sq_B[segments])
+        for reduction, sums_S in self.reductions:
+            reduction.finish_tp_(sums_S)
 
     @torch.no_grad()
     def average_into_v(self, sum_B: Tensor) -> None:
@@ -412,11 +419,10 @@ class Engine:
         Args:
             sum_B: sum of the values over each segment, float32, shape ``(B,)``.
         """
-        sums = self._sum_sq_B[: self.num_blocks]
-        sums.copy_(sum_B)
+        self._sum_sq_S.copy_(sum_B)
         self._start_reductions()
         self._finish_reductions()
-        torch.mul(sums, self._inv_numel_B, out=self.exp_avg_sq_B)
+        torch.mul(self._sum_sq_S, self._inv_numel_B, out=self.exp_avg_sq_B)
 
     def pieces(self) -> Iterator[Piece]:
         """Yield the pieces of parameters that this rank owns, in the order of its buckets."""

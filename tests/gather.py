@@ -58,7 +58,7 @@ def slices_of(trainer: Trainer, *, grads_only: bool = False) -> list[Part]:
             for index in range(len(bucket.segments)):
                 begin, end = bucket.segments.start_S[index], bucket.segments.end_S[index]
                 v[begin:end] = block_v[index]
-            element_v = engine.exp_avg_sq_E[bucket.elements_at]
+            element_v = bucket.exp_avg_sq_E
             at = 0
             for begin, end in zip(bucket.ranges.start_S, bucket.ranges.end_S, strict=True):
                 v[begin:end] = element_v[at : at + end - begin]

@@ -142,13 +142,7 @@ EXPORT void adam_mini_block_sum_sq(float* sum_sq, const void* grad, int grad_kin
 
 EXPORT void adam_mini_norm_partials(double* stats, int64_t domains, const float* sum_sq,
                              const int8_t* domain, int64_t numel) {
-  for (int64_t i = 0; i < 2 * domains; ++i) stats[i] = 0.0;
-  int64_t non_finite = 0;
-  for (int64_t i = 0; i < numel; ++i) {
-    if (domain[i] >= 0) stats[2 * domain[i]] += sum_sq[i];
-    non_finite += !is_finite(sum_sq[i]);
-  }
-  if (domains > 0) stats[1] = static_cast<double>(non_finite);
+  DISPATCH(norm_partials(stats, domains, sum_sq, domain, numel));
 }
 
 EXPORT void adam_mini_block_step_size(const Blocks* blocks, const Scalars* scalars, const int64_t* index,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 from functools import lru_cache
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from megatron_adam_mini.kernels.scalars import StepScalars
 from megatron_adam_mini.kernels.segments import SegmentTable
-from megatron_adam_mini.partition import IntArray
 
 NAME = "cpu"
 
@@ -54,6 +52,19 @@ class _Blocks(ctypes.Structure):
     )
 
 
+_POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_SIGNATURES: dict[str, tuple[type, ...]] = {
+    "block_sum_sq": (_POINTER, _POINTER, _INT, _POINTER, _INT64, _POINTER, _INT),
+    "norm_partials": (_POINTER, _INT64, _POINTER, _POINTER, _INT64),
+    "block_step_size": (_POINTER, _POINTER, _POINTER, _INT64, _INT),
+    "update": (_POINTER, _POINTER, _INT64, _POINTER, _POINTER, _INT),
+    "update_whole": (_POINTER, _POINTER, _INT64, _POINTER, _POINTER, _INT),
+    "update_elementwise": (
+        _POINTER, _POINTER, _POINTER, _INT64, _POINTER, _POINTER, _INT,
+    ),
+}  # fmt: skip
+
+
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
     """Load the shared library.
@@ -80,6 +91,9 @@ def library() -> ctypes.CDLL:
             f"{found[0]} was built from another version of megatron-adam-mini (ABI "
             f"{loaded.adam_mini_abi()}, needed {_ABI}). Remedy: run pip install again."
         )
+    for name, argtypes in _SIGNATURES.items():
+        function = getattr(loaded, f"adam_mini_{name}")
+        function.argtypes, function.restype = argtypes, None
     return loaded
 
 
@@ -95,33 +109,28 @@ class _Work:
     """Tiles of one table, and where the parts of long segments leave their sums."""
 
     def __init__(self, table: SegmentTable) -> None:
-        self.split = table.tiles(_TILE_NUMEL, split=True)
-        self.whole = table.tiles(_TILE_NUMEL, split=False)
-        self.partials = np.zeros(int(self.split[:, -1].max(initial=-1)) + 1)
+        split = table.tiles(_TILE_NUMEL, split=True)
+        whole = table.tiles(_TILE_NUMEL, split=False)
+        partials = np.zeros(int(split[:, -1].max(initial=-1)) + 1)
+        self._kept = split, whole, partials
+        #: Address and number of the tiles.
+        self.split = split.ctypes.data, len(split)
+        self.whole = whole.ctypes.data, len(whole)
+        self.partials_at = partials.ctypes.data
         self.reach = int(table.end_S.max(initial=0))
         self.entries = int(table.indices.max(initial=-1)) + 1
 
 
-_WORK: WeakKeyDictionary[SegmentTable, _Work] = WeakKeyDictionary()
-
-
-def _work(table: SegmentTable) -> _Work:
-    work = _WORK.get(table)
-    if work is None:
-        work = _WORK[table] = _Work(table)
-    return work
-
-
 def block_sum_sq_(sum_sq_B: Tensor, grad_L: Tensor, segments: SegmentTable) -> None:
     """See ``reference.block_sum_sq_``: squares in float32, added in float32 lanes, then float64."""
-    work = _work(segments)
+    work = segments.derived(_Work)
     library().adam_mini_block_sum_sq(
         _pointer(sum_sq_B, work.entries),
         _pointer(grad_L, work.reach),
-        ctypes.c_int32(_KINDS[grad_L.dtype]),
-        *_tiles(work.split),
-        ctypes.c_void_p(work.partials.ctypes.data),
-        _threads(),
+        _KINDS[grad_L.dtype],
+        *work.split,
+        work.partials_at,
+        torch.get_num_threads(),
     )
 
 
@@ -130,10 +139,10 @@ def norm_partials_(stats_D2: Tensor, sum_sq_B: Tensor, domain_B: Tensor) -> None
     numel = len(sum_sq_B)
     library().adam_mini_norm_partials(
         _pointer(stats_D2, 2 * len(stats_D2)),
-        ctypes.c_int64(len(stats_D2)),
+        len(stats_D2),
         _pointer(sum_sq_B, numel),
         _pointer(domain_B, numel),
-        ctypes.c_int64(numel),
+        numel,
     )
 
 
@@ -154,8 +163,8 @@ def block_step_size_(
         ctypes.byref(blocks),
         ctypes.byref(_scalars(scalars)),
         None if index is None else _pointer(index, len(index)),
-        ctypes.c_int64(numel if index is None else len(index)),
-        _threads(),
+        numel if index is None else len(index),
+        torch.get_num_threads(),
     )
 
 
@@ -172,13 +181,13 @@ def update_(
     stochastic: bool = False,
 ) -> None:
     """See ``reference.update_``."""
-    work = _work(segments)
+    work = segments.derived(_Work)
     library().adam_mini_update(
         ctypes.byref(_slice(param_L, exp_avg_L, weight_L, grad_L, segments, stochastic)),
-        *_tiles(work.split),
+        *work.split,
         ctypes.byref(_blocks(None, step_size_B, None, None, group_B, entries=work.entries)),
         ctypes.byref(_scalars(scalars)),
-        _threads(),
+        torch.get_num_threads(),
     )
 
 
@@ -198,16 +207,16 @@ def update_whole_(
     stochastic: bool = False,
 ) -> None:
     """See ``reference.update_whole_``. One thread does all of a block."""
-    work = _work(segments)
+    work = segments.derived(_Work)
     blocks = _blocks(
         exp_avg_sq_B, step_size_B, sum_sq_B, inv_numel_B, group_B, entries=work.entries
     )
     library().adam_mini_update_whole(
         ctypes.byref(_slice(param_L, exp_avg_L, weight_L, grad_L, segments, stochastic)),
-        *_tiles(work.whole),
+        *work.whole,
         ctypes.byref(blocks),
         ctypes.byref(_scalars(scalars)),
-        _threads(),
+        torch.get_num_threads(),
     )
 
 
@@ -224,26 +233,26 @@ def update_elementwise_(
     stochastic: bool = False,
 ) -> None:
     """See ``reference.update_elementwise_``."""
-    work = _work(ranges)
+    work = ranges.derived(_Work)
     library().adam_mini_update_elementwise(
         ctypes.byref(_slice(param_L, exp_avg_L, weight_L, grad_L, ranges, stochastic)),
         _pointer(exp_avg_sq_E, ranges.numel),
-        *_tiles(work.split),
+        *work.split,
         _pointer(group_B, work.entries),
         ctypes.byref(_scalars(scalars)),
-        _threads(),
+        torch.get_num_threads(),
     )
 
 
-def _pointer(tensor: Tensor, numel: int) -> ctypes.c_void_p:
+def _pointer(tensor: Tensor, numel: int) -> int:
     """Return the address of a tensor that must have at least ``numel`` adjacent elements."""
-    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.numel() < numel:
+    if not tensor.is_cpu or not tensor.is_contiguous() or tensor.numel() < numel:
         raise ValueError(
             f"the C++ kernels got a tensor of shape {tuple(tensor.shape)} and strides "
             f"{tensor.stride()} on {tensor.device}; needed are {numel} adjacent elements on the "
             "CPU. Remedy: backend='auto' or 'triton' for tensors on a GPU."
         )
-    return ctypes.c_void_p(tensor.data_ptr())
+    return tensor.data_ptr()
 
 
 def _slice(
@@ -254,7 +263,7 @@ def _slice(
     segments: SegmentTable,
     stochastic: bool,
 ) -> _Slice:
-    reach = _work(segments).reach
+    reach = segments.derived(_Work).reach
     return _Slice(
         _pointer(param_L, reach),
         _pointer(exp_avg_L, reach),
@@ -292,11 +301,3 @@ def _blocks(
 ) -> _Blocks:
     vectors = (exp_avg_sq, step_size, sum_sq, inv_numel, group)
     return _Blocks(*(None if v is None else _pointer(v, entries) for v in vectors))
-
-
-def _tiles(tiles: IntArray) -> tuple[ctypes.c_void_p, ctypes.c_int64]:
-    return ctypes.c_void_p(tiles.ctypes.data), ctypes.c_int64(len(tiles))
-
-
-def _threads() -> ctypes.c_int:
-    return ctypes.c_int(torch.get_num_threads())

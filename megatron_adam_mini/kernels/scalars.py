@@ -38,26 +38,21 @@ class StepScalars:
     """
 
     def __init__(self, num_groups: int, device: torch.device, *, seed: int = 0) -> None:
-        pinned = device.type == "cuda"
-        self._host = torch.zeros(2 + 3 * num_groups, pin_memory=pinned)
-        self._host_key = torch.zeros((), dtype=torch.int64, pin_memory=pinned)
-        self._device = torch.zeros_like(self._host, device=device)
-        self._numpy: np.ndarray[Any, Any] = self._host.numpy()
+        floats = 3 + 3 * num_groups
+        # One buffer, so one copy: 8 bytes for the key of the noise, then float32.
+        self._host = torch.zeros(
+            1 + -(-floats // 2), dtype=torch.int64, pin_memory=device.type == "cuda"
+        )
+        self._device = self._host if device.type == "cpu" else self._host.to(device)
+        self._host_key = self._host.numpy()[:1]
+        self._host_floats: np.ndarray[Any, Any] = self._host[1:].numpy().view(np.float32)
         self._seed = seed
-        self._copied: Any = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
-        self.grad_scale = torch.ones((), device=device)
-        self.noise_key = torch.zeros((), dtype=torch.int64, device=device)
+        self._copied: Any = torch.cuda.Event() if self._host.is_pinned() else None  # type: ignore[no-untyped-call]
+        self.noise_key = self._device[0]
+        values = self._device[1:].view(torch.float32)[:floats]
+        self.grad_scale, self.bias_corrections = values[0], values[1:3]
+        self.hyper_G3 = values[3:].view(-1, 3)
         self.beta1 = self.beta2 = 0.0
-
-    @property
-    def bias_corrections(self) -> Tensor:
-        """See the class."""
-        return self._device[:2]
-
-    @property
-    def hyper_G3(self) -> Tensor:  # noqa: N802 (shape suffix)
-        """See the class."""
-        return self._device[2:].view(-1, 3)
 
     def fill(
         self,
@@ -71,21 +66,16 @@ class StepScalars:
         if self._copied is not None:
             self._copied.synchronize()  # the step before may not have read its numbers yet
         self.beta1, self.beta2 = betas
-        self._numpy[0] = 1 - self.beta1**step
-        self._numpy[1] = 1 - self.beta2**step
-        for index, group in enumerate(groups):
+        known = 0.0 if isinstance(grad_scale, Tensor) else grad_scale
+        values = [known, 1 - self.beta1**step, 1 - self.beta2**step]
+        for group in groups:
             lr = group["lr"]
-            self._numpy[2 + 3 * index : 5 + 3 * index] = (
-                lr,
-                group["eps"],
-                1.0 - lr * group["weight_decay"],
-            )
-        self._device.copy_(self._host, non_blocking=True)
-        self._host_key.fill_(mix32(mix32(self._seed) + step))
-        self.noise_key.copy_(self._host_key, non_blocking=True)
+            values += (lr, group["eps"], 1.0 - lr * group["weight_decay"])
+        self._host_floats[: len(values)] = values
+        self._host_key[0] = mix32(mix32(self._seed) + step)
+        if self._device is not self._host:
+            self._device.copy_(self._host, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
         if isinstance(grad_scale, Tensor):
             self.grad_scale.copy_(grad_scale)
-        else:
-            self.grad_scale.fill_(grad_scale)

@@ -5,9 +5,11 @@ Imports torch and numpy. Data flow: layout.SliceSegments -> **SegmentTable** -> 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_adam_mini.partition import IntArray
+
+_T = TypeVar("_T")
 
 #: Columns of :meth:`SegmentTable.tiles`.
 TILE_FIELDS = ("start", "length", "count", "index", "packed", "within", "partial")
@@ -77,6 +81,18 @@ class SegmentTable:
             self.origins[chosen_S],
         )
 
+    def derived(self, make: Callable[[SegmentTable], _T]) -> _T:
+        """Return ``make(self)``, made once and kept as long as the table."""
+        kept: dict[Any, Any] = self._derived
+        if make not in kept:
+            kept[make] = make(self)
+        found: _T = kept[make]
+        return found
+
+    @cached_property
+    def _derived(self) -> dict[Any, Any]:
+        return {}
+
     @cached_property
     def indices(self) -> IntArray:
         """``index_S`` with its default."""
@@ -138,6 +154,7 @@ class SegmentTable:
                 parts += len(segment)
             else:
                 rows = max(1, limit // run.length)
+                rows -= rows % 8 if rows > 8 else 0  # the loops take eight rows at once
                 first = np.arange(0, run.count, rows)
                 columns = [
                     run.start + first * run.length,

@@ -253,11 +253,7 @@ class _Plan:
 
 
 def _plan(segments: SegmentTable) -> _Plan:
-    """Return the table's plan, which lives as long as the table (as its cached properties do)."""
-    plan: _Plan | None = vars(segments).get("_triton_plan")
-    if plan is None:
-        plan = vars(segments)["_triton_plan"] = _Plan(segments)
-    return plan
+    return segments.derived(_Plan)
 
 
 def _sum(plan: _Plan, vec: int, sum_sq_B: Tensor, grad_L: Tensor) -> None:

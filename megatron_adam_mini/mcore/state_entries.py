@@ -130,10 +130,10 @@ def unshared(data: Tensor) -> Tensor:
 def elementwise_v(optimizer: AdamMiniOptimizer, piece: Piece) -> Tensor:
     """Return the view of v of a piece that keeps one per element (else an empty one)."""
     if not piece.ranges.stop:
-        return optimizer.engine.exp_avg_sq_E[:0]
+        return piece.bucket.exp_avg_sq_E[:0]
     lengths = piece.bucket.part.end_R - piece.bucket.part.start_R
-    begin = piece.bucket.elements_at.start + int(lengths[: piece.ranges.start].sum())
-    return optimizer.engine.exp_avg_sq_E[begin : begin + piece.end - piece.begin]
+    begin = int(lengths[: piece.ranges.start].sum())
+    return piece.bucket.exp_avg_sq_E[begin : begin + piece.end - piece.begin]
 
 
 def _segments(optimizer: AdamMiniOptimizer, piece: Piece) -> tuple[Tensor, Tensor, Tensor, int]:
