@@ -243,19 +243,20 @@ extern "C" float read_one(const float* g, int64_t n) {
   return total;
 }
 extern "C" void read_three_write_two(const float* g, float* m, float* p, int64_t n) {
-  for (int64_t at = 0; at < n; at += 256) {
-    for (int64_t k = 0; k < 256; k += 16) {
-      __builtin_prefetch(g + at + 256 + k, 0);
-      __builtin_prefetch(m + at + 256 + k, 1);
-      __builtin_prefetch(p + at + 256 + k, 1);
+  int64_t half = n / 128 * 64;  // two streams, as the kernel has; n is a multiple of 128
+  for (int64_t at = 0; at < half; at += 64)
+    for (int64_t s = at; s < n; s += half) {
+      for (int64_t k = 256; k < 320; k += 16) {
+        __builtin_prefetch(g + s + k, 0);
+        __builtin_prefetch(m + s + k, 1);
+        __builtin_prefetch(p + s + k, 1);
+      }
+      for (int64_t i = s; i < s + 64; ++i) {
+        float x = m[i] + g[i];
+        m[i] = x;
+        p[i] = p[i] + x;
+      }
     }
-    int64_t end = at + 256 < n ? at + 256 : n;
-    for (int64_t i = at; i < end; ++i) {
-      float x = m[i] + g[i];
-      m[i] = x;
-      p[i] = p[i] + x;
-    }
-  }
 }
 """
 

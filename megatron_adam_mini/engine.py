@@ -244,11 +244,13 @@ class Engine:
         inv_numel = 1.0 / joined("block_numel_S", np.int64).astype(np.float64)
         self._inv_numel_B = torch.from_numpy(inv_numel.astype(np.float32)).to(device)
 
-        self._cut_index = torch.from_numpy(np.flatnonzero(is_cut)).to(device)
-        # Without cut blocks: all, so that nothing is looked up.
-        self._whole_index = (
-            torch.from_numpy(np.flatnonzero(~is_cut)).to(device) if is_cut.any() else None
-        )
+        # Segments whose blocks are cut, and the others; None: no segments, and all of them.
+        self._cut_index: Tensor | None = None
+        self._whole_index: Tensor | None = None
+        if is_cut.any():
+            self._cut_index, self._whole_index = (
+                torch.from_numpy(np.flatnonzero(chosen)).to(device) for chosen in (is_cut, ~is_cut)
+            )
 
         owner = np.concatenate([joined("parameter_S", np.int64), joined("parameter_R", np.int64)])
         groups = np.asarray(group_of_parameter, dtype=np.int32)
@@ -354,7 +356,7 @@ class Engine:
                     stochastic=self.config.stochastic_rounding,
                 )
         self._finish_reductions()
-        if len(self._cut_index):
+        if self._cut_index is not None:
             self._block_step_size(self._cut_index)
             for bucket in self.buckets:
                 self._update_segments(bucket, bucket.cut)
