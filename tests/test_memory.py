@@ -20,8 +20,9 @@ from megatron_adam_mini.engine import Domain, Engine
 from megatron_adam_mini.planning.buckets import plan_stage, stage_blocks
 from megatron_adam_mini.planning.flags import vars_of
 from megatron_adam_mini.planning.memory import FORMATS, KINDS, Planner, Sharing, largest_rank
-from megatron_adam_mini.planning.models import MODELS, Model, stage_parameters
+from megatron_adam_mini.planning.models import MODELS, Model
 from megatron_adam_mini.planning.parallel import Parallel, stage_layers
+from megatron_adam_mini.planning.stages import stage_parameters
 from tests.megatron_job import Job, Trainer
 from tests.ranks import run_ranks
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.layout import BucketLayout, Placement
 from megatron_adam_mini.partition import ParameterBlocks, partition_parameter
-from megatron_adam_mini.planning.models import EMBEDDING, Model, stage_parameters
+from megatron_adam_mini.planning.models import Model
 from megatron_adam_mini.planning.parallel import Parallel
+from megatron_adam_mini.planning.stages import EMBEDDING, stage_parameters
 
 #: Elements to which a parameter's start is aligned.
 _ALIGNMENT = 64

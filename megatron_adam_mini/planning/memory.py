@@ -21,8 +21,9 @@ from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.layout import BucketLayout, slice_size
 from megatron_adam_mini.partition import IntArray, ParameterBlocks, unmatched_patterns
 from megatron_adam_mini.planning.buckets import plan_stage, stage_blocks
-from megatron_adam_mini.planning.models import Model, stage_parameters
+from megatron_adam_mini.planning.models import Model
 from megatron_adam_mini.planning.parallel import Parallel, stage_layers
+from megatron_adam_mini.planning.stages import stage_parameters
 
 KINDS = ("weights", "gradients", "main_param", "exp_avg", "exp_avg_sq")
 _WEIGHT_BYTES = 2  # bf16 or fp16
