@@ -201,21 +201,11 @@ class Engine:
             self.reductions.append((reduction, self._sum_sq_B[begin:end]))
             begin = end
 
-        names = np.asarray(
-            [zlib.crc32(blocks.info.name.encode()) for blocks in parameters], dtype=np.int64
-        )
         self.buckets: list[_BucketStep] = []
         segment, in_ranges, elements = 0, self.num_blocks, 0
         for domain, domain_parts in zip(domains, parts, strict=True):
-            members = zip(domain.buckets, domain.slices, domain_parts, strict=True)
-            for layout, source, part in members:
-                segments, ranges = (
-                    self._table(domain, layout, names, *bounds)
-                    for bounds in (
-                        (part.start_S, part.end_S, part.parameter_S, segment),
-                        (part.start_R, part.end_R, part.parameter_R, in_ranges),
-                    )
-                )
+            for source, part in zip(domain.slices, domain_parts, strict=True):
+                segments = self._table(part.start_S, part.end_S, segment)
                 blocks_at = slice(segment, segment + part.num_segments)
                 cut = is_cut[blocks_at]
                 bucket = _BucketStep(
@@ -228,7 +218,7 @@ class Engine:
                     segments=segments,
                     whole=segments.subset(~cut) if cut.any() else segments,
                     cut=segments.subset(cut),
-                    ranges=ranges,
+                    ranges=self._table(part.start_R, part.end_R, in_ranges),
                     blocks_at=blocks_at,
                     exp_avg_sq_E=self.exp_avg_sq_E[elements : elements + part.num_elementwise],
                 )
@@ -256,30 +246,40 @@ class Engine:
         groups = np.asarray(group_of_parameter, dtype=np.int32)
         self._group_B = torch.from_numpy(groups[owner]).to(device)
         self._group_S = self._group_B[: self.num_blocks]
+        self._origin_B = self._number_elements() if config.stochastic_rounding else None
         self._norm_domain_B = torch.from_numpy(self._plan_norm(owner)).to(device)
         self._norm_stats = torch.zeros(len(domains), 2, dtype=torch.float64, device=device)
         several = len(domains) > 1
         self._norm_total = torch.zeros_like(self._norm_stats[0]) if several else self._norm_stats[0]
         self._scalars = StepScalars(len(param_groups), device)
 
-    def _table(
-        self,
-        domain: Domain,
-        layout: BucketLayout,
-        names: IntArray,
-        starts: IntArray,
-        ends: IntArray,
-        owners: IntArray,
-        at: int,
-    ) -> SegmentTable:
+    def _table(self, starts: IntArray, ends: IntArray, at: int) -> SegmentTable:
         """Return the table of segments, or of element ranges, whose entries begin at ``at``."""
-        numbers = None
-        if self.config.stochastic_rounding:
-            numbers = names[owners] + element_numbers(
-                layout, self.parameters, domain.dp_rank, starts, owners
-            )
-        index = np.arange(at, at + len(starts), dtype=np.int64)
-        return SegmentTable(starts, ends, self.device, index, numbers)
+        return SegmentTable(starts, ends, self.device, np.arange(at, at + len(starts)))
+
+    def _number_elements(self) -> Tensor:
+        """Return the number of the first element of each segment and range, int32 bits.
+
+        It follows from the parameter's name and the place in it, not from the rank, so replicas
+        round alike.
+        """
+        names = np.asarray([zlib.crc32(p.info.name.encode()) for p in self.parameters])
+        buckets = iter(self.buckets)
+        segments, ranges = [], []
+        for domain in self.domains:
+            for layout, bucket in zip(domain.buckets, buckets, strict=False):
+                part = bucket.part
+                for found, starts, owners in (
+                    (segments, part.start_S, part.parameter_S),
+                    (ranges, part.start_R, part.parameter_R),
+                ):
+                    numbers = element_numbers(
+                        layout, self.parameters, domain.dp_rank, starts, owners
+                    )
+                    found.append(names[owners] + numbers)
+        numbers_B = np.concatenate([np.empty(0, dtype=np.int64), *segments, *ranges])
+        bits = (numbers_B & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
+        return torch.from_numpy(bits).to(self.device)
 
     def collect(self) -> Tensor:
         """Read every gradient once, and sum up what the step needs to know of all of them.
@@ -353,7 +353,7 @@ class Engine:
                     bucket.ranges,
                     group_B=self._group_B,
                     scalars=self._scalars,
-                    stochastic=self.config.stochastic_rounding,
+                    origin_B=self._origin_B,
                 )
         self._finish_reductions()
         if self._cut_index is not None:
@@ -385,7 +385,7 @@ class Engine:
                 step_size_B=self._step_size_B,
                 group_B=self._group_B,
                 scalars=self._scalars,
-                stochastic=self.config.stochastic_rounding,
+                origin_B=self._origin_B,
             )
 
     def _update_whole(self, bucket: _BucketStep) -> None:
@@ -399,7 +399,7 @@ class Engine:
                 inv_numel_B=self._inv_numel_B,
                 group_B=self._group_B,
                 scalars=self._scalars,
-                stochastic=self.config.stochastic_rounding,
+                origin_B=self._origin_B,
             )
 
     def _start_reductions(self) -> None:

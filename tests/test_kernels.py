@@ -16,7 +16,7 @@ import torch
 from megatron_adam_mini import rounding
 from megatron_adam_mini.config import BACKENDS
 from megatron_adam_mini.kernels import SegmentTable, StepScalars, cpu, reference, select_backend
-from megatron_adam_mini.kernels.segments import TILE_FIELDS
+from megatron_adam_mini.kernels.cpu_tiles import TILE_FIELDS, tiles
 
 CPU = torch.device("cpu")
 
@@ -82,6 +82,14 @@ class Layout:
         return 2 + segment
 
     @property
+    def origins(self) -> torch.Tensor:
+        """Numbers of the segments' first elements, of which 32 bits count; elsewhere nonsense."""
+        found = torch.full((self.entries,), -1, dtype=torch.int64)
+        for segment, (low, _) in enumerate(self.bounds):
+            found[self.entry(segment)] = 7 * low + 0xFFFFFF00
+        return found.to(torch.int32)
+
+    @property
     def outside(self) -> torch.Tensor:
         mask = torch.ones(self.numel, dtype=torch.bool)
         for low, high in self.bounds:
@@ -104,7 +112,7 @@ def layout_of(name: str) -> Layout:
     starts = np.asarray([b[0] for b in bounds], dtype=np.int64)
     ends = np.asarray([b[1] for b in bounds], dtype=np.int64)
     index = np.arange(2, 2 + len(bounds), dtype=np.int64)
-    return Layout(bounds, at + tail, SegmentTable(starts, ends, CPU, index, starts * 7 + 11))
+    return Layout(bounds, at + tail, SegmentTable(starts, ends, CPU, index))
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -371,11 +379,11 @@ def test_update(kernels, small_layout, storage):
 @pytest.mark.parametrize("storage", STORAGE)
 def test_update_equals_the_reference_bit_for_bit(layout, storage):
     """Given equal step sizes nothing is reordered, so that backends and layouts cannot differ."""
-    stochastic = storage.startswith("bf16 m")
+    origins = layout.origins if storage.startswith("bf16 m") else None
     mine = Tensors.make(storage, layout.numel, layout.outside)
     theirs = mine.clone()
-    update(cpu, mine, layout, scalars_of(), stochastic=stochastic)
-    update(reference, theirs, layout, scalars_of(), stochastic=stochastic)
+    update(cpu, mine, layout, scalars_of(), origin_B=origins)
+    update(reference, theirs, layout, scalars_of(), origin_B=origins)
     for left, right in zip(mine.written(), theirs.written(), strict=True):
         assert torch.equal(bits(left), bits(right))
 
@@ -411,7 +419,8 @@ def test_stochastic_rounding_is_unbiased_and_another_one_in_each_step(kernels):
         tensors.exp_avg.fill_(1.0)
         # m = 0.9 + 0.1 (1 + 0.01) = 1.001: an eighth of the way to the next bfloat16, 1.0078125.
         tensors.grad.fill_(1.01)
-        update(kernels, tensors, layout, scalars_of(step=step, grad_scale=1.0), stochastic=True)
+        scalars = scalars_of(step=step, grad_scale=1.0)
+        update(kernels, tensors, layout, scalars, origin_B=layout.origins)
         assert set(tensors.exp_avg.tolist()) == {1.0, 1.0078125}
         means.append(float(tensors.exp_avg.double().mean()))
         patterns.append(tensors.exp_avg > 1)
@@ -426,7 +435,7 @@ def test_stochastic_rounding_is_unbiased_and_another_one_in_each_step(kernels):
 
 @pytest.mark.parametrize("storage", STORAGE)
 def test_update_whole_equals_the_kernels_that_it_joins(kernels, layout, storage):
-    stochastic, scalars = storage.startswith("bf16 m"), scalars_of()
+    origins, scalars = layout.origins if storage.startswith("bf16 m") else None, scalars_of()
     together = Tensors.make(storage, layout.numel, layout.outside)
     apart = together.clone()
     v, group = positive(layout.entries, 5), groups_of(layout.entries)
@@ -441,7 +450,7 @@ def test_update_whole_equals_the_kernels_that_it_joins(kernels, layout, storage)
         inv_numel_B=inv_numel,
         group_B=group,
         scalars=scalars,
-        stochastic=stochastic,
+        origin_B=origins,
     )
     kernels.block_sum_sq_(sums, apart.grad, layout.table)
     kernels.block_step_size_(
@@ -459,7 +468,7 @@ def test_update_whole_equals_the_kernels_that_it_joins(kernels, layout, storage)
         step_size_B=steps,
         group_B=group,
         scalars=scalars,
-        stochastic=stochastic,
+        origin_B=origins,
     )
     # Long segments are added up in another order here than there.
     for left, right in zip(mine, (v, steps, sums), strict=True):
@@ -525,10 +534,9 @@ def test_update_elementwise_equals_torch_adamw(kernels, small_layout):
 def test_update_elementwise_equals_blocks_of_one_element(kernels, storage):
     """The limit that ties both kernels together."""
     numel, scalars = 24, scalars_of()
-    one_each = SegmentTable(
-        np.arange(numel), np.arange(1, numel + 1), CPU, origin_S=np.arange(numel) + 9
-    )
-    together = SegmentTable(np.asarray([0]), np.asarray([numel]), CPU, origin_S=np.asarray([9]))
+    one_each = SegmentTable(np.arange(numel), np.arange(1, numel + 1), CPU)
+    together = SegmentTable(np.asarray([0]), np.asarray([numel]), CPU)
+    origins = torch.arange(9, numel + 9, dtype=torch.int32)
     left = Tensors.make(storage, numel, torch.zeros(numel, dtype=torch.bool))
     right, stochastic = left.clone(), storage.startswith("bf16 m")
     sums, steps, group = torch.empty(numel), torch.empty(numel), torch.zeros(numel).int()
@@ -538,7 +546,12 @@ def test_update_elementwise_equals_blocks_of_one_element(kernels, storage):
         v_left, steps, sums, inv_numel_B=torch.ones(numel), group_B=group, scalars=scalars
     )
     kernels.update_(
-        *left, one_each, step_size_B=steps, group_B=group, scalars=scalars, stochastic=stochastic
+        *left,
+        one_each,
+        step_size_B=steps,
+        group_B=group,
+        scalars=scalars,
+        origin_B=origins if stochastic else None,
     )
     kernels.update_elementwise_(
         right.param,
@@ -549,7 +562,7 @@ def test_update_elementwise_equals_blocks_of_one_element(kernels, storage):
         together,
         group_B=group,
         scalars=scalars,
-        stochastic=stochastic,
+        origin_B=origins[:1] if stochastic else None,
     )
     torch.testing.assert_close(v_left, v_right, rtol=SCALAR_RTOL, atol=0)
     assert torch.equal(bits(left.exp_avg), bits(right.exp_avg))
@@ -603,7 +616,8 @@ def test_instruction_sets_and_threads_change_no_bit(storage):
             tensors = Tensors.make(storage, layout.numel, layout.outside)
             sums = torch.zeros(layout.entries)
             cpu.block_sum_sq_(sums, tensors.grad, layout.table)
-            update(cpu, tensors, layout, scalars_of(), stochastic=storage.startswith("bf16 m"))
+            origins = layout.origins if storage.startswith("bf16 m") else None
+            update(cpu, tensors, layout, scalars_of(), origin_B=origins)
             found.append([bits(tensor) for tensor in (sums, *tensors.written())])
     finally:
         cpu.library().adam_mini_limit_level(9)
@@ -717,7 +731,7 @@ def test_runs_are_as_long_as_possible():
 @pytest.mark.parametrize("limit", [1, 7, 64, 1000])
 def test_tiles_cover_every_element_once(small_layout, limit, split):
     table, covered, packed, parts = small_layout.table, [], 0, []
-    for row in table.tiles(limit, split=split):
+    for row in tiles(table, limit, split=split):
         tile = dict(zip(TILE_FIELDS, row.tolist(), strict=True))
         assert tile["packed"] == packed
         for k in range(tile["count"]):

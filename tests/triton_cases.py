@@ -68,13 +68,15 @@ class Case:
         end_S = np.cumsum([gap + length for gap, length in pieces], dtype=np.int64)
         start_S = end_S - np.asarray([length for _, length in pieces], dtype=np.int64)
         numel = int(end_S.max(initial=0)) + tail
-        origin_S = (start_S * 3 + 0xFFFFFF00) if subset else None
         index_S = np.arange(len(start_S)) + 2 if subset else None
-        self.table = SegmentTable(start_S, end_S, CPU, index_S, origin_S)
+        self.table = SegmentTable(start_S, end_S, CPU, index_S)
         if subset:
             self.table = self.table.subset(np.arange(len(start_S)) % 2 == 0)
         self.entries = len(start_S) + 4
-        moment_dtype, self.stochastic = moment
+        moment_dtype, stochastic = moment
+        # Some of them pass the end of 32 bits.
+        numbers = torch.arange(self.entries) * 1000 + (0xFFFFFF00 if subset else 0)
+        self.origins = numbers.to(torch.int32) if stochastic else None
         param_dtype, weight_dtype = storage
         shift = 1 if unaligned else 0
 
@@ -135,7 +137,7 @@ def update(case, backend):
     backend.update_(
         case.param, case.exp_avg, case.weight, case.grad, case.table,
         step_size_B=case.step_size, group_B=case.group, scalars=case.scalars,
-        stochastic=case.stochastic,
+        origin_B=case.origins,
     )  # fmt: skip
 
 
@@ -144,12 +146,12 @@ def update_whole(case, backend):
         case.param, case.exp_avg, case.weight, case.grad, case.table,
         exp_avg_sq_B=case.exp_avg_sq, step_size_B=case.step_size, sum_sq_B=case.sum_sq,
         inv_numel_B=case.inv_numel, group_B=case.group, scalars=case.scalars,
-        stochastic=case.stochastic,
+        origin_B=case.origins,
     )  # fmt: skip
 
 
 def update_elementwise(case, backend):
     backend.update_elementwise_(
         case.param, case.exp_avg, case.exp_avg_sq_E, case.weight, case.grad, case.table,
-        group_B=case.group, scalars=case.scalars, stochastic=case.stochastic,
+        group_B=case.group, scalars=case.scalars, origin_B=case.origins,
     )  # fmt: skip

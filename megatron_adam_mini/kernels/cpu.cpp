@@ -15,7 +15,7 @@
 
 namespace {
 
-// A piece of work, see SegmentTable.tiles.
+// A piece of work, see cpu_tiles.py.
 struct Tile {
   int64_t start, length, count, index, packed, within, partial;
 };
@@ -27,7 +27,7 @@ struct Slice {
   void* weight;
   const void* grad;
   int32_t param_kind, exp_avg_kind, weight_kind, grad_kind;
-  const int64_t* origin;  // null: round m to the nearest
+  const int32_t* origin;  // null: round m to the nearest
 };
 
 // The numbers of one step, see StepScalars.
@@ -57,6 +57,7 @@ inline bool is_finite(float value) {
 }  // namespace
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 #define ALWAYS_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace baseline {
@@ -117,7 +118,7 @@ int level = best_level();
 extern "C" {
 
 // Changes with every signature, so that a stale library is noticed.
-EXPORT int adam_mini_abi() { return 1; }
+EXPORT int adam_mini_abi() { return 2; }
 
 EXPORT int adam_mini_level() { return level; }
 

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_adam_mini.kernels.cpu_tiles import tiles
 from megatron_adam_mini.kernels.scalars import StepScalars
 from megatron_adam_mini.kernels.segments import SegmentTable
 
 NAME = "cpu"
 
 #: What cpu.cpp's adam_mini_abi returns.
-_ABI = 1
+_ABI = 2
 
 #: Elements of one piece of work: enough to hide its overhead, few enough to share among threads.
 _TILE_NUMEL = 65536
@@ -109,8 +110,8 @@ class _Work:
     """Tiles of one table, and where the parts of long segments leave their sums."""
 
     def __init__(self, table: SegmentTable) -> None:
-        split = table.tiles(_TILE_NUMEL, split=True)
-        whole = table.tiles(_TILE_NUMEL, split=False)
+        split = tiles(table, _TILE_NUMEL, split=True)
+        whole = tiles(table, _TILE_NUMEL, split=False)
         partials = np.zeros(int(split[:, -1].max(initial=-1)) + 1)
         self._kept = split, whole, partials
         #: Address and number of the tiles.
@@ -178,12 +179,12 @@ def update_(
     step_size_B: Tensor,
     group_B: Tensor,
     scalars: StepScalars,
-    stochastic: bool = False,
+    origin_B: Tensor | None = None,
 ) -> None:
     """See ``reference.update_``."""
     work = segments.derived(_Work)
     library().adam_mini_update(
-        ctypes.byref(_slice(param_L, exp_avg_L, weight_L, grad_L, segments, stochastic)),
+        ctypes.byref(_slice(param_L, exp_avg_L, weight_L, grad_L, segments, origin_B)),
         *work.split,
         ctypes.byref(_blocks(None, step_size_B, None, None, group_B, entries=work.entries)),
         ctypes.byref(_scalars(scalars)),
@@ -204,7 +205,7 @@ def update_whole_(
     inv_numel_B: Tensor,
     group_B: Tensor,
     scalars: StepScalars,
-    stochastic: bool = False,
+    origin_B: Tensor | None = None,
 ) -> None:
     """See ``reference.update_whole_``. One thread does all of a block."""
     work = segments.derived(_Work)
@@ -212,7 +213,7 @@ def update_whole_(
         exp_avg_sq_B, step_size_B, sum_sq_B, inv_numel_B, group_B, entries=work.entries
     )
     library().adam_mini_update_whole(
-        ctypes.byref(_slice(param_L, exp_avg_L, weight_L, grad_L, segments, stochastic)),
+        ctypes.byref(_slice(param_L, exp_avg_L, weight_L, grad_L, segments, origin_B)),
         *work.whole,
         ctypes.byref(blocks),
         ctypes.byref(_scalars(scalars)),
@@ -230,12 +231,12 @@ def update_elementwise_(
     *,
     group_B: Tensor,
     scalars: StepScalars,
-    stochastic: bool = False,
+    origin_B: Tensor | None = None,
 ) -> None:
     """See ``reference.update_elementwise_``."""
     work = ranges.derived(_Work)
     library().adam_mini_update_elementwise(
-        ctypes.byref(_slice(param_L, exp_avg_L, weight_L, grad_L, ranges, stochastic)),
+        ctypes.byref(_slice(param_L, exp_avg_L, weight_L, grad_L, ranges, origin_B)),
         _pointer(exp_avg_sq_E, ranges.numel),
         *work.split,
         _pointer(group_B, work.entries),
@@ -261,9 +262,10 @@ def _slice(
     weight_L: Tensor | None,
     grad_L: Tensor,
     segments: SegmentTable,
-    stochastic: bool,
+    origin_B: Tensor | None,
 ) -> _Slice:
-    reach = segments.derived(_Work).reach
+    work = segments.derived(_Work)
+    reach = work.reach
     return _Slice(
         _pointer(param_L, reach),
         _pointer(exp_avg_L, reach),
@@ -273,7 +275,7 @@ def _slice(
         _KINDS[exp_avg_L.dtype],
         -1 if weight_L is None else _KINDS[weight_L.dtype],
         _KINDS[grad_L.dtype],
-        segments.origin_tensor.data_ptr() if stochastic else None,
+        None if origin_B is None else _pointer(origin_B, work.entries),
     )
 
 

@@ -109,7 +109,7 @@ def update_(
     step_size_B: Tensor,
     group_B: Tensor,
     scalars: StepScalars,
-    stochastic: bool = False,
+    origin_B: Tensor | None = None,
 ) -> None:
     """Update the elements of all segments.
 
@@ -126,7 +126,9 @@ def update_(
         step_size_B: float32.
         group_B: int32, parameter group of each segment.
         scalars: numbers of this step.
-        stochastic: round a bfloat16 m stochastically instead of to the nearest.
+        origin_B: ``None``: a bfloat16 m is rounded to the nearest. Otherwise stochastically; int32,
+            whose bits are the number of each segment's first element. Noise depends on an element's
+            number, counted on from there, and on the step.
     """
     if not scalars.grad_scale.isfinite():
         return
@@ -136,7 +138,7 @@ def update_(
         m = _advanced_m(exp_avg_L, grad_L, *rows, scalars)
         p = _main_param(param_L, weight_L, *rows)
         p = p * decay_B[run.segments, None] - m * step_size_B[run.segments, None]
-        noise = _noise(segments, run, scalars) if stochastic else None
+        noise = None if origin_B is None else _noise(origin_B, run, scalars)
         _store(param_L, exp_avg_L, weight_L, p, m, run.window, noise)
 
 
@@ -153,7 +155,7 @@ def update_whole_(
     inv_numel_B: Tensor,
     group_B: Tensor,
     scalars: StepScalars,
-    stochastic: bool = False,
+    origin_B: Tensor | None = None,
 ) -> None:
     """Do all of a step for segments that are whole blocks, in one pass over memory.
 
@@ -185,7 +187,7 @@ def update_whole_(
         step_size_B=step_size_B,
         group_B=group_B,
         scalars=scalars,
-        stochastic=stochastic,
+        origin_B=origin_B,
     )
 
 
@@ -199,7 +201,7 @@ def update_elementwise_(
     *,
     group_B: Tensor,
     scalars: StepScalars,
-    stochastic: bool = False,
+    origin_B: Tensor | None = None,
 ) -> None:
     """Update the elements that keep a second moment of their own: AdamW.
 
@@ -213,7 +215,7 @@ def update_elementwise_(
         ranges: R element ranges.
         group_B: int32, parameter group of each range, at ``ranges.indices``.
         scalars: numbers of this step.
-        stochastic: round a bfloat16 m stochastically instead of to the nearest.
+        origin_B: as for :func:`update_`.
     """
     if not scalars.grad_scale.isfinite():
         return
@@ -230,7 +232,7 @@ def update_elementwise_(
         m = _advanced_m(exp_avg_L, grad_L, *rows, scalars)
         step = m * (lr / correction1) / ((v / correction2).sqrt() + eps)
         p = _main_param(param_L, weight_L, *rows) * decay - step
-        noise = _noise(ranges, run, scalars) if stochastic else None
+        noise = None if origin_B is None else _noise(origin_B, run, scalars)
         _store(param_L, exp_avg_L, weight_L, p, m, run.window, noise)
 
 
@@ -271,6 +273,6 @@ def _store(
         weight_L[window], param_L[window] = split(p.view(-1))
 
 
-def _noise(segments: SegmentTable, run: Run, scalars: StepScalars) -> Tensor:
-    first = segments.origin_tensor[run.segments, None]
+def _noise(origin_B: Tensor, run: Run, scalars: StepScalars) -> Tensor:
+    first = origin_B[run.segments, None].long()
     return noise16(first + torch.arange(run.length, device=first.device), scalars.noise_key)

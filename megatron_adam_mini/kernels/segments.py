@@ -14,14 +14,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from megatron_adam_mini.partition import IntArray
 
 _T = TypeVar("_T")
-
-#: Columns of :meth:`SegmentTable.tiles`.
-TILE_FIELDS = ("start", "length", "count", "index", "packed", "within", "partial")
 
 
 @dataclass(frozen=True)
@@ -57,15 +53,12 @@ class SegmentTable:
         device: where kernels that read the table as tensors want it.
         index_S: where each segment has its entry in vectors with one entry per segment;
             default: its place in this table.
-        origin_S: number of each segment's first element for stochastic rounding, 32 bits used;
-            elements of one segment are numbered on from it. Default: its offset in the slice.
     """
 
     start_S: IntArray  # noqa: N815 (shape suffix)
     end_S: IntArray  # noqa: N815
     device: torch.device
     index_S: IntArray | None = None  # noqa: N815
-    origin_S: IntArray | None = None  # noqa: N815
 
     def __len__(self) -> int:
         """Return the number of segments."""
@@ -78,7 +71,6 @@ class SegmentTable:
             self.end_S[chosen_S],
             self.device,
             self.indices[chosen_S],
-            self.origins[chosen_S],
         )
 
     def derived(self, make: Callable[[SegmentTable], _T]) -> _T:
@@ -99,11 +91,6 @@ class SegmentTable:
         return np.arange(len(self), dtype=np.int64) if self.index_S is None else self.index_S
 
     @cached_property
-    def origins(self) -> IntArray:
-        """``origin_S`` with its default, in ``[0, 2**32)``."""
-        return (self.start_S if self.origin_S is None else self.origin_S) & 0xFFFFFFFF
-
-    @cached_property
     def numel(self) -> int:
         """Elements of all segments."""
         return int((self.end_S - self.start_S).sum())
@@ -122,57 +109,3 @@ class SegmentTable:
             Run(int(self.indices[a]), int(b - a), int(self.start_S[a]), int(length[a]))
             for a, b in pairwise(first)
         )
-
-    def tiles(self, limit: int, *, split: bool) -> IntArray:
-        """Cut the runs into pieces of work of at most about ``limit`` elements.
-
-        A tile is either ``count`` whole segments of ``length`` elements each, or (``split``, and
-        only if the segment is longer than ``limit``) a part of one segment.
-
-        Returns:
-            int64, shape ``(T, 7)``, columns :data:`TILE_FIELDS`: ``start`` in the slice,
-            ``length``, ``count``, ``index`` of the first segment's entry, ``packed`` elements of
-            the table before the tile, ``within`` elements of the segment before the tile, and
-            ``partial``: -1 for whole segments, else the number of the part among all parts.
-        """
-        tiles: list[IntArray] = [np.empty((0, len(TILE_FIELDS)), dtype=np.int64)]
-        packed = parts = 0
-        for run in self.runs:
-            if split and run.length > limit:
-                per_segment = -(-run.length // limit)
-                segment = np.repeat(np.arange(run.count), per_segment)
-                within = np.tile(np.arange(per_segment) * limit, run.count)
-                columns = [
-                    run.start + segment * run.length + within,
-                    np.minimum(run.length - within, limit),
-                    np.ones_like(segment),
-                    run.first + segment,
-                    packed + segment * run.length + within,
-                    within,
-                    parts + np.arange(len(segment)),
-                ]
-                parts += len(segment)
-            else:
-                rows = max(1, limit // run.length)
-                rows -= rows % 8 if rows > 8 else 0  # the loops take eight rows at once
-                first = np.arange(0, run.count, rows)
-                columns = [
-                    run.start + first * run.length,
-                    np.full_like(first, run.length),
-                    np.minimum(run.count - first, rows),
-                    run.first + first,
-                    packed + first * run.length,
-                    np.zeros_like(first),
-                    np.full_like(first, -1),
-                ]
-            tiles.append(np.stack(columns, axis=1).astype(np.int64))
-            packed += run.count * run.length
-        return np.ascontiguousarray(np.concatenate(tiles))
-
-    @cached_property
-    def origin_tensor(self) -> Tensor:
-        """``origins`` by entry in the vectors, int64 on the device; 0 where there is none."""
-        size = int(self.indices.max(initial=-1)) + 1
-        found = np.zeros(size, dtype=np.int64)
-        found[self.indices] = self.origins
-        return torch.from_numpy(found).to(self.device)

@@ -121,7 +121,7 @@ def update_(
     step_size_B: Tensor,
     group_B: Tensor,
     scalars: StepScalars,
-    stochastic: bool = False,
+    origin_B: Tensor | None = None,
 ) -> None:
     """Update the elements of all segments; see ``reference.update_``."""
     if not len(segments):
@@ -129,7 +129,7 @@ def update_(
     with _on(grad_L):
         _update(
             _plan(segments), (param_L, exp_avg_L, weight_L, grad_L), step_size_B, group_B,
-            scalars, stochastic,
+            scalars, origin_B,
         )  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def update_whole_(
     inv_numel_B: Tensor,
     group_B: Tensor,
     scalars: StepScalars,
-    stochastic: bool = False,
+    origin_B: Tensor | None = None,
 ) -> None:
     """Do all of a step for segments that are whole blocks; see ``reference.update_whole_``.
 
@@ -165,9 +165,9 @@ def update_whole_(
             _launch(
                 triton_kernels.update_rows_kernel, len(tiles),
                 *map(_bits, streams), tiles, sum_sq_B, *per_block, *per_step,
-                segments.origin_tensor if stochastic else None, scalars.noise_key, *decays,
+                origin_B, scalars.noise_key, *decays,
                 VEC=kind.vec, COLUMNS=kind.columns, ROWS=kind.rows,
-                ONCE=kind.columns < TILE_NUMEL, STOCHASTIC=stochastic,
+                ONCE=kind.columns < TILE_NUMEL, STOCHASTIC=origin_B is not None,
             )  # fmt: skip
         _sum(plan.long, vec, sum_sq_B, grad_L)
         owners, partials = plan.long.parts(vec)
@@ -175,7 +175,7 @@ def update_whole_(
             triton_kernels.combine_kernel, len(owners),
             sum_sq_B, partials, owners, *per_block, *per_step, *decays[2:], BLOCK=PARTS,
         )  # fmt: skip
-        _update(plan.long, streams, step_size_B, group_B, scalars, stochastic)
+        _update(plan.long, streams, step_size_B, group_B, scalars, origin_B)
 
 
 def update_elementwise_(
@@ -188,7 +188,7 @@ def update_elementwise_(
     *,
     group_B: Tensor,
     scalars: StepScalars,
-    stochastic: bool = False,
+    origin_B: Tensor | None = None,
 ) -> None:
     """Update the elements that keep their own second moment; see the reference."""
     if not len(ranges):
@@ -200,8 +200,8 @@ def update_elementwise_(
                 triton_kernels.update_elementwise_kernel, len(table),
                 *map(_bits, streams), table, group_B,
                 scalars.hyper_G3, scalars.bias_corrections, scalars.grad_scale,
-                ranges.origin_tensor if stochastic else None, scalars.noise_key,
-                *_decays(scalars), VEC=vec, TILE=TILE_NUMEL, STOCHASTIC=stochastic,
+                origin_B, scalars.noise_key,
+                *_decays(scalars), VEC=vec, TILE=TILE_NUMEL, STOCHASTIC=origin_B is not None,
             )  # fmt: skip
 
 
@@ -273,7 +273,7 @@ def _update(
     step_size_B: Tensor,
     group_B: Tensor,
     scalars: StepScalars,
-    stochastic: bool,
+    origin_B: Tensor | None,
 ) -> None:
     """Update all segments."""
     for vec, tiles in plan.windows(_vec(*streams)):
@@ -281,8 +281,8 @@ def _update(
             triton_kernels.update_kernel, len(tiles),
             *map(_bits, streams), tiles, step_size_B, group_B,
             scalars.hyper_G3, scalars.grad_scale,
-            plan.segments.origin_tensor if stochastic else None, scalars.noise_key,
-            *_decays(scalars)[:2], VEC=vec, TILE=TILE_NUMEL, STOCHASTIC=stochastic,
+            origin_B, scalars.noise_key,
+            *_decays(scalars)[:2], VEC=vec, TILE=TILE_NUMEL, STOCHASTIC=origin_B is not None,
         )  # fmt: skip
 
 

@@ -1,0 +1,61 @@
+"""How the C++ kernels cut a table of segments into pieces of work for threads.
+
+Imports numpy. Data flow: SegmentTable -> **tiles** -> kernels (``cpu``).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_adam_mini.kernels.segments import SegmentTable
+from megatron_adam_mini.partition import IntArray
+
+#: Columns of :func:`tiles`; ``Tile`` in cpu.cpp.
+TILE_FIELDS = ("start", "length", "count", "index", "packed", "within", "partial")
+
+
+def tiles(table: SegmentTable, limit: int, *, split: bool) -> IntArray:
+    """Cut the runs into pieces of work of at most about ``limit`` elements.
+
+    A tile is either ``count`` whole segments of ``length`` elements each, or (``split``, and
+    only if the segment is longer than ``limit``) a part of one segment.
+
+    Returns:
+        int64, shape ``(T, 7)``, columns :data:`TILE_FIELDS`: ``start`` in the slice,
+        ``length``, ``count``, ``index`` of the first segment's entry, ``packed`` elements of
+        the table before the tile, ``within`` elements of the segment before the tile, and
+        ``partial``: -1 for whole segments, else the number of the part among all parts.
+    """
+    found: list[IntArray] = [np.empty((0, len(TILE_FIELDS)), dtype=np.int64)]
+    packed = parts = 0
+    for run in table.runs:
+        if split and run.length > limit:
+            per_segment = -(-run.length // limit)
+            segment = np.repeat(np.arange(run.count), per_segment)
+            within = np.tile(np.arange(per_segment) * limit, run.count)
+            columns = [
+                run.start + segment * run.length + within,
+                np.minimum(run.length - within, limit),
+                np.ones_like(segment),
+                run.first + segment,
+                packed + segment * run.length + within,
+                within,
+                parts + np.arange(len(segment)),
+            ]
+            parts += len(segment)
+        else:
+            rows = max(1, limit // run.length)
+            rows -= rows % 8 if rows > 8 else 0  # the loops take eight rows at once
+            first = np.arange(0, run.count, rows)
+            columns = [
+                run.start + first * run.length,
+                np.full_like(first, run.length),
+                np.minimum(run.count - first, rows),
+                run.first + first,
+                packed + first * run.length,
+                np.zeros_like(first),
+                np.full_like(first, -1),
+            ]
+        found.append(np.stack(columns, axis=1).astype(np.int64))
+        packed += run.count * run.length
+    return np.ascontiguousarray(np.concatenate(found))
