@@ -265,7 +265,8 @@ class Engine:
         """
         names = np.asarray([zlib.crc32(p.info.name.encode()) for p in self.parameters])
         buckets = iter(self.buckets)
-        segments, ranges = [], []
+        segments: list[IntArray] = []
+        ranges: list[IntArray] = []
         for domain in self.domains:
             for layout, bucket in zip(domain.buckets, buckets, strict=False):
                 part = bucket.part
