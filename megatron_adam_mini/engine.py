@@ -263,21 +263,22 @@ class Engine:
         It follows from the parameter's name and the place in it, not from the rank, so replicas
         round alike.
         """
-        names = np.asarray([zlib.crc32(p.info.name.encode()) for p in self.parameters])
+        found = [zlib.crc32(blocks.info.name.encode()) for blocks in self.parameters]
+        names = np.asarray(found, dtype=np.int64)
         buckets = iter(self.buckets)
         segments: list[IntArray] = []
         ranges: list[IntArray] = []
         for domain in self.domains:
             for layout, bucket in zip(domain.buckets, buckets, strict=False):
                 part = bucket.part
-                for found, starts, owners in (
+                for into, starts, owners in (
                     (segments, part.start_S, part.parameter_S),
                     (ranges, part.start_R, part.parameter_R),
                 ):
                     numbers = element_numbers(
                         layout, self.parameters, domain.dp_rank, starts, owners
                     )
-                    found.append(names[owners] + numbers)
+                    into.append(names[owners] + numbers)
         numbers_B = np.concatenate([np.empty(0, dtype=np.int64), *segments, *ranges])
         bits = (numbers_B & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
         return torch.from_numpy(bits).to(self.device)
