@@ -146,19 +146,31 @@ class Peer:
         torch._foreach_copy_(self.weights, [m.detach() for m in self.masters])
 
 
+def public_shapes(shape: Shape) -> list[tuple[str, tuple[int, ...]]]:
+    """List what the public package trains: it has no rule for a fused QKV, so that is split."""
+    found: list[tuple[str, tuple[int, ...]]] = []
+    for info in shape.parameters():
+        stem, _, last = info.name.rpartition(".")
+        if last == "qkv":
+            rows, columns = info.shape
+            found += [(f"{stem}.{part}_proj", (rows // 3, columns)) for part in "qkv"]
+        else:
+            found.append((info.name, info.shape))
+    return found
+
+
 def public(shape: Shape) -> Callable[[list[Any]], Any]:
     """Return a maker of the public package's optimizer, which wants names."""
     from adam_mini import Adam_mini
 
-    names = {"fc1": "mlp.up", "fc2": "mlp.down", "proj": "attn.proj", "lm_head": "lm_head"}
+    names = {"fc1": "mlp.up", "fc2": "mlp.down", "proj": "attn.proj"}
 
     def make(masters: list[Any]) -> Any:
         named = []
-        for info, master in zip(shape.parameters(), masters, strict=True):
-            stem, _, last = info.name.rpartition(".")
-            # It has no fused QKV; q_proj treats all of it as heads, which is its cheapest way.
-            name = "q_proj" if last == "qkv" else names.get(last, last)
-            named.append((f"{stem}.{name}.weight" if stem else f"{name}.weight", master))
+        for (name, _), master in zip(public_shapes(shape), masters, strict=True):
+            stem, _, last = name.rpartition(".")
+            full_name = ".".join(filter(None, (stem, names.get(last, last), "weight")))
+            named.append((full_name, master))
         with contextlib.redirect_stdout(io.StringIO()):
             return Adam_mini(
                 named_parameters=named,
@@ -188,11 +200,10 @@ def deepspeed_adam(masters: list[Any]) -> Any:
     )
 
 
-def shaped(shape: Shape, flat: Tensor) -> list[Tensor]:
-    """Cut a flat tensor into the model's parameters."""
-    infos = shape.parameters()
-    parts = flat.split([info.numel for info in infos])
-    return [part.view(info.shape) for part, info in zip(parts, infos, strict=True)]
+def shaped(shapes: list[tuple[int, ...]], flat: Tensor) -> list[Tensor]:
+    """Cut a flat tensor into parameters."""
+    parts = flat.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def pipeline(shape: Shape, rounds: int) -> tuple[dict[str, Timing], list[str]]:
@@ -206,6 +217,8 @@ def pipeline(shape: Shape, rounds: int) -> tuple[dict[str, Timing], list[str]]:
         grads.append(fresh.clone())
         return grads[-1]
 
+    ours_shaped = [info.shape for info in shape.parameters()]
+    public_shaped = [found for _, found in public_shapes(shape)]
     contenders: dict[str, Callable[[], Any]] = {
         "Adam-mini": ours(shape, gradient()),
         "Adam-mini, remainders, bf16 m": ours(
@@ -213,8 +226,10 @@ def pipeline(shape: Shape, rounds: int) -> tuple[dict[str, Timing], list[str]]:
         ),
         "AdamW, these kernels": ours(shape, gradient(), full_v=("*",)),
         "torch fused AdamW, one flat tensor": Peer([gradient()], fused).step,
-        "torch fused AdamW, one tensor per parameter": Peer(shaped(shape, gradient()), fused).step,
-        "public Adam-mini 1.1.1": Peer(shaped(shape, gradient()), public(shape)).step,
+        "torch fused AdamW, one tensor per parameter": Peer(
+            shaped(ours_shaped, gradient()), fused
+        ).step,
+        "public Adam-mini 1.1.1": Peer(shaped(public_shaped, gradient()), public(shape)).step,
     }
     try:
         contenders["DeepSpeed CPUAdam, one flat tensor"] = Peer([gradient()], deepspeed_adam).step
