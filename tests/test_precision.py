@@ -158,7 +158,7 @@ def watched_step(job: Job) -> dict[str, Any]:
 
 
 def test_a_step_neither_allocates_nor_waits_for_the_device() -> None:
-    # The specification allocates, so another default backend (ADAM_MINI_TEST_BACKEND) is not for it.
+    # The specification allocates, so no other backend (ADAM_MINI_TEST_BACKEND) takes its place.
     options = STOCHASTIC | REMAINDERS | {"backend": "cpu"}
     job = replace(SHARDED, pp=1, overlap=False, tied=False, adam_mini=options)
     for found in run_ranks(4, watched_step, job):
