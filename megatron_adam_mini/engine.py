@@ -10,7 +10,7 @@ Megatron. Data flow of one gradient shard, see :meth:`Engine.collect` and :meth:
     grad slice ----------------- grad_scale ----update_---> m, main parameter, model weight
 
 Shape suffixes: ``_B`` all segments of the rank (for some vectors: and then its element ranges),
-``_E`` all elements of its element ranges.
+``_S`` the same without element ranges, ``_E`` all elements of its element ranges.
 """
 
 from __future__ import annotations
@@ -170,8 +170,8 @@ class Engine:
         def floats(numel: int) -> Tensor:
             return torch.zeros(numel, dtype=torch.float32, device=device)
 
-        # Vectors with suffix _B have one entry per segment, then one per element range; _S are
-        # their segments alone.
+        # Sums, groups and numbers (suffix _B) go on with one entry per element range; where those
+        # are left out, the suffix is _S.
         self.num_blocks = sum(p.num_segments for ps in parts for p in ps)
         self._sum_sq_B = floats(self.num_blocks + sum(p.num_ranges for ps in parts for p in ps))
         self._sum_sq_S = self._sum_sq_B[: self.num_blocks]

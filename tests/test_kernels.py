@@ -38,6 +38,7 @@ LAYOUTS = {
     "one": ([(0, 7)], 0),
     "rows": ([(0, 16)] * 9, 0),
     "wide rows": ([(5, 300)] + [(0, 300)] * 10, 0),
+    "many rows": ([(0, 5)] * 150, 0),
     "single elements": ([(0, 1)] * 5 + [(2, 1), (0, 3)], 1),
     "gaps": ([(3, 5), (0, 5), (1, 8), (0, 8), (0, 3), (4, 8)], 6),
     "long": ([(1, 400), (0, 64), (0, 64), (0, 400)], 3),
@@ -253,16 +254,17 @@ def test_block_sum_sq_keeps_non_finite_values_apart(kernels, layout):
             assert torch.isfinite(found).tolist() == expected
 
 
-def test_a_segments_sum_depends_on_its_values_alone(kernels):
+@pytest.mark.parametrize("length", [1000, 8192])
+def test_a_segments_sum_depends_on_its_values_alone(kernels, length):
     """Not on its neighbours, nor on how many rows go together: replicas must agree."""
-    row = noise(1000, 4)
+    row = noise(length, 4)
     sums = []
     for count, at in ((1, 0), (8, 3), (9, 8), (17, 16)):
-        grad = noise(count * 1000, 5)
-        grad[at * 1000 : (at + 1) * 1000] = row
-        starts = np.arange(count) * 1000
+        grad = noise(count * length, 5)
+        grad[at * length : (at + 1) * length] = row
+        starts = np.arange(count) * length
         found = torch.empty(count)
-        kernels.block_sum_sq_(found, grad, SegmentTable(starts, starts + 1000, CPU))
+        kernels.block_sum_sq_(found, grad, SegmentTable(starts, starts + length, CPU))
         sums.append(found[at].item())
     assert len(set(sums)) == 1
 
@@ -271,8 +273,8 @@ def test_a_segments_sum_depends_on_its_values_alone(kernels):
 
 
 def test_norm_partials(kernels):
-    sums = positive(9, 3)
-    domain = torch.tensor([0, 0, -1, 1, 1, -1, 0, 1, -1], dtype=torch.int8)
+    sums = positive(77, 3)
+    domain = torch.tensor([0, 0, -1, 1, 1, -1, 0, 1, -1], dtype=torch.int8).repeat(9)[:77]
     stats = torch.full((2, 2), float("nan"), dtype=torch.float64)
     kernels.norm_partials_(stats, sums, domain)
     for d in range(2):
@@ -291,9 +293,9 @@ def test_norm_partials(kernels):
 
 @pytest.mark.parametrize("step", [1, 2, 100])
 @pytest.mark.parametrize("grad_scale", [1.0, 0.25, 1 / 65536])
-@pytest.mark.parametrize("chosen", [None, [], [0, 16, 3]])
+@pytest.mark.parametrize("chosen", [None, [], [140, *range(3, 73), 0]])
 def test_block_step_size(kernels, chosen, grad_scale, step):
-    num = 17
+    num = 150
     v, sums = positive(num, 5), positive(num, 6) * 100 / grad_scale**2
     inv_numel = 1 / positive(num, 7).mul(100).ceil()
     before, step_size = v.clone(), torch.full((num,), float("nan"))
@@ -346,6 +348,23 @@ def update(kernels, tensors: Tensors, layout: Layout, scalars: StepScalars, **op
     )
 
 
+def update_elementwise(
+    kernels, tensors: Tensors, v: torch.Tensor, layout: Layout, scalars: StepScalars, **options
+) -> None:
+    param, exp_avg, weight, grad = tensors
+    kernels.update_elementwise_(
+        param,
+        exp_avg,
+        v,
+        weight,
+        grad,
+        layout.table,
+        group_B=groups_of(layout.entries),
+        scalars=scalars,
+        **options,
+    )
+
+
 @pytest.mark.parametrize("storage", STORAGE)
 def test_update(kernels, small_layout, storage):
     layout, scalars = small_layout, scalars_of()
@@ -386,6 +405,22 @@ def test_update_equals_the_reference_bit_for_bit(layout, storage):
     update(reference, theirs, layout, scalars_of(), origin_B=origins)
     for left, right in zip(mine.written(), theirs.written(), strict=True):
         assert torch.equal(bits(left), bits(right))
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+def test_update_elementwise_equals_the_reference(layout, storage):
+    """Bit for bit, but for p: torch's square root is not always the nearest number."""
+    origins = layout.origins if storage.startswith("bf16 m") else None
+    found = []
+    for backend in (cpu, reference):
+        tensors = Tensors.make(storage, layout.numel, layout.outside)
+        v = positive(layout.table.numel, 5)
+        update_elementwise(backend, tensors, v, layout, scalars_of(), origin_B=origins)
+        found.append((v, tensors.exp_avg, tensors.main_param))
+    for left, right in zip(found[0][:2], found[1][:2], strict=True):
+        assert torch.equal(bits(left), bits(right))
+    left, right = (main_param[~layout.outside] for _, _, main_param in found)
+    torch.testing.assert_close(left, right, rtol=UPDATE_TOL, atol=UPDATE_TOL)
 
 
 def test_remainders_train_bit_for_bit_as_stored_main_parameters(kernels):
@@ -605,6 +640,42 @@ def test_nothing_changes_in_a_skipped_step(kernels, grad_scale):
         )
 
 
+def outcome_of_all_kernels(storage: str, layout: Layout) -> list[torch.Tensor]:
+    tensors = Tensors.make(storage, layout.numel, layout.outside)
+    options = {"origin_B": layout.origins if storage.startswith("bf16 m") else None}
+    sums, group, scalars = positive(layout.entries, 4), groups_of(layout.entries), scalars_of()
+    cpu.block_sum_sq_(sums, tensors.grad, layout.table)
+    update(cpu, tensors, layout, scalars, **options)
+    found = [sums, *tensors.clone().written()]
+    elements = positive(layout.table.numel, 5)
+    update_elementwise(cpu, tensors, elements, layout, scalars, **options)
+    found += [elements, *tensors.clone().written()]
+    blocks = {"inv_numel_B": positive(layout.entries, 6), "group_B": group, "scalars": scalars}
+    v, steps, whole_sums = positive(layout.entries, 5), *torch.zeros(2, layout.entries)
+    cpu.update_whole_(
+        *tensors,
+        layout.table,
+        exp_avg_sq_B=v,
+        step_size_B=steps,
+        sum_sq_B=whole_sums,
+        **blocks,
+        **options,
+    )
+    found += [v, steps, whole_sums, *tensors.written()]
+    many, stats = positive(50_000, 7), torch.zeros(2, 2, dtype=torch.float64)
+    cpu.norm_partials_(stats, many, (torch.arange(50_000) % 3 - 1).to(torch.int8))
+    many_v, many_steps = positive(50_000, 8), torch.zeros(50_000)
+    cpu.block_step_size_(
+        many_v,
+        many_steps,
+        many,
+        inv_numel_B=torch.full((50_000,), 0.1),
+        group_B=groups_of(50_000),
+        scalars=scalars,
+    )
+    return [*found, stats, many_v, many_steps]
+
+
 @pytest.mark.parametrize("storage", STORAGE)
 def test_instruction_sets_and_threads_change_no_bit(storage):
     layout = layout_of("in parts")
@@ -613,12 +684,7 @@ def test_instruction_sets_and_threads_change_no_bit(storage):
         for level, num_threads in ((0, 1), (1, 2), (2, 3), (2, 1)):
             cpu.library().adam_mini_limit_level(level)
             torch.set_num_threads(num_threads)
-            tensors = Tensors.make(storage, layout.numel, layout.outside)
-            sums = torch.zeros(layout.entries)
-            cpu.block_sum_sq_(sums, tensors.grad, layout.table)
-            origins = layout.origins if storage.startswith("bf16 m") else None
-            update(cpu, tensors, layout, scalars_of(), origin_B=origins)
-            found.append([bits(tensor) for tensor in (sums, *tensors.written())])
+            found.append([bits(tensor) for tensor in outcome_of_all_kernels(storage, layout)])
     finally:
         cpu.library().adam_mini_limit_level(9)
         torch.set_num_threads(threads)

@@ -39,8 +39,10 @@ def test_there_is_a_patch_for_each_tested_release() -> None:
     ]
 
 
+@pytest.mark.parametrize("launcher", [False, True], ids=["plain", "launcher"])
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
-def test_patched_tree_trains(patch: Path, tmp_path: Path) -> None:
+def test_patched_tree_trains(patch: Path, launcher: bool, tmp_path: Path) -> None:
+    """Also with the launcher, which registers before the tree does."""
     tree = tmp_path / "megatron" / "training"
     shutil.copytree(Path(megatron.training.__file__).parent, tree)
     applied = subprocess.run(
@@ -54,7 +56,8 @@ def test_patched_tree_trains(patch: Path, tmp_path: Path) -> None:
     changed = re.findall(r"^Applied patch (\S+) cleanly", applied.stderr, re.MULTILINE)
     assert changed == ["megatron/training/__init__.py"], applied.stderr
 
-    run = [sys.executable, "-c", RUN, "examples/pretrain_llama.py", "--optimizer", "adam_mini"]
+    start = ["-m", "megatron_adam_mini.launch", "--cpu-host"] if launcher else ["-c", RUN]
+    run = [sys.executable, *start, "examples/pretrain_llama.py", "--optimizer", "adam_mini"]
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
     result = subprocess.run(
         [*run, *TINY_MODEL.split(), "--mock-data"],
@@ -65,7 +68,7 @@ def test_patched_tree_trains(patch: Path, tmp_path: Path) -> None:
         timeout=TIMEOUT_S,
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    assert f"tree: {tree}" in result.stdout
+    assert launcher or f"tree: {tree}" in result.stdout
     losses = [float(loss) for loss in re.findall(r"lm loss: (\S+) \|", result.stdout)]
     assert len(losses) == 8
     assert losses[-1] < losses[0]

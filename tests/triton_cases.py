@@ -74,8 +74,8 @@ class Case:
             self.table = self.table.subset(np.arange(len(start_S)) % 2 == 0)
         self.entries = len(start_S) + 4
         moment_dtype, stochastic = moment
-        # Some of them pass the end of 32 bits.
-        numbers = torch.arange(self.entries) * 1000 + (0xFFFFFF00 if subset else 0)
+        # The rows of entry 2, the first one that subsets use, pass the end of 32 bits.
+        numbers = torch.arange(self.entries) * 1000 - (2256 if subset else 0)
         self.origins = numbers.to(torch.int32) if stochastic else None
         param_dtype, weight_dtype = storage
         shift = 1 if unaligned else 0

@@ -2,7 +2,7 @@
 //
 // The loops are in cpu_kernels.inc, which is compiled once per instruction set; the functions below
 // pick the best that the processor has. Signatures and meaning: kernels/reference.py. The caller
-// (kernels/cpu.py) has checked dtypes and sizes.
+// (kernels/cpu.py) has checked sizes and the dtypes of slices; vectors have those of reference.py.
 //
 // Compiled with -ffp-contract=off: the instruction sets then give the same bits.
 

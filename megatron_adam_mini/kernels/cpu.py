@@ -184,7 +184,7 @@ def update_(
     """See ``reference.update_``."""
     work = segments.derived(_Work)
     library().adam_mini_update(
-        ctypes.byref(_slice(param_L, exp_avg_L, weight_L, grad_L, segments, origin_B)),
+        ctypes.byref(_slice(param_L, exp_avg_L, weight_L, grad_L, work, origin_B)),
         *work.split,
         ctypes.byref(_blocks(None, step_size_B, None, None, group_B, entries=work.entries)),
         ctypes.byref(_scalars(scalars)),
@@ -213,7 +213,7 @@ def update_whole_(
         exp_avg_sq_B, step_size_B, sum_sq_B, inv_numel_B, group_B, entries=work.entries
     )
     library().adam_mini_update_whole(
-        ctypes.byref(_slice(param_L, exp_avg_L, weight_L, grad_L, segments, origin_B)),
+        ctypes.byref(_slice(param_L, exp_avg_L, weight_L, grad_L, work, origin_B)),
         *work.whole,
         ctypes.byref(blocks),
         ctypes.byref(_scalars(scalars)),
@@ -236,7 +236,7 @@ def update_elementwise_(
     """See ``reference.update_elementwise_``."""
     work = ranges.derived(_Work)
     library().adam_mini_update_elementwise(
-        ctypes.byref(_slice(param_L, exp_avg_L, weight_L, grad_L, ranges, origin_B)),
+        ctypes.byref(_slice(param_L, exp_avg_L, weight_L, grad_L, work, origin_B)),
         _pointer(exp_avg_sq_E, ranges.numel),
         *work.split,
         _pointer(group_B, work.entries),
@@ -261,10 +261,9 @@ def _slice(
     exp_avg_L: Tensor,
     weight_L: Tensor | None,
     grad_L: Tensor,
-    segments: SegmentTable,
+    work: _Work,
     origin_B: Tensor | None,
 ) -> _Slice:
-    work = segments.derived(_Work)
     reach = work.reach
     return _Slice(
         _pointer(param_L, reach),

@@ -19,8 +19,9 @@ from megatron_adam_mini.rounding import mix32
 class StepScalars:
     """Hyper-parameters of one step in tensors that are made once and refilled in place.
 
-    On a GPU they are filled by asynchronous copies from pinned memory, so neither :meth:`fill` nor
-    a kernel that reads them waits for the device (unless it is a whole step behind).
+    On a CPU, kernels read what :meth:`fill` writes. A GPU gets one asynchronous copy of it from
+    pinned memory, so neither :meth:`fill` nor a kernel that reads them waits for the device (unless
+    it is a whole step behind).
 
     Args:
         num_groups: parameter groups, ``G``.
@@ -38,16 +39,14 @@ class StepScalars:
     """
 
     def __init__(self, num_groups: int, device: torch.device, *, seed: int = 0) -> None:
-        floats = 3 + 3 * num_groups
+        floats, on_gpu = 3 + 3 * num_groups, device.type == "cuda"
         # One buffer, so one copy: 8 bytes for the key of the noise, then float32.
-        self._host = torch.zeros(
-            1 + -(-floats // 2), dtype=torch.int64, pin_memory=device.type == "cuda"
-        )
+        self._host = torch.zeros(1 + -(-floats // 2), dtype=torch.int64, pin_memory=on_gpu)
         self._device = self._host if device.type == "cpu" else self._host.to(device)
         self._host_key = self._host.numpy()[:1]
         self._host_floats: np.ndarray[Any, Any] = self._host[1:].numpy().view(np.float32)
         self._seed = seed
-        self._copied: Any = torch.cuda.Event() if self._host.is_pinned() else None  # type: ignore[no-untyped-call]
+        self._copied: Any = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self.noise_key = self._device[0]
         values = self._device[1:].view(torch.float32)[:floats]
         self.grad_scale, self.bias_corrections = values[0], values[1:3]

@@ -9,15 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from megatron_adam_mini.partition import IntArray
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -73,12 +71,12 @@ class SegmentTable:
             self.indices[chosen_S],
         )
 
-    def derived(self, make: Callable[[SegmentTable], _T]) -> _T:
+    def derived[T](self, make: Callable[[SegmentTable], T]) -> T:
         """Return ``make(self)``, made once and kept as long as the table."""
         kept: dict[Any, Any] = self._derived
         if make not in kept:
             kept[make] = make(self)
-        found: _T = kept[make]
+        found: T = kept[make]
         return found
 
     @cached_property

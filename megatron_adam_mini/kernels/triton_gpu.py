@@ -60,7 +60,7 @@ def block_sum_sq_(sum_sq_B: Tensor, grad_L: Tensor, segments: SegmentTable) -> N
     """
     if not len(segments):
         return
-    plan, vec = _plan(segments), _vec(grad_L)
+    plan, vec = segments.derived(_Plan), _vec(grad_L)
     with _on(sum_sq_B):
         _sum(plan, vec, sum_sq_B, grad_L)
         owners, partials = plan.parts(vec)
@@ -128,7 +128,7 @@ def update_(
         return
     with _on(grad_L):
         _update(
-            _plan(segments), (param_L, exp_avg_L, weight_L, grad_L), step_size_B, group_B,
+            segments.derived(_Plan), (param_L, exp_avg_L, weight_L, grad_L), step_size_B, group_B,
             scalars, origin_B,
         )  # fmt: skip
 
@@ -155,7 +155,7 @@ def update_whole_(
     """
     if not len(segments):
         return
-    plan, decays = _plan(segments), _decays(scalars)
+    plan, decays = segments.derived(_Plan), _decays(scalars)
     streams = param_L, exp_avg_L, weight_L, grad_L
     vec = _vec(grad_L)
     per_block = exp_avg_sq_B, step_size_B, inv_numel_B, group_B
@@ -195,7 +195,7 @@ def update_elementwise_(
         return
     streams = param_L, exp_avg_L, exp_avg_sq_E, weight_L, grad_L
     with _on(grad_L):
-        for vec, table in _plan(ranges).windows(_vec(*streams), packed=True):
+        for vec, table in ranges.derived(_Plan).windows(_vec(*streams), packed=True):
             _launch(
                 triton_kernels.update_elementwise_kernel, len(table),
                 *map(_bits, streams), table, group_B,
@@ -250,10 +250,6 @@ class _Plan:
 
     def _to(self, table: IntArray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(table)).to(self.segments.device)
-
-
-def _plan(segments: SegmentTable) -> _Plan:
-    return segments.derived(_Plan)
 
 
 def _sum(plan: _Plan, vec: int, sum_sq_B: Tensor, grad_L: Tensor) -> None:

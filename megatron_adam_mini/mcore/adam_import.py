@@ -60,7 +60,7 @@ def state_to_load(
     pending = PendingLoad(states, average=True, adam=layout)
     entries = entries_by_parameter(model_state)
     for number, piece in enumerate(optimizer.engine.pieces()):
-        values = elementwise_v(optimizer, piece)
+        values = elementwise_v(piece)
         if not piece.ranges.stop:
             values = pending.elements[number] = torch.empty(
                 piece.end - piece.begin, device=optimizer.engine.device

@@ -85,7 +85,7 @@ def state_to_save(
                     entry.elements(kind_key(kind), data, piece.begin, piece.end),
                 )
         if piece.ranges.stop:
-            values = elementwise_v(optimizer, piece).clone()
+            values = elementwise_v(piece).clone()
             put(
                 shards,
                 f"v_element.{number}",
@@ -159,7 +159,7 @@ def _state_to_load(
                 found = entry.elements(kind_key(kind), flat[piece.window], piece.begin, piece.end)
                 put(pending.asked, f"{kind}.{number}", found)
         if sources[piece.parameter].pattern is None:
-            values = elementwise_v(optimizer, piece)
+            values = elementwise_v(piece)
             if not piece.ranges.stop:
                 values = pending.elements[number] = torch.empty(
                     piece.end - piece.begin, device=optimizer.engine.device

@@ -97,6 +97,8 @@ def register() -> Registration:
         A handle; every call returns the same one until it is undone.
     """
     global _active
+    # First, because a patched tree (see patches/) registers while it is imported.
+    arguments = _optional_module("megatron.training.arguments")
     if _active is not None:
         return _active
     warn_if_untested()
@@ -105,7 +107,6 @@ def register() -> Registration:
     handle.replace(dist_checkpointing, "load", wrap_load)
     handle.replace(dist_checkpointing, "load_common_state_dict", wrap_load_common)
     handle.replace(dist_checkpointing, "load_content_metadata", wrap_load_common)
-    arguments = _optional_module("megatron.training.arguments")
     if arguments is not None:
         defaults: dict[str, Any] = {}
         handle.replace(arguments, "add_megatron_arguments", functools.partial(_wrap_add, defaults))

@@ -127,7 +127,7 @@ def unshared(data: Tensor) -> Tensor:
     return data.clone() if data.device.type == "cpu" and fills else data
 
 
-def elementwise_v(optimizer: AdamMiniOptimizer, piece: Piece) -> Tensor:
+def elementwise_v(piece: Piece) -> Tensor:
     """Return the view of v of a piece that keeps one per element (else an empty one)."""
     if not piece.ranges.stop:
         return piece.bucket.exp_avg_sq_E[:0]
