@@ -80,6 +80,7 @@ class _BucketStep:
     """What the step needs of one bucket: its slice, its state, and where its segments are.
 
     Attributes:
+        domain, layout: the process groups and the integers of the whole bucket.
         part: the integers of the slice.
         segments: all segments of the slice.
         whole: those of them whose blocks no other rank holds a part of.
@@ -89,6 +90,8 @@ class _BucketStep:
         exp_avg_sq_E: v of the elements of its ranges.
     """
 
+    domain: Domain
+    layout: BucketLayout
     state: SliceState
     part: SliceSegments
     segments: SegmentTable
@@ -112,7 +115,6 @@ class Piece:
         parameter: index of the parameter.
         begin, end: elements ``[begin, end)`` of the flattened tensor-parallel shard.
         bucket: the slice, its state and segments.
-        domain: the bucket's process groups.
         window: the same elements in the slice's tensors.
         segments: the parameter's segments in ``bucket.segments``.
         ranges: its element range in ``bucket.ranges``, if it has one.
@@ -122,7 +124,6 @@ class Piece:
     begin: int
     end: int
     bucket: _BucketStep
-    domain: Domain
     window: slice
     segments: slice
     ranges: slice
@@ -204,11 +205,14 @@ class Engine:
         self.buckets: list[_BucketStep] = []
         segment, in_ranges, elements = 0, self.num_blocks, 0
         for domain, domain_parts in zip(domains, parts, strict=True):
-            for source, part in zip(domain.slices, domain_parts, strict=True):
+            members = zip(domain.buckets, domain.slices, domain_parts, strict=True)
+            for layout, source, part in members:
                 segments = self._table(part.start_S, part.end_S, segment)
                 blocks_at = slice(segment, segment + part.num_segments)
                 cut = is_cut[blocks_at]
                 bucket = _BucketStep(
+                    domain=domain,
+                    layout=layout,
                     state=SliceState.allocate(
                         source,
                         exp_avg_dtype=_DTYPES[config.exp_avg_dtype],
@@ -265,20 +269,16 @@ class Engine:
         """
         found = [zlib.crc32(blocks.info.name.encode()) for blocks in self.parameters]
         names = np.asarray(found, dtype=np.int64)
-        buckets = iter(self.buckets)
         segments: list[IntArray] = []
         ranges: list[IntArray] = []
-        for domain in self.domains:
-            for layout, bucket in zip(domain.buckets, buckets, strict=False):
-                part = bucket.part
-                for into, starts, owners in (
-                    (segments, part.start_S, part.parameter_S),
-                    (ranges, part.start_R, part.parameter_R),
-                ):
-                    numbers = element_numbers(
-                        layout, self.parameters, domain.dp_rank, starts, owners
-                    )
-                    into.append(names[owners] + numbers)
+        for bucket in self.buckets:
+            part, rank = bucket.part, bucket.domain.dp_rank
+            for into, starts, owners in (
+                (segments, part.start_S, part.parameter_S),
+                (ranges, part.start_R, part.parameter_R),
+            ):
+                numbers = element_numbers(bucket.layout, self.parameters, rank, starts, owners)
+                into.append(names[owners] + numbers)
         numbers_B = np.concatenate([np.empty(0, dtype=np.int64), *segments, *ranges])
         bits = (numbers_B & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
         return torch.from_numpy(bits).to(self.device)
@@ -430,25 +430,23 @@ class Engine:
 
     def pieces(self) -> Iterator[Piece]:
         """Yield the pieces of parameters that this rank owns, in the order of its buckets."""
-        buckets = iter(self.buckets)
-        for domain in self.domains:
-            for layout, bucket in zip(domain.buckets, buckets, strict=False):
-                offset = domain.dp_rank * layout.slice_numel
-                for placement in layout.placements:
-                    first = max(placement.start, offset)
-                    last = min(placement.end, offset + layout.slice_numel)
-                    if first < last:
-                        number = placement.parameter
-                        yield Piece(
-                            number,
-                            first - placement.start,
-                            last - placement.start,
-                            bucket,
-                            domain,
-                            slice(first - offset, last - offset),
-                            _extent(bucket.part.parameter_S, number),
-                            _extent(bucket.part.parameter_R, number),
-                        )
+        for bucket in self.buckets:
+            layout = bucket.layout
+            offset = bucket.domain.dp_rank * layout.slice_numel
+            for placement in layout.placements:
+                first = max(placement.start, offset)
+                last = min(placement.end, offset + layout.slice_numel)
+                if first < last:
+                    number = placement.parameter
+                    yield Piece(
+                        number,
+                        first - placement.start,
+                        last - placement.start,
+                        bucket,
+                        slice(first - offset, last - offset),
+                        _extent(bucket.part.parameter_S, number),
+                        _extent(bucket.part.parameter_R, number),
+                    )
 
     def state_bytes(self) -> dict[str, int]:
         """Return bytes of this rank's optimizer state by kind, as allocated."""

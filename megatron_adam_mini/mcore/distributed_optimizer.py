@@ -223,7 +223,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         for piece in self.engine.pieces():
             if self.engine.parameters[piece.parameter].info.in_norm:
                 grad = piece.bucket.source.grad[piece.window]
-                counts[domains.index(piece.domain)] += (grad == 0).sum()
+                counts[domains.index(piece.bucket.domain)] += (grad == 0).sum()
         for count, domain in zip(counts, domains, strict=True):
             distributed.all_reduce(count, group=domain.norm_group)
         return int(counts.sum())
