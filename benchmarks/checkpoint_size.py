@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import heading, write
-from megatron_adam_mini.offline.reader import Checkpoint
+from megatron_adam_mini.checkpoint.reader import Checkpoint
 from tests.megatron_job import Job, Trainer
 from tests.ranks import run_ranks
 from tests.test_checkpoint import save

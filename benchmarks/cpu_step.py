@@ -41,8 +41,8 @@ from benchmarks.timing import Timing, interleave, table
 from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.engine import Domain, Engine
 from megatron_adam_mini.kernels import SegmentTable, StepScalars, cpu
-from megatron_adam_mini.layout import BucketLayout, Placement
-from megatron_adam_mini.partition import HeadGeometry, ParameterInfo, partition_parameter
+from megatron_adam_mini.plan.layout import BucketLayout, Placement
+from megatron_adam_mini.plan.partition import HeadGeometry, ParameterInfo, partition_parameter
 
 LR, BETAS, EPS, DECAY, CLIP = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0
 

@@ -36,12 +36,12 @@ import numpy as np
 import torch
 
 from megatron_adam_mini.config import AdamMiniConfig
-from megatron_adam_mini.layout import BucketLayout, cut_boundaries, segment_slice, slice_size
-from megatron_adam_mini.partition import ParameterBlocks
-from megatron_adam_mini.planning.buckets import plan_stage, stage_blocks
-from megatron_adam_mini.planning.models import MODELS
-from megatron_adam_mini.planning.parallel import Parallel
-from megatron_adam_mini.reduction import plan_reduction
+from megatron_adam_mini.estimate.buckets import plan_stage, stage_blocks
+from megatron_adam_mini.estimate.models import MODELS
+from megatron_adam_mini.estimate.parallel import Parallel
+from megatron_adam_mini.plan.layout import BucketLayout, cut_boundaries, segment_slice, slice_size
+from megatron_adam_mini.plan.partition import ParameterBlocks
+from megatron_adam_mini.plan.reduction import plan_reduction
 
 #: Ranks of a data-parallel group whose traffic is counted.
 _RANKS = 64

@@ -1,6 +1,6 @@
 """``megatron-adam-mini``: plan memory; look at checkpoints, check them, convert them.
 
-No GPU, no Megatron. Imports ``config`` and, once a command runs, ``offline`` or ``planning``.
+No GPU, no Megatron. Imports ``config`` and, once a command runs, ``convert`` or ``estimate``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(argv)
     except SystemExit as stop:  # --help and usage errors
         return int(stop.code or 0)
-    from megatron_adam_mini.offline.errors import CorruptError
+    from megatron_adam_mini.checkpoint.errors import CorruptError
 
     try:
         return int(args.run(args))
@@ -125,7 +125,7 @@ def _add_convert(commands: Any) -> None:
 
 
 def _add_memory(commands: Any) -> None:
-    from megatron_adam_mini.planning.flags import add_flags
+    from megatron_adam_mini.estimate.flags import add_flags
 
     text = "say what each rank will allocate for weights, gradients and optimizer state"
     parser = _command(commands, "memory", text, _memory)
@@ -145,13 +145,13 @@ _CKPT = "iteration folder (iter_0000010), or the folder of --save (its latest it
 
 
 def _open(path: Path) -> Any:
-    from megatron_adam_mini.offline.reader import Checkpoint, iteration_folder
+    from megatron_adam_mini.checkpoint.reader import Checkpoint, iteration_folder
 
     return Checkpoint(iteration_folder(path)[0])
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from megatron_adam_mini.offline.inspection import in_words, inspect
+    from megatron_adam_mini.convert.inspection import in_words, inspect
 
     report = inspect(_open(args.checkpoint))
     _say(json.dumps(report, default=str) if args.json else in_words(report))
@@ -159,7 +159,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from megatron_adam_mini.offline.verification import verify
+    from megatron_adam_mini.convert.verification import verify
 
     checkpoint = _open(args.checkpoint)
     findings = verify(checkpoint)
@@ -175,7 +175,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from megatron_adam_mini.offline import convert
+    from megatron_adam_mini.convert import conversions
 
     config = AdamMiniConfig(
         preset=args.preset,
@@ -188,19 +188,19 @@ def _convert(args: argparse.Namespace) -> int:
     if (args.like is None) != (args.source_kind is None):
         raise ValueError("--from public needs --like CKPT, and nothing else takes it.")
     if args.to == "adam-mini":
-        convert.adam_to_adam_mini(args.source, args.destination, config)
+        conversions.adam_to_adam_mini(args.source, args.destination, config)
     elif args.to == "adam":
-        convert.adam_mini_to_adam(args.source, args.destination)
+        conversions.adam_mini_to_adam(args.source, args.destination)
     elif args.to == "public":
-        convert.adam_mini_to_public(args.source, args.destination)
+        conversions.adam_mini_to_public(args.source, args.destination)
     else:
-        convert.public_to_adam_mini(args.source, args.destination, args.like)
+        conversions.public_to_adam_mini(args.source, args.destination, args.like)
     return 0
 
 
 def _memory(args: argparse.Namespace) -> int:
-    from megatron_adam_mini.planning.flags import model_of, parallel_of
-    from megatron_adam_mini.planning.report import in_words, memory_report
+    from megatron_adam_mini.estimate.flags import model_of, parallel_of
+    from megatron_adam_mini.estimate.report import in_words, memory_report
 
     if args.every_rank and not args.json:
         raise ValueError("--every-rank is for programs to read; add --json.")

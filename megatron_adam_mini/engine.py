@@ -24,11 +24,17 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
+from megatron_adam_mini.collectives import Reduction
 from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.kernels import SegmentTable, StepScalars, select_backend
-from megatron_adam_mini.layout import BucketLayout, SliceSegments, element_numbers, segment_slice
-from megatron_adam_mini.partition import IntArray, ParameterBlocks
-from megatron_adam_mini.reduction import Reduction, plan_reduction
+from megatron_adam_mini.plan.layout import (
+    BucketLayout,
+    SliceSegments,
+    element_numbers,
+    segment_slice,
+)
+from megatron_adam_mini.plan.partition import IntArray, ParameterBlocks
+from megatron_adam_mini.plan.reduction import plan_reduction
 from megatron_adam_mini.state import Slice, SliceState
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

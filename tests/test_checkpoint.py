@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_adam_mini.checkpoint.reader import Checkpoint
 from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.mcore.checkpoint_identity import partition_of_checkpoint
-from megatron_adam_mini.offline.reader import Checkpoint
-from megatron_adam_mini.partition import ParameterInfo, manifest_of, partition_parameter
+from megatron_adam_mini.plan.partition import ParameterInfo, manifest_of, partition_parameter
 from tests.gather import Part, nearest_bfloat16, slices_of, weights_of, whole_tensors
 from tests.megatron_job import Job, Trainer, global_names
 from tests.ranks import RankError, run_ranks

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from megatron_adam_mini.offline.reader import Checkpoint
-from megatron_adam_mini.offline.writer import CheckpointWriter
+from megatron_adam_mini.checkpoint.reader import Checkpoint
+from megatron_adam_mini.checkpoint.writer import CheckpointWriter
 from tests.megatron_job import Job, Trainer
 from tests.ranks import RankError, run_ranks
 from tests.test_checkpoint import load, metadata_of, model_state, train_and_save

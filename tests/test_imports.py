@@ -16,15 +16,14 @@ ROOT = Path(megatron_adam_mini.__file__).parent
 
 #: A module may import from its own layer and from those before it.
 LAYERS = (
-    ("config", "roles"),
-    ("partition",),
-    ("layout", "rectangles"),
-    ("planning",),
-    ("reduction", "agreement", "rounding"),
+    ("config",),
+    ("plan",),
+    ("checkpoint", "estimate"),
+    ("agreement", "collectives", "rounding"),
     ("state",),
     ("kernels",),
     ("engine",),
-    ("offline",),
+    ("convert",),
     ("mcore",),
     ("cpu_host",),
     ("launch", "cli"),
@@ -33,18 +32,16 @@ LAYERS = (
 #: Third-party packages that each layer may import (what the modules' first lines promise).
 THIRD_PARTY = {
     "config": set(),
-    "roles": set(),
-    "partition": {"numpy"},
-    "layout": {"numpy"},
-    "rectangles": set(),
-    "planning": {"numpy"},
-    "reduction": {"numpy", "torch"},
+    "plan": {"numpy"},
+    "checkpoint": {"numpy", "torch"},
+    "estimate": {"numpy"},
     "agreement": {"torch"},
+    "collectives": {"numpy", "torch"},
     "rounding": {"torch"},
     "state": {"torch"},
     "kernels": {"numpy", "torch", "triton"},
     "engine": {"numpy", "torch"},
-    "offline": {"numpy", "torch"},
+    "convert": {"numpy", "torch"},
     "mcore": {"numpy", "torch", "megatron"},
     "cpu_host": {"torch"},
     "launch": set(),
@@ -111,7 +108,7 @@ def test_the_walk_sees_imports():
         "import torch\n"
         "from . import layout\n"
         "from ..config import X\n"
-        "from megatron_adam_mini import partition, __version__\n"
+        "from megatron_adam_mini import plan, __version__\n"
         "if TYPE_CHECKING:\n    import megatron.core\n"
         "def f():\n    from megatron_adam_mini.mcore.factory import build_optimizer\n"
     )
@@ -120,12 +117,12 @@ def test_the_walk_sees_imports():
         ("torch", True),
         (f"{PACKAGE}.kernels", True),
         (f"{PACKAGE}.config", True),
-        (f"{PACKAGE}.partition", True),
+        (f"{PACKAGE}.plan", True),
         (f"{PACKAGE}.__version__", True),
         ("megatron.core", False),
         (f"{PACKAGE}.mcore.factory", False),
     ]
-    assert own_layers(found) == ["kernels", "config", "partition", "mcore"]
+    assert own_layers(found) == ["kernels", "config", "plan", "mcore"]
 
 
 def test_every_module_has_a_layer():
@@ -172,7 +169,7 @@ def test_cpu_host_stands_alone(module):
     assert set(own_layers(imports_in(module))) <= {"cpu_host"}
 
 
-@pytest.mark.parametrize("layer", ["engine", "kernels", "reduction", "layout", "partition"])
+@pytest.mark.parametrize("layer", ["engine", "kernels", "collectives", "plan"])
 def test_nothing_of_the_optimizer_needs_the_cpu_host(layer):
     for module in MODULES:
         if layer_of(module) == layer:
@@ -185,8 +182,8 @@ def test_nothing_of_the_optimizer_needs_the_cpu_host(layer):
         ("import megatron_adam_mini", ("torch", "numpy", "megatron")),
         ("from megatron_adam_mini import AdamMiniConfig; AdamMiniConfig()", ("torch", "megatron")),
         ("import megatron_adam_mini.launch", ("torch", "megatron")),
-        ("import megatron_adam_mini.layout", ("torch", "megatron")),
-        ("import megatron_adam_mini.planning.report", ("torch", "megatron")),
+        ("import megatron_adam_mini.plan.layout", ("torch", "megatron")),
+        ("import megatron_adam_mini.estimate.report", ("torch", "megatron")),
         ("import megatron_adam_mini.engine", ("megatron",)),
     ],
 )

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_adam_mini.config import AdamMiniConfig
-from megatron_adam_mini.layout import (
+from megatron_adam_mini.plan.layout import (
     BucketLayout,
     Placement,
     SliceSize,
@@ -24,7 +24,7 @@ from megatron_adam_mini.layout import (
     slice_size,
     spread_blocks,
 )
-from megatron_adam_mini.partition import (
+from megatron_adam_mini.plan.partition import (
     HeadGeometry,
     ParameterBlocks,
     ParameterInfo,

@@ -17,12 +17,12 @@ from benchmarks import plan_scale
 from megatron_adam_mini import cli
 from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.engine import Domain, Engine
-from megatron_adam_mini.planning.buckets import plan_stage, stage_blocks
-from megatron_adam_mini.planning.flags import vars_of
-from megatron_adam_mini.planning.memory import FORMATS, KINDS, Planner, Sharing, largest_rank
-from megatron_adam_mini.planning.models import MODELS, Model
-from megatron_adam_mini.planning.parallel import Parallel, stage_layers
-from megatron_adam_mini.planning.stages import stage_parameters
+from megatron_adam_mini.estimate.buckets import plan_stage, stage_blocks
+from megatron_adam_mini.estimate.flags import vars_of
+from megatron_adam_mini.estimate.memory import FORMATS, KINDS, Planner, Sharing, largest_rank
+from megatron_adam_mini.estimate.models import MODELS, Model
+from megatron_adam_mini.estimate.parallel import Parallel, stage_layers
+from megatron_adam_mini.estimate.stages import stage_parameters
 from tests.megatron_job import Job, Trainer
 from tests.ranks import run_ranks
 

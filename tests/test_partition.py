@@ -22,7 +22,7 @@ from megatron_adam_mini.config import (
     check_adam_values,
     read_rules,
 )
-from megatron_adam_mini.partition import (
+from megatron_adam_mini.plan.partition import (
     HeadGeometry,
     ParameterInfo,
     manifest_of,

@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_adam_mini import reduction
-from megatron_adam_mini.layout import BucketLayout, Placement, segment_slice
-from megatron_adam_mini.reduction import OrderedSum, Reduction, plan_reduction
+from megatron_adam_mini import collectives
+from megatron_adam_mini.collectives import OrderedSum, Reduction
+from megatron_adam_mini.plan.layout import BucketLayout, Placement, segment_slice
+from megatron_adam_mini.plan.reduction import plan_reduction
 from tests.test_layout import Kind, kinds
 
 #: Completed sums against float64. All terms are positive, so relative errors do not grow by
@@ -248,21 +249,21 @@ def simulate(grid: Grid, seed: int = 0, whole_numbers: bool = False) -> Outcome:
 
 def complete_(sums: dict, outcome: Outcome) -> None:
     """Complete one vector of sums per rank (modified in place)."""
-    collectives = Collectives()
-    original, reduction.distributed = reduction.distributed, collectives
+    in_memory = Collectives()
+    original, collectives.distributed = collectives.distributed, in_memory
     try:
         run_phase(
-            collectives,
+            in_memory,
             outcome.dp_groups,
             [lambda k=k: outcome.reductions[k].complete_over_dp_(sums[k]) for k in sums],
         )
         run_phase(
-            collectives,
+            in_memory,
             outcome.tp_groups,
             [lambda k=k: complete_over_tp_(outcome.reductions[k], sums[k]) for k in sums],
         )
     finally:
-        reduction.distributed = original
+        collectives.distributed = original
 
 
 def complete_over_tp_(reduction: Reduction, sums: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from megatron_adam_mini import cli
-from megatron_adam_mini.offline.reader import Checkpoint
+from megatron_adam_mini.checkpoint.reader import Checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 # No dropout: on the CPU host, Megatron's CUDA generator is the CPU's, from which a data loader

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_adam_mini.kernels.segments import SegmentTable
-from megatron_adam_mini.partition import IntArray
+from megatron_adam_mini.plan.partition import IntArray
 
 #: Columns of :func:`tiles`; ``Tile`` in cpu.cpp.
 TILE_FIELDS = ("start", "length", "count", "index", "packed", "within", "partial")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_adam_mini.partition import IntArray
+from megatron_adam_mini.plan.partition import IntArray
 
 
 @dataclass(frozen=True)

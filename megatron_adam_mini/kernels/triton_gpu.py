@@ -38,7 +38,7 @@ from megatron_adam_mini.kernels.triton_tiles import (
     row_tiles,
     windows,
 )
-from megatron_adam_mini.partition import IntArray
+from megatron_adam_mini.plan.partition import IntArray
 
 NAME = "triton"
 

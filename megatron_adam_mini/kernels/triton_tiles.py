@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_adam_mini.kernels.segments import SegmentTable
-from megatron_adam_mini.partition import IntArray
+from megatron_adam_mini.plan.partition import IntArray
 
 #: Elements of a window, and of the rectangle that one pass over a row tile loads.
 TILE_NUMEL = 2048

@@ -48,7 +48,7 @@ from megatron_adam_mini.mcore.state_entries import (
     tp_rank_of_rows,
     unshared,
 )
-from megatron_adam_mini.partition import ParameterBlocks
+from megatron_adam_mini.plan.partition import ParameterBlocks
 
 if TYPE_CHECKING:
     from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer

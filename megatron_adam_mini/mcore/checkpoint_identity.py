@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from megatron_adam_mini.config import FORMAT_VERSION, AdamMiniConfig
-from megatron_adam_mini.partition import ParameterBlocks, is_coarsening, partition_by_rule
+from megatron_adam_mini.plan.partition import ParameterBlocks, is_coarsening, partition_by_rule
 
 if TYPE_CHECKING:
     from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer

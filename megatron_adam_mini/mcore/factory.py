@@ -30,7 +30,7 @@ from megatron_adam_mini.mcore.metrics import observe
 from megatron_adam_mini.mcore.param_info import collect_parameters
 from megatron_adam_mini.mcore.preflight import refuse_single_phase, refuse_unsupported
 from megatron_adam_mini.mcore.slices import bucket_slices, dense_buffers, whole_parameters
-from megatron_adam_mini.partition import (
+from megatron_adam_mini.plan.partition import (
     ParameterBlocks,
     manifest_of,
     partition_parameter,

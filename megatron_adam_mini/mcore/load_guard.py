@@ -1,6 +1,6 @@
 """A damaged or hostile checkpoint is found before anything is loaded, and every rank says so.
 
-Imports ``offline`` (readers that check checksums and run no code) and torch.distributed. Wrapped
+Imports ``checkpoint`` (readers that check checksums and run no code) and torch.distributed. Wrapped
 around three functions of ``megatron.core.dist_checkpointing``: ``load``, for loads that Adam-mini
 asked for, and those that read the common state before it, ``load_common_state_dict`` and
 ``load_content_metadata``.
@@ -24,12 +24,12 @@ import torch
 from torch import distributed
 
 from megatron_adam_mini.agreement import on_all_ranks
+from megatron_adam_mini.checkpoint.chunks import ChunkReader, StoredChunk
+from megatron_adam_mini.checkpoint.errors import UnreadableError
+from megatron_adam_mini.checkpoint.reader import COMMON_KEY, Checkpoint, tiling_problem
 from megatron_adam_mini.config import STATE_PREFIX
 from megatron_adam_mini.mcore.arguments import OPTIMIZER
 from megatron_adam_mini.mcore.state_entries import MARK
-from megatron_adam_mini.offline.chunks import ChunkReader, StoredChunk
-from megatron_adam_mini.offline.errors import UnreadableError
-from megatron_adam_mini.offline.reader import COMMON_KEY, Checkpoint, tiling_problem
 
 
 def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:

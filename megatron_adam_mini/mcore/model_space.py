@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensorFactory
 from torch import Tensor
 
-from megatron_adam_mini.rectangles import rectangles
+from megatron_adam_mini.checkpoint.rectangles import rectangles
 
 
 class ModelEntry:

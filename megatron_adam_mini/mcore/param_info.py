@@ -20,8 +20,8 @@ from megatron.core.transformer.module import param_is_not_shared
 from torch.distributed import ProcessGroup
 from torch.nn import Module, Parameter
 
-from megatron_adam_mini.partition import HeadGeometry, ParameterInfo
-from megatron_adam_mini.roles import role_of
+from megatron_adam_mini.plan.partition import HeadGeometry, ParameterInfo
+from megatron_adam_mini.plan.roles import role_of
 
 _LAYER = re.compile(r"layers\.\d+$")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_adam_mini.layout import BucketLayout, Placement
+from megatron_adam_mini.plan.layout import BucketLayout, Placement
 from megatron_adam_mini.state import Slice
 
 

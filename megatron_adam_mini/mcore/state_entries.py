@@ -21,8 +21,8 @@ from torch import Tensor
 
 from megatron_adam_mini.config import STATE_PREFIX
 from megatron_adam_mini.engine import Piece
-from megatron_adam_mini.layout import row_parallel
 from megatron_adam_mini.mcore.model_space import ModelEntry
+from megatron_adam_mini.plan.layout import row_parallel
 
 if TYPE_CHECKING:
     from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer

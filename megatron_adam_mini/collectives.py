@@ -1,0 +1,158 @@
+"""The collectives that complete the sums of squares of a step.
+
+Imports ``plan`` and torch.distributed. Data flow: partial sums of this rank -> **Reduction** ->
+sums of whole blocks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, distributed
+
+from megatron_adam_mini.plan.partition import IntArray
+from megatron_adam_mini.plan.reduction import ReductionPlan
+
+
+class Reduction:
+    """Completes the sums of one domain, with preallocated buffers.
+
+    A step calls, on all ranks of both groups and in this order, :meth:`complete_over_dp_`,
+    :meth:`start_tp`, :meth:`finish_tp_`; what does not depend on blocks cut by tensor
+    parallelism may run between the last two.
+
+    Args:
+        plan: this rank's positions.
+        num_segments: S of the domain.
+        dp_group: group that shares the buckets' slices; unused if ``plan.dp_size == 1``.
+        tp_group: tensor-parallel group; unused if ``plan.tp_size == 1``.
+        device: device of the sums.
+    """
+
+    def __init__(
+        self,
+        plan: ReductionPlan,
+        num_segments: int,
+        *,
+        dp_group: distributed.ProcessGroup | None,
+        tp_group: distributed.ProcessGroup | None,
+        device: torch.device,
+    ) -> None:
+        self.plan = plan
+        self.dp_group = dp_group
+        self.tp_group = tp_group
+
+        def zeros(numel: int) -> Tensor:
+            return torch.zeros(numel, dtype=torch.float32, device=device)
+
+        # Parts of the vector that the tensor-parallel group adds up: plain sums, then places of
+        # each rank's own, for sums of segments and for sums of slots.
+        self._tp_vector = zeros(plan.tp_numel)
+        self._plain, places = self._tp_vector.tensor_split([len(plan.tp_plain)])
+        begin = plan.tp_rank * plan.num_exact
+        own = places[begin : begin + plan.num_exact]
+        self._exact, self._slots = own.tensor_split([len(plan.tp_exact)])
+
+        gathered = plan.dp_size * plan.num_contributions
+        self._gathered = zeros(gathered)
+        self._offered = zeros(plan.num_contributions) if plan.gathers else self._gathered
+        self._offer = OrderedSum(plan.contribution, num_segments, device)
+        self._sum_dp = OrderedSum(plan.dp_table, gathered, device)
+        self._sum_slots = OrderedSum(plan.tp_slot_table, gathered, device)
+        self._sum_tp = OrderedSum(plan.tp_table, len(places), device)
+        self._places = places
+        self._tp_plain, self._tp_exact, self._dp_target, self._tp_target = (
+            torch.from_numpy(positions).to(device)
+            for positions in (plan.tp_plain, plan.tp_exact, plan.dp_target, plan.tp_target)
+        )
+        self._dp_sums = zeros(len(plan.dp_target))
+        self._tp_sums = zeros(len(plan.tp_target))
+        self._in_flight: distributed.Work | None = None
+
+    @property
+    def collectives(self) -> list[tuple[str, int]]:
+        """Collectives of one step: group and bytes of the vector that this rank receives."""
+        found = []
+        if self.plan.gathers:
+            found.append(("dp", 4 * self._gathered.numel()))
+        if self.plan.tp_numel:
+            found.append(("tp", 4 * self._tp_vector.numel()))
+        return found
+
+    def complete_over_dp_(self, sum_sq_S: Tensor) -> None:
+        """Complete the sums of blocks that data parallelism cuts (modified in place).
+
+        Args:
+            sum_sq_S: this rank's partial sums, float32, shape ``(S,)``.
+        """
+        if self.plan.num_contributions == 0:
+            return
+        self._offer(sum_sq_S, out=self._offered)
+        if self.plan.gathers:
+            distributed.all_gather_into_tensor(self._gathered, self._offered, group=self.dp_group)
+        if len(self._dp_target):
+            self._sum_dp(self._gathered, out=self._dp_sums)
+            sum_sq_S.index_copy_(0, self._dp_target, self._dp_sums)
+
+    def start_tp(self, sum_sq_S: Tensor) -> None:
+        """Send off the sums of blocks that tensor parallelism cuts.
+
+        Args:
+            sum_sq_S: sums that are complete over data parallelism, float32, shape ``(S,)``.
+        """
+        if self.plan.tp_numel == 0:
+            return
+        if self._in_flight is not None:  # of a step that was skipped
+            self._in_flight.wait()
+        self._tp_vector.zero_()
+        torch.index_select(sum_sq_S, 0, self._tp_plain, out=self._plain)
+        torch.index_select(sum_sq_S, 0, self._tp_exact, out=self._exact)
+        if len(self._slots):
+            self._sum_slots(self._gathered, out=self._slots)
+        self._in_flight = distributed.all_reduce(
+            self._tp_vector, group=self.tp_group, async_op=True
+        )
+
+    def finish_tp_(self, sum_sq_S: Tensor) -> None:
+        """Wait for what :meth:`start_tp` sent, and put the sums in their places."""
+        if self._in_flight is None:
+            return
+        self._in_flight.wait()
+        self._in_flight = None
+        sum_sq_S.index_copy_(0, self._tp_plain, self._plain)
+        if len(self._tp_target):
+            self._sum_tp(self._places, out=self._tp_sums)
+            sum_sq_S.index_copy_(0, self._tp_target, self._tp_sums)
+
+
+class OrderedSum:
+    """``out[i] = sum_j source[table[i, j]]``, added from left to right; -1 stands for zero.
+
+    The order of additions depends on the table alone, so equal inputs give equal bits on every
+    rank and device. Adding zero is exact, so wider tables change nothing. Allocates when it is
+    made, and not when it is called.
+
+    Args:
+        table: int64 positions, shape ``(rows, k)``.
+        num_source: entries of the source.
+        device: of source and result.
+    """
+
+    def __init__(self, table: IntArray, num_source: int, device: torch.device) -> None:
+        rows = len(table)
+        positions = np.where(table < 0, num_source, table)  # reads the zero at the end
+        self._columns = torch.from_numpy(np.ascontiguousarray(positions.T)).to(device)
+        self._padded = torch.zeros(num_source + 1 if rows else 1, device=device)
+        self._column = torch.zeros(rows, device=device)
+        self._total = torch.zeros(rows, dtype=torch.float64, device=device)
+
+    def __call__(self, source: Tensor, *, out: Tensor) -> None:
+        """Write the sums to ``out``, float32, shape ``(rows,)``."""
+        if not len(out):
+            return
+        self._padded[:-1].copy_(source)
+        self._total.zero_()
+        for positions in self._columns:
+            torch.index_select(self._padded, 0, positions, out=self._column)
+            self._total.add_(self._column)
+        out.copy_(self._total)

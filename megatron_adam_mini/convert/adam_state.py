@@ -1,0 +1,169 @@
+"""State of Megatron's own Adam in a checkpoint: what there is, and whether it can be trusted.
+
+Imports torch. Two formats hold it in the model's coordinates: the distributed optimizer's
+``fully_reshardable`` (``optimizer.state.{param,exp_avg,exp_avg_sq}.{model key}``) and the plain
+optimizer's (``fp32_param`` instead of ``param``, nothing for weights that are float32 anyway).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_adam_mini.checkpoint.errors import CorruptError, UnreadableError
+from megatron_adam_mini.checkpoint.reader import Checkpoint, tiling_problem
+from megatron_adam_mini.convert.keys import ADAM_PREFIX, PREFIX, keys_by_kind
+from megatron_adam_mini.rounding import is_rounded
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class AdamState:
+    """Where a checkpoint has the state of Adam.
+
+    Attributes:
+        model_keys: parameters, by Megatron's keys.
+        main_keys: model key -> key of its main parameters.
+        step: steps taken.
+        param_groups: their options, without parameters.
+    """
+
+    model_keys: tuple[str, ...]
+    main_keys: dict[str, str]
+    step: int
+    param_groups: list[dict[str, Any]]
+
+    def keys(self, model_key: str) -> tuple[str, str, str]:
+        """Return the keys of main parameter, m and v."""
+        moments = (f"{ADAM_PREFIX}{kind}.{model_key}" for kind in ("exp_avg", "exp_avg_sq"))
+        return (self.main_keys[model_key], *moments)  # type: ignore[return-value]
+
+
+def find_adam_state(checkpoint: Checkpoint) -> AdamState:
+    """Return the state of Adam in a checkpoint.
+
+    Raises:
+        UnreadableError: none, or in a format that cannot be converted; with the remedy.
+        CorruptError: parts of it are missing.
+    """
+    _refuse_other_formats(checkpoint)
+    kinds = keys_by_kind(checkpoint, ADAM_PREFIX)
+    model_keys = kinds.get("exp_avg", [])
+    if not model_keys:
+        raise UnreadableError(
+            f"{checkpoint.folder} holds no state of Adam that can be converted; its optimizer "
+            f"state is {sorted(kinds) or 'missing'}. Save it without --no-save-optim, with "
+            "--optimizer adam."
+        )
+    main = {key: f"{ADAM_PREFIX}param.{key}" for key in kinds.get("param", [])}
+    main |= {key: f"{ADAM_PREFIX}fp32_param.{key}" for key in kinds.get("fp32_param", [])}
+    known = set(kinds) - {"param", "fp32_param", "exp_avg", "exp_avg_sq"}
+    if known:
+        raise UnreadableError(
+            f"{checkpoint.folder} holds optimizer state {sorted(known)}, which Adam does not have."
+        )
+    for key in model_keys:
+        weight = checkpoint.tensors.get(key)
+        if key not in main and weight is not None and weight.dtype == torch.float32:
+            main[key] = key  # a float32 weight is its own main parameter
+    found = {"exp_avg_sq": set(kinds.get("exp_avg_sq", [])), "param": set(main)}
+    for kind, keys in found.items():
+        if keys != set(model_keys):
+            odd = sorted(keys ^ set(model_keys))[0]
+            raise CorruptError(
+                f"{checkpoint.folder}: {kind} and exp_avg do not agree about {odd!r}."
+            )
+    inner = checkpoint.optimizer.get("optimizer", {})
+    groups = inner.get("param_groups", [])
+    state = AdamState(tuple(model_keys), main, _step(checkpoint, inner, groups), groups)
+    for key in model_keys:
+        for stored in state.keys(key):
+            _check_entry(checkpoint, key, stored)
+    return state
+
+
+def unsound(checkpoint: Checkpoint, model_key: str, offset: tuple[int, ...], main: Tensor) -> int:
+    """Return in how many elements main parameters, rounded, differ from the stored weights.
+
+    Args:
+        checkpoint: that holds the weights.
+        model_key: which of them.
+        offset: where the box lies.
+        main: float32 box of main parameters.
+    """
+    weight = checkpoint.box(model_key, offset, tuple(main.shape))
+    return int((~is_rounded(weight, main)).sum())
+
+
+def refuse_unsound(checkpoint: Checkpoint, key: str, count: int, numel: int) -> None:
+    """Refuse state that does not belong to the model it was saved with.
+
+    Raises:
+        CorruptError: always, if ``count`` is not zero.
+    """
+    if count:
+        raise CorruptError(
+            f"{checkpoint.folder}: {key} is not the state of the stored model: rounded to the "
+            f"weight's type, {count} of {numel} main parameters in one box differ from the weights."
+            " Megatron-Core 0.16.1 to 0.19.2 write wrong values with "
+            "--dist-ckpt-optim-fully-reshardable when a bucket is padded before the last one. "
+            "Save again from the run without that flag and load the result in an Adam-mini run, or "
+            "start from the weights alone with --no-load-optim."
+        )
+
+
+def _refuse_other_formats(checkpoint: Checkpoint) -> None:
+    optimizer = checkpoint.optimizer
+    if "adam_mini" in optimizer or any(key.startswith(PREFIX) for key in checkpoint.tensors):
+        raise UnreadableError(f"{checkpoint.folder} holds the state of Adam-mini already.")
+    sharding = checkpoint.content.get("distrib_optim_sharding_type")
+    flat = any(
+        ".dp_group_idx_" in k or k.startswith("optimizer.distributed.") for k in checkpoint.tensors
+    )
+    if flat or sharding not in (None, "fully_reshardable"):
+        raise UnreadableError(
+            f"{checkpoint.folder} holds Adam's state as {sharding or 'flat buckets'!r}, buckets "
+            "whose contents depend on the layout. Load it in its own run and save it again with "
+            "--dist-ckpt-optim-fully-reshardable, or load it in an Adam-mini run directly."
+        )
+    if any(key.startswith(("optimizer.chained_", "chained_")) for key in checkpoint.tensors) or (
+        optimizer and all(isinstance(key, int) for key in optimizer)
+    ):
+        raise UnreadableError(
+            f"{checkpoint.folder} holds the state of several optimizers (mixture of experts), "
+            "which cannot be converted yet."
+        )
+
+
+def _check_entry(checkpoint: Checkpoint, model_key: str, key: str) -> None:
+    weight, tensor = checkpoint.tensors.get(model_key), checkpoint.tensors[key]
+    if weight is None or weight.shape != tensor.shape:
+        shape = None if weight is None else list(weight.shape)
+        raise CorruptError(
+            f"{checkpoint.folder}: {key} has shape {list(tensor.shape)}, its weight {shape}."
+        )
+    if tensor.dtype not in _FLOATS or (".exp_avg" not in key and tensor.dtype != torch.float32):
+        raise UnreadableError(
+            f"{checkpoint.folder}: {key} is {tensor.dtype}; main parameters must be float32 and "
+            "moments float32, bfloat16 or float16. Save without --use-precision-aware-optimizer."
+        )
+    problem = tiling_problem(tensor)
+    if problem:
+        raise CorruptError(f"{checkpoint.folder}: {problem}")
+
+
+def _step(checkpoint: Checkpoint, inner: dict[str, Any], groups: list[dict[str, Any]]) -> int:
+    steps = {float(group["step"]) for group in groups if group.get("step") is not None}
+    common = inner.get("state", {}).get("common_step")
+    if common is not None:
+        steps.add(float(common))
+    if len(steps) != 1:
+        raise CorruptError(
+            f"{checkpoint.folder}: the parameter groups name the steps {sorted(steps)}; one number "
+            "is needed."
+        )
+    return int(steps.pop())

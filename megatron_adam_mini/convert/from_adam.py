@@ -1,0 +1,176 @@
+"""Megatron's Adam -> Adam-mini.
+
+Main parameters and m are copied bit for bit. v of a block is the mean of Adam's v over the block::
+
+    v_b = sum(exp_avg_sq over b) / |b|                     summed in float64
+
+which is what Adam-mini would have accumulated from the same gradients: an average of averages.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_adam_mini.checkpoint.errors import UnreadableError
+from megatron_adam_mini.checkpoint.reader import Checkpoint, StoredTensor
+from megatron_adam_mini.checkpoint.writer import CheckpointWriter
+from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.convert.adam_state import (
+    AdamState,
+    find_adam_state,
+    refuse_unsound,
+    unsound,
+)
+from megatron_adam_mini.convert.keys import (
+    ADAM_PREFIX,
+    PREFIX,
+    Parameter,
+    args_of,
+    blocks_of,
+    fold,
+    identity_of,
+)
+from megatron_adam_mini.convert.progress import Progress
+from megatron_adam_mini.plan.partition import ParameterBlocks
+
+#: Options of torch's and Transformer Engine's Adam that Adam-mini does not have.
+ADAM_ONLY: dict[str, Any] = {
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "decoupled_weight_decay": True,
+    "bias_correction": True,
+}
+
+
+def convert_from_adam(
+    source: Checkpoint, writer: CheckpointWriter, config: AdamMiniConfig
+) -> dict[str, Any]:
+    """Write ``source`` with the state of Adam-mini instead of Adam's.
+
+    Returns:
+        The identity of the new state.
+
+    Raises:
+        UnreadableError: no state of Adam, or one that cannot be converted.
+        CorruptError: damaged, incomplete or unsound state.
+    """
+    state = find_adam_state(source)
+    args = args_of(source)
+    parameters = {key: list(fold(key, source.tensors[key].shape)) for key in state.model_keys}
+    blocks = blocks_of([p for ps in parameters.values() for p in ps], args, config)
+    identity = identity_of(blocks, config, args, "adam")
+    total = sum(source.tensors[k].num_bytes for key in state.model_keys for k in state.keys(key))
+    with Progress(total, "Adam -> Adam-mini") as progress:
+        for layers in parameters.values():
+            _convert_key(source, writer, state, layers, blocks, progress)
+        writer.copy([k for k in source.tensors if not k.startswith(ADAM_PREFIX)])
+        writer.copy(list(source.objects))
+    writer.finish(_common(source, state, identity))
+    return identity
+
+
+def _convert_key(
+    source: Checkpoint,
+    writer: CheckpointWriter,
+    state: AdamState,
+    layers: list[Parameter],
+    blocks: dict[str, ParameterBlocks],
+    progress: Progress,
+) -> None:
+    model_key = layers[0].model_key
+    main_key, m_key, v_key = (source.tensors[key] for key in state.keys(model_key))
+    for kind, stored in (("param", main_key), ("exp_avg", m_key)):
+        for offset, window in source.windows(stored):
+            if kind == "param":
+                count = unsound(source, model_key, offset, window)
+                refuse_unsound(source, stored.key, count, window.numel())
+            for layer, rest, values in by_layer(layers, offset, window):
+                writer.add(f"{PREFIX}{kind}.{layer.key}", layer.shape, rest, values.float())
+            progress.advance(window.nbytes)
+    for number, sums in _convert_v(source, writer, v_key, layers, blocks, progress).items():
+        parameter = layers[number]
+        rows = means_of_blocks(blocks[parameter.key], sums)
+        writer.add(f"{PREFIX}v_row.{parameter.key}", parameter.shape[:1], (0,), rows)
+
+
+def _convert_v(
+    source: Checkpoint,
+    writer: CheckpointWriter,
+    stored: StoredTensor,
+    layers: list[Parameter],
+    blocks: dict[str, ParameterBlocks],
+    progress: Progress,
+) -> dict[int, Tensor]:
+    """Write v that stays per element; return sums over rows, by layer, of the rest."""
+    sums: dict[int, Tensor] = {
+        index: torch.zeros(layer.shape[0], dtype=torch.float64)
+        for index, layer in enumerate(layers)
+        if blocks[layer.key].pattern is not None
+    }
+    for offset, window in source.windows(stored):
+        for layer, rest, values in by_layer(layers, offset, window):
+            if blocks[layer.key].pattern is None:
+                writer.add(f"{PREFIX}v_element.{layer.key}", layer.shape, rest, values.float())
+            else:
+                of_rows = values.double().reshape(len(values), -1).sum(dim=1)
+                row_sums = sums[layer.layer[0] if layer.layer else 0]
+                row_sums[rest[0] : rest[0] + len(values)] += of_rows
+        progress.advance(window.nbytes)
+    return sums
+
+
+def means_of_blocks(blocks: ParameterBlocks, sums: Tensor) -> Tensor:
+    """Return the mean over the block of every row.
+
+    Args:
+        blocks: of the parameter.
+        sums: float64 sum over each row, shape ``(rows,)``.
+
+    Returns:
+        float32, shape ``(rows,)``; rows of one block have one value.
+    """
+    assert blocks.pattern is not None
+    labels = blocks.pattern.block_of_rows()
+    width = math.prod(blocks.info.shape[1:])
+    counts = np.bincount(labels, minlength=blocks.num_blocks) * width
+    totals = np.bincount(labels, weights=sums.numpy(), minlength=blocks.num_blocks)
+    return torch.from_numpy((totals / counts).astype(np.float32)[labels])
+
+
+def by_layer(
+    layers: list[Parameter], offset: tuple[int, ...], window: Tensor
+) -> list[tuple[Parameter, tuple[int, ...], Tensor]]:
+    """Cut a box of a model key's tensor into boxes of its layers: layer, offset, values."""
+    if not layers[0].layer:
+        return [(layers[0], offset, window)]
+    return [
+        (layers[offset[0] + index], offset[1:], part) for index, part in enumerate(window.unbind(0))
+    ]
+
+
+def _common(source: Checkpoint, state: AdamState, identity: dict[str, Any]) -> dict[str, Any]:
+    dropped = {*ADAM_ONLY, "step", "params"}
+    if any(group.get("amsgrad") for group in state.param_groups):
+        raise UnreadableError("amsgrad=True has no counterpart in Adam-mini.")
+    optimizer: dict[str, Any] = {
+        "adam_mini": identity,
+        "step": state.step,
+        "param_groups": [
+            {key: value for key, value in group.items() if key not in dropped}
+            for group in state.param_groups
+        ],
+    }
+    if "grad_scaler" in source.optimizer:
+        optimizer["grad_scaler"] = source.optimizer["grad_scaler"]
+    content = {**source.content, "adam_mini": identity}
+    content["distrib_optim_sharding_type"] = "fully_reshardable"
+    return {**source.common, "optimizer": optimizer, "content_metadata": content}

@@ -1,0 +1,127 @@
+"""What is in a checkpoint, from its metadata and common state alone; no tensor is read."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from megatron_adam_mini.checkpoint.reader import COMMON_KEY, Checkpoint
+from megatron_adam_mini.convert.keys import ADAM_PREFIX, PREFIX
+from megatron_adam_mini.convert.progress import size
+
+_SHOWN = 12
+
+
+def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return a report of plain values: step, layout, rules, blocks, bytes by kind, the rest."""
+    common, optimizer = checkpoint.common, checkpoint.optimizer
+    identity = optimizer.get("adam_mini")
+    chunks = [chunk for tensor in checkpoint.tensors.values() for chunk in tensor.chunks]
+    report: dict[str, Any] = {
+        "checkpoint": str(checkpoint.folder),
+        "iteration": common.get("iteration"),
+        "optimizer": _optimizer_kind(checkpoint, identity),
+        "step": _step(optimizer),
+        "bytes": _bytes_by_kind(checkpoint),
+        "tensors": len(checkpoint.tensors),
+        "chunks": len(chunks),
+        "files": len({chunk.path for chunk in chunks}),
+        "objects": len(checkpoint.objects),
+        "other_content": sorted(k for k in common if k not in ("optimizer", "content_metadata")),
+        "versions": {
+            "torch_dist": checkpoint.config.get("sharded_backend_version"),
+            "metadata": getattr(checkpoint.metadata, "version", None),
+            "megatron_checkpoint": common.get("checkpoint_version"),
+        },
+    }
+    if identity is not None:
+        rules = identity["rules"]
+        report["versions"]["adam_mini_format"] = identity["format"]
+        report["versions"]["adam_mini_rules"] = identity["partition"]["rule_version"]
+        report["adam_mini"] = {
+            "layout": identity["layout"],
+            "saved_from": identity["saved_from"],
+            "preset": identity["partition"]["preset"],
+            "value_as_block": identity["partition"]["value_as_block"],
+            "overrides": identity["partition"]["overrides"],
+            "manifest_hash": identity["manifest_hash"],
+            "parameters": len(rules),
+            "blocks": sum(blocks for _, blocks in rules.values()),
+            "elements": sum(
+                math.prod(t.shape)
+                for key, t in checkpoint.tensors.items()
+                if key.startswith((f"{PREFIX}param.", f"{PREFIX}bucket.param."))
+            ),
+            "rules": rules,
+        }
+    return report
+
+
+def in_words(report: dict[str, Any]) -> str:
+    """Return the report for people."""
+    lines = [
+        report["checkpoint"],
+        f"  iteration     {_or_dash(report['iteration'])}",
+        f"  optimizer     {report['optimizer']}, step {_or_dash(report['step'])}",
+    ]
+    mini = report.get("adam_mini")
+    if mini:
+        sizes = ", ".join(f"{key} {value}" for key, value in mini["saved_from"].items())
+        options = " value-as-block" if mini["value_as_block"] else ""
+        options += "".join(f" {pattern}={rule}" for pattern, rule in mini["overrides"])
+        lines += [
+            f"  layout        {mini['layout']}, saved from {sizes}",
+            f"  partition     {mini['preset']}{options}, manifest {mini['manifest_hash']}",
+            f"  blocks        {mini['blocks']:,} for {mini['elements']:,} elements of "
+            f"{mini['parameters']} parameters",
+        ]
+    for kind, count in report["bytes"].items():
+        lines.append(f"  {kind:<13} {size(count)} ({count:,} bytes)")
+    lines.append(
+        f"  stored as     {report['tensors']} tensors in {report['chunks']} chunks, "
+        f"{report['objects']} objects, {report['files']} files"
+    )
+    lines.append(f"  also          {', '.join(report['other_content']) or '-'}")
+    lines.append("  versions      " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()))
+    return "\n".join(lines)
+
+
+def _optimizer_kind(checkpoint: Checkpoint, identity: Any) -> str:
+    if identity is not None:
+        return "adam_mini"
+    if any(key.startswith(f"{ADAM_PREFIX}exp_avg_sq.") for key in checkpoint.tensors):
+        return "adam"
+    return "other" if checkpoint.optimizer else "none"
+
+
+def _step(optimizer: dict[str, Any]) -> int | None:
+    if "step" in optimizer:
+        return int(optimizer["step"])
+    inner = optimizer.get("optimizer")
+    inner = inner if isinstance(inner, dict) else {}
+    common = inner.get("state", {}).get("common_step")
+    found = [g["step"] for g in inner.get("param_groups", []) if g.get("step") is not None]
+    found += [] if common is None else [common]
+    return int(found[0]) if found else None
+
+
+def _bytes_by_kind(checkpoint: Checkpoint) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for key, tensor in checkpoint.tensors.items():
+        kind = "model"
+        for prefix in (f"{PREFIX}bucket.", PREFIX, ADAM_PREFIX):
+            if key.startswith(prefix):
+                kind = key.removeprefix(prefix).partition(".")[0]
+                break
+        else:
+            if key.startswith("optimizer."):
+                kind = "optimizer"
+        found[kind] = found.get(kind, 0) + tensor.num_bytes
+    found["objects"] = sum(
+        chunk.length for key, chunk in checkpoint.objects.items() if key != COMMON_KEY
+    )
+    return {kind: count for kind, count in found.items() if count}
+
+
+def _or_dash(value: Any) -> Any:
+    return "-" if value is None else value

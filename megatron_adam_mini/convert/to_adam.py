@@ -1,0 +1,93 @@
+"""Adam-mini -> Megatron's Adam, in the distributed optimizer's ``fully_reshardable`` format.
+
+Main parameters and m are copied bit for bit. Every element gets the v of its block, so the first
+step of Adam scales as the next step of Adam-mini would have done.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from megatron_adam_mini.checkpoint.errors import CorruptError
+from megatron_adam_mini.checkpoint.reader import Checkpoint, tiling_problem
+from megatron_adam_mini.checkpoint.writer import CheckpointWriter
+from megatron_adam_mini.convert.from_adam import ADAM_ONLY
+from megatron_adam_mini.convert.keys import ADAM_PREFIX, PREFIX, Parameter
+from megatron_adam_mini.convert.mini_state import MiniState, find_mini_state
+from megatron_adam_mini.convert.progress import Progress
+
+
+def convert_to_adam(source: Checkpoint, writer: CheckpointWriter) -> None:
+    """Write ``source`` with the state of Adam instead of Adam-mini's.
+
+    Raises:
+        UnreadableError: no state of Adam-mini, or flat buckets.
+        CorruptError: damaged or incomplete state.
+    """
+    state = find_mini_state(source)
+    total = sum(
+        source.tensors[f"{PREFIX}{kind}.{p.key}"].num_bytes
+        for p in state.parameters
+        for kind in ("param", "exp_avg", "exp_avg")
+    )
+    with Progress(total, "Adam-mini -> Adam") as progress:
+        for parameter in state.parameters:
+            _convert_parameter(source, writer, state, parameter, progress)
+        writer.copy([key for key in source.tensors if not key.startswith(PREFIX)])
+        writer.copy(list(source.objects))
+    writer.finish(_common(source, state))
+
+
+def _convert_parameter(
+    source: Checkpoint,
+    writer: CheckpointWriter,
+    state: MiniState,
+    parameter: Parameter,
+    progress: Progress,
+) -> None:
+    def add(kind: str, offset: tuple[int, ...], values: Tensor) -> None:
+        lead = (1,) * len(parameter.layer)
+        writer.add(
+            f"{ADAM_PREFIX}{kind}.{parameter.model_key}",
+            parameter.model_shape,
+            (*parameter.layer, *offset),
+            values.reshape(lead + tuple(values.shape)),
+        )
+        progress.advance(values.nbytes)
+
+    for kind in ("param", "exp_avg"):
+        stored = source.tensors[f"{PREFIX}{kind}.{parameter.key}"]
+        problem = tiling_problem(stored)
+        if problem:
+            raise CorruptError(f"{source.folder}: {problem}")
+        for offset, window in source.windows(stored):
+            add(kind, offset, window)
+    if parameter.key in state.elementwise:
+        for offset, window in source.windows(source.tensors[f"{PREFIX}v_element.{parameter.key}"]):
+            add("exp_avg_sq", offset, window)
+        return
+    rows = source.whole(f"{PREFIX}v_row.{parameter.key}")
+    narrow = (1,) * (len(parameter.shape) - 1)
+    # The boxes of m, so that the three tensors of a parameter have one grid.
+    for chunk_offset, window in source.windows(source.tensors[f"{PREFIX}exp_avg.{parameter.key}"]):
+        first, count = chunk_offset[0], len(window)
+        values = rows[first : first + count].reshape(count, *narrow).expand(window.shape)
+        add("exp_avg_sq", chunk_offset, values.contiguous())
+
+
+def _common(source: Checkpoint, state: MiniState) -> dict[str, Any]:
+    optimizer: dict[str, Any] = {
+        "optimizer": {
+            "param_groups": [
+                {**ADAM_ONLY, **group, "step": state.step} for group in state.param_groups
+            ]
+        },
+        "param_state_sharding_type": "fully_reshardable",
+    }
+    if "grad_scaler" in source.optimizer:
+        optimizer["grad_scaler"] = source.optimizer["grad_scaler"]
+    content = {key: value for key, value in source.content.items() if key != "adam_mini"}
+    content["distrib_optim_sharding_type"] = "fully_reshardable"
+    return {**source.common, "optimizer": optimizer, "content_metadata": content}

@@ -1,0 +1,256 @@
+"""Whether a checkpoint is what it says: every byte, every element, every block.
+
+Imports torch. Goes on after a problem, so that one run names all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_adam_mini.checkpoint.chunks import ChunkReader, StoredChunk
+from megatron_adam_mini.checkpoint.errors import CorruptError, UnreadableError
+from megatron_adam_mini.checkpoint.reader import Checkpoint, StoredTensor, tiling_problem
+from megatron_adam_mini.config import short_hash
+from megatron_adam_mini.convert.adam_state import unsound
+from megatron_adam_mini.convert.keys import (
+    ADAM_PREFIX,
+    PREFIX,
+    Parameter,
+    config_of,
+    name_of,
+    parameter_of,
+    stored_blocks,
+    stored_name,
+)
+from megatron_adam_mini.convert.mini_state import MiniState, find_mini_state
+from megatron_adam_mini.convert.progress import Progress
+from megatron_adam_mini.plan.partition import ParameterInfo, rule_for
+from megatron_adam_mini.plan.roles import role_of
+
+_V = (f"{PREFIX}v_row.", f"{PREFIX}v_element.", f"{ADAM_PREFIX}exp_avg_sq.")
+_MAIN = (f"{PREFIX}param.", f"{ADAM_PREFIX}param.", f"{ADAM_PREFIX}fp32_param.")
+
+
+@dataclass
+class Findings:
+    """What was checked and found.
+
+    Attributes:
+        problems: each makes the checkpoint unfit.
+        notes: what could not be checked, or is odd without being wrong.
+        checked: counts of what was looked at.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    checked: dict[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "ok": not self.problems,
+            "problems": self.problems,
+            "notes": self.notes,
+            "checked": self.checked,
+        }
+
+
+def verify(checkpoint: Checkpoint) -> Findings:
+    """Check a checkpoint: coverage, checksums, values, masters, blocks, manifest."""
+    findings = Findings()
+    chunks = [c for t in checkpoint.tensors.values() for c in t.chunks]
+    chunks += checkpoint.objects.values()
+    findings.checked = {
+        "tensors": len(checkpoint.tensors),
+        "chunks": len(chunks),
+        "elements": sum(math.prod(t.shape) for t in checkpoint.tensors.values()),
+    }
+    broken = set()
+    with Progress(sum(chunk.length for chunk in chunks), "verify") as progress:
+        for tensor in checkpoint.tensors.values():
+            before = len(findings.problems)
+            problem = tiling_problem(tensor)
+            if problem:
+                findings.problems.append(problem)
+            for chunk in tensor.chunks:
+                _check_tensor_chunk(tensor, chunk, findings)
+                progress.advance(chunk.length)
+            if len(findings.problems) > before:
+                broken.add(tensor.key)
+        for chunk in checkpoint.objects.values():
+            try:
+                with ChunkReader(chunk) as reader:
+                    reader.check_members()
+            except CorruptError as error:
+                findings.problems.append(str(error))
+            progress.advance(chunk.length)
+    referenced = {chunk.path.name for chunk in chunks}
+    for path in sorted(checkpoint.folder.glob("*.distcp")):
+        if path.name not in referenced:
+            findings.notes.append(f"{path} belongs to nothing in this checkpoint.")
+    _check_masters(checkpoint, broken, findings)
+    if "adam_mini" in checkpoint.optimizer:
+        _check_adam_mini(checkpoint, broken, findings)
+    return findings
+
+
+def _check_tensor_chunk(tensor: StoredTensor, chunk: StoredChunk, findings: Findings) -> None:
+    """Check one chunk's checksums and values."""
+    bad = negative = 0
+    try:
+        with ChunkReader(chunk) as reader:
+            reader.check_members(skip_tensor=True)
+            if reader.dtype() != tensor.dtype:
+                findings.problems.append(
+                    f"{chunk}: stored as {reader.dtype()}, but .metadata says {tensor.dtype}."
+                )
+            for _, window in reader.windows():
+                if window.is_floating_point():
+                    bad += window.numel() - int(torch.isfinite(window).sum())
+                    if tensor.key.startswith(_V):
+                        negative += int((window < 0).sum())
+    except CorruptError as error:
+        findings.problems.append(str(error))
+        return
+    if bad:
+        findings.problems.append(f"{chunk}: {bad} values are not finite.")
+    if negative:
+        findings.problems.append(f"{chunk}: {negative} second moments are negative.")
+
+
+def _check_masters(checkpoint: Checkpoint, broken: set[str], findings: Findings) -> None:
+    """Compare main parameters, rounded to the weights' type, with the weights."""
+    for key, stored in checkpoint.tensors.items():
+        prefix = next((p for p in _MAIN if key.startswith(p)), None)
+        if prefix is None or key in broken:
+            continue
+        model_key, layer = _weight_of(checkpoint, key.removeprefix(prefix))
+        if model_key is None or model_key in broken:
+            findings.notes.append(f"{key}: not compared with weights, which are missing or broken.")
+            continue
+        count = 0
+        for offset, window in checkpoint.windows(stored):
+            lead = window.reshape((1,) * len(layer) + tuple(window.shape))
+            count += unsound(checkpoint, model_key, (*layer, *offset), lead)
+        if count:
+            findings.problems.append(
+                f"{key}: rounded to the weights' type, {count} of {math.prod(stored.shape)} main "
+                f"parameters differ from {model_key}, so the state is not that of this model."
+            )
+
+
+def _weight_of(checkpoint: Checkpoint, key: str) -> tuple[str | None, tuple[int, ...]]:
+    try:
+        parameter = parameter_of(checkpoint, key)
+    except CorruptError:
+        return None, ()
+    return parameter.model_key, parameter.layer
+
+
+def _check_adam_mini(checkpoint: Checkpoint, broken: set[str], findings: Findings) -> None:
+    """Check what the identity says of Adam-mini's state against what is stored."""
+    identity = checkpoint.optimizer["adam_mini"]
+    if checkpoint.content.get("adam_mini") != identity:
+        findings.problems.append(
+            "The identity of Adam-mini's state in the content metadata is not the one in the "
+            "optimizer's common state."
+        )
+    step = checkpoint.optimizer.get("step")
+    if not isinstance(step, int) or step < 0:
+        findings.problems.append(f"The optimizer's step is {step!r}; it must be 0 or more.")
+    if identity.get("layout") == "dp_reshardable":
+        findings.notes.append("Flat buckets (dp_reshardable): blocks are not checked.")
+        return
+    try:
+        state = find_mini_state(checkpoint)
+    except (CorruptError, UnreadableError) as error:
+        findings.problems.append(str(error))
+        return
+    names = _names(state, findings)
+    _check_manifest(state, names, findings)
+    for parameter, name in names.items():
+        key = f"{PREFIX}v_row.{parameter.key}"
+        if key in checkpoint.tensors and key not in broken:
+            _check_blocks(checkpoint, state, parameter, name, checkpoint.whole(key), findings)
+
+
+def _names(state: MiniState, findings: Findings) -> dict[Parameter, str]:
+    """Map parameters to their names in the manifest, which must have the same parameters."""
+    found = {}
+    for parameter in state.parameters:
+        name = stored_name(parameter, state.identity)
+        if name is None:
+            findings.problems.append(f"{parameter.key} has state, but is not in the manifest.")
+        else:
+            found[parameter] = name
+    for name in sorted(set(state.identity["rules"]) - set(found.values())):
+        findings.problems.append(f"{name} is in the manifest, but has no state.")
+    return found
+
+
+def _check_manifest(state: MiniState, names: dict[Parameter, str], findings: Findings) -> None:
+    config, rules = config_of(state.identity), state.identity["rules"]
+    hashed = []
+    for parameter, name in names.items():
+        role = role_of(name, len(parameter.shape))
+        rule = rules[name][0]
+        # Options select by the names of the run that saved, either implementation's.
+        made = [
+            rule_for(ParameterInfo(name=called, shape=parameter.shape, role=role), config)
+            for called in (name, name_of(parameter.key, local=True))
+        ]
+        if rule not in made:
+            findings.problems.append(
+                f"{name}: the manifest says rule {rule!r}, its options make {made[0]!r}."
+            )
+        if (rule == "element") != (parameter.key in state.elementwise):
+            findings.problems.append(f"{name}: rule {rule!r}, but v is stored otherwise.")
+        hashed.append([name, list(parameter.shape)[role in ("embedding", "output") :], rule])
+    own = short_hash([state.identity["partition"], sorted(hashed, key=lambda entry: str(entry[0]))])
+    if own != state.identity["manifest_hash"]:
+        findings.problems.append(
+            f"The manifest hash is {state.identity['manifest_hash']}, but names, shapes and rules "
+            f"that are stored make {own}."
+        )
+
+
+def _check_blocks(
+    checkpoint: Checkpoint,
+    state: MiniState,
+    parameter: Parameter,
+    name: str,
+    rows: Tensor,
+    findings: Findings,
+) -> None:
+    """Check that rows of one block hold one value, and that there are as many as promised."""
+    rule, promised = state.identity["rules"][name]
+    args = checkpoint.common.get("args")
+    if args is None and rule in ("qkv", "head"):
+        findings.notes.append(f"{name}: heads not checked, the checkpoint holds no args.")
+        return
+    try:
+        blocks = stored_blocks([parameter], args, state.identity)[parameter.key]
+    except ValueError as error:
+        findings.problems.append(str(error))
+        return
+    if blocks.num_blocks != promised:
+        findings.problems.append(
+            f"{name}: the manifest says {promised} blocks, its shape makes {blocks.num_blocks}."
+        )
+    if blocks.pattern is None:
+        return
+    labels, values = blocks.pattern.block_of_rows(), rows.numpy()
+    first = np.zeros(blocks.num_blocks, dtype=values.dtype)
+    first[labels[::-1]] = values[::-1]
+    odd = np.flatnonzero(first[labels].view(np.int32) != values.view(np.int32))
+    if len(odd):
+        findings.problems.append(
+            f"{PREFIX}v_row.{parameter.key}: row {odd[0]} holds {values[odd[0]]}, other rows of "
+            f"its block {first[labels[odd[0]]]}; {len(odd)} rows differ from their block."
+        )

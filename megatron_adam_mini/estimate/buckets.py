@@ -1,0 +1,135 @@
+"""Parameters of a rank -> the buckets that Megatron's distributed optimizer will make of them.
+
+Imports ``layout``, ``models`` and ``parallel``. Reproduces, for the released 0.19.2,
+DistributedOptimizer._compute_per_buffer_param_layout and the bucket sizes of megatron.training;
+at run time ``mcore/slices`` reads the same integers from the buffers themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.estimate.models import Model
+from megatron_adam_mini.estimate.parallel import Parallel
+from megatron_adam_mini.estimate.stages import EMBEDDING, stage_parameters
+from megatron_adam_mini.plan.layout import BucketLayout, Placement
+from megatron_adam_mini.plan.partition import ParameterBlocks, partition_parameter
+
+#: Elements to which a parameter's start is aligned.
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one rank of a pipeline stage plans with.
+
+    Attributes:
+        parameters: of all its virtual stages; placements index into them.
+        dense: buckets that the data-parallel group shares.
+        expert: buckets that the expert-data-parallel group shares.
+    """
+
+    parameters: list[ParameterBlocks]
+    dense: list[BucketLayout]
+    expert: list[BucketLayout]
+
+
+def stage_blocks(
+    model: Model,
+    parallel: Parallel,
+    options: AdamMiniConfig,
+    *,
+    pp_rank: int,
+    tp_rank: int = 0,
+    expert_tp_rank: int = 0,
+) -> list[list[ParameterBlocks]]:
+    """Return the parameters of each virtual stage of a rank with their blocks."""
+    chunks = stage_parameters(
+        model, parallel, pp_rank=pp_rank, tp_rank=tp_rank, expert_tp_rank=expert_tp_rank
+    )
+    return [[partition_parameter(info, options) for info in chunk] for chunk in chunks]
+
+
+def plan_stage(
+    model: Model, parallel: Parallel, chunks: Sequence[Sequence[ParameterBlocks]], *, pp_rank: int
+) -> StagePlan:
+    """Put the parameters of each virtual stage of a rank into buckets."""
+    parameters = [blocks for chunk in chunks for blocks in chunk]
+    numel = sum(blocks.info.numel for blocks in parameters)
+    tied = not model.untie_embeddings_and_output_weights and parallel.pp > 1
+    buckets: dict[bool, list[BucketLayout]] = {False: [], True: []}
+    base = 0
+    for number, chunk in enumerate(chunks):
+        # Later pipeline stages and later virtual stages have one bucket per buffer.
+        size = _bucket_size(parallel, numel) if pp_rank == 0 and number == 0 else None
+        for expert, found in buckets.items():
+            members = [base + i for i, blocks in enumerate(chunk) if blocks.info.expert == expert]
+            found += _fill(
+                [(index, parameters[index]) for index in reversed(members)],
+                bucket_size=size,
+                num_slices=parallel.expert_shards if expert else parallel.dense_shards,
+                pad_for_busbw=parallel.ddp_pad_buckets_for_high_nccl_busbw,
+                tied=tied,
+            )
+        base += len(chunk)
+    return StagePlan(parameters, buckets[False], buckets[True])
+
+
+def _bucket_size(parallel: Parallel, num_parameters: int) -> int | None:
+    """Return the elements at which a bucket is closed, ``None`` for a single bucket.
+
+    Source: megatron.training.training.resolve_ddp_bucket_size.
+    """
+    if not parallel.overlap_grad_reduce:
+        return None
+    if parallel.ddp_num_buckets is not None:
+        return num_parameters // parallel.ddp_num_buckets
+    if parallel.ddp_bucket_size is not None:
+        return parallel.ddp_bucket_size
+    return max(40_000_000, 1_000_000 * parallel.data_parallel_with_context)
+
+
+def _fill(
+    members: Sequence[tuple[int, ParameterBlocks]],
+    *,
+    bucket_size: int | None,
+    num_slices: int,
+    pad_for_busbw: bool,
+    tied: bool,
+) -> list[BucketLayout]:
+    """Place parameters one after the other, the last of the model first.
+
+    Source: megatron.core.optimizer.distrib_optimizer, _compute_per_buffer_param_layout.
+    """
+    divisor = math.lcm(num_slices, 128, 2**16 if pad_for_busbw else 1)
+    found: list[BucketLayout] = []
+    placements: list[Placement] = []
+    end = 0
+
+    def close() -> None:
+        nonlocal end
+        found.append(BucketLayout(_padded(end, divisor), num_slices, tuple(placements)))
+        placements.clear()
+        end = 0
+
+    for index, blocks in members:
+        # Both copies of a tied embedding get a bucket of their own.
+        alone = tied and blocks.info.name == EMBEDDING
+        if alone and placements:
+            end = _padded(end, _ALIGNMENT)
+            close()
+        start = _padded(end, _ALIGNMENT)
+        end = start + blocks.info.numel
+        placements.append(Placement(index, start, end))
+        if alone or (bucket_size is not None and end >= bucket_size):
+            close()
+    if placements:
+        close()
+    return found
+
+
+def _padded(value: int, divisor: int) -> int:
+    return -(-value // divisor) * divisor

@@ -1,0 +1,112 @@
+"""Command line -> model and layout: Megatron's own flags, made from the two descriptions.
+
+Imports ``models`` and ``parallel``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from megatron_adam_mini.estimate.models import MODELS, Model
+from megatron_adam_mini.estimate.parallel import Parallel, flag
+
+#: Flags that switch off what is on by default.
+_NEGATED = {"add_bias_linear": "--disable-bias-linear"}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of model and layout; only those that are given become attributes."""
+    group = parser.add_argument_group("model (flags of Megatron; they override those of --model)")
+    group.add_argument("--model", choices=tuple(MODELS), help="a public model")
+    _add_fields(group, Model)
+    group = parser.add_argument_group("layout (flags of Megatron)")
+    group.add_argument(
+        "--world-size",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="all ranks, instead of --data-parallel-size",
+    )
+    _add_fields(group, Parallel)
+
+
+def model_of(args: argparse.Namespace) -> Model:
+    """Return the model that the flags describe.
+
+    Raises:
+        ValueError: flags that are missing or do not fit together.
+    """
+    given = _given(args, Model)
+    if args.model is not None:
+        values = {**vars_of(MODELS[args.model]), **given}
+        if "padded_vocab_size" in given and "vocab_size" not in given:
+            values["vocab_size"] = None
+    else:
+        needed = ("num_layers", "hidden_size", "num_attention_heads")
+        missing = [flag(name) for name in needed if name not in given]
+        if missing:
+            raise ValueError(
+                f"The model is not described: {', '.join(missing)} missing. Give them, or --model "
+                f"with one of {', '.join(MODELS)}."
+            )
+        values = given
+    return Model(**values)
+
+
+def parallel_of(args: argparse.Namespace) -> Parallel:
+    """Return the layout that the flags describe.
+
+    Raises:
+        ValueError: sizes that do not fit together.
+    """
+    given = _given(args, Parallel)
+    world_size: int | None = getattr(args, "world_size", None)
+    if world_size is not None:
+        if "data_parallel_size" in given:
+            raise ValueError(
+                "--world-size and --data-parallel-size say the same thing; give one of them."
+            )
+        rest = Parallel(
+            tensor_model_parallel_size=given.get("tensor_model_parallel_size", 1),
+            pipeline_model_parallel_size=given.get("pipeline_model_parallel_size", 1),
+            context_parallel_size=given.get("context_parallel_size", 1),
+        ).world_size
+        if world_size < 1 or world_size % rest:
+            raise ValueError(
+                f"--world-size={world_size} is not a multiple of tensor x pipeline x context "
+                f"parallel sizes = {rest}; choose one that is."
+            )
+        given["data_parallel_size"] = world_size // rest
+    return Parallel(**given)
+
+
+def vars_of(description: Model | Parallel) -> dict[str, Any]:
+    """Return the fields of a description, without what it caches."""
+    return {field.name: getattr(description, field.name) for field in fields(description)}
+
+
+def _given(args: argparse.Namespace, kind: type[Model] | type[Parallel]) -> dict[str, Any]:
+    present: Mapping[str, Any] = vars(args)
+    return {f.name: present[f.name] for f in fields(kind) if f.name in present}
+
+
+def _add_fields(group: Any, kind: type[Model] | type[Parallel]) -> None:
+    for field in fields(kind):
+        name = field.name
+        if name in _NEGATED:
+            group.add_argument(
+                _NEGATED[name], dest=name, action="store_false", default=argparse.SUPPRESS
+            )
+        elif field.type == "bool":
+            group.add_argument(flag(name), action="store_true", default=argparse.SUPPRESS)
+        else:
+            number = str(field.type).startswith("int")
+            group.add_argument(
+                flag(name),
+                type=int if number else str,
+                default=argparse.SUPPRESS,
+                metavar="N" if number else "NAME",
+            )

@@ -1,0 +1,307 @@
+"""Buckets -> bytes that each rank allocates for weights, gradients and optimizer state.
+
+Imports numpy, ``layout`` and the modules before it. Numbers of segments come from
+``layout.slice_size``, which walks slices as the optimizer does; nothing here is a formula for
+the number of blocks.
+
+What is counted: Megatron's parameter and gradient buffers with their padding, and the tensors of
+the optimizer's state. Adam's state has no padding; Adam-mini's master and m mirror the slices.
+Ranks are numbered in Megatron's default order, tp-cp-ep-dp-pp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.estimate.buckets import plan_stage, stage_blocks
+from megatron_adam_mini.estimate.models import Model
+from megatron_adam_mini.estimate.parallel import Parallel, stage_layers
+from megatron_adam_mini.estimate.stages import stage_parameters
+from megatron_adam_mini.plan.layout import BucketLayout, slice_size
+from megatron_adam_mini.plan.partition import IntArray, ParameterBlocks, unmatched_patterns
+
+KINDS = ("weights", "gradients", "main_param", "exp_avg", "exp_avg_sq")
+_WEIGHT_BYTES = 2  # bf16 or fp16
+
+
+@dataclass(frozen=True)
+class StateFormat:
+    """Bytes per number of an optimizer's state.
+
+    Attributes:
+        label: for people.
+        main_param: of the main parameter; 2 for the 16 bits that bf16 lacks of float32.
+        exp_avg: of m.
+        exp_avg_sq: of v.
+        blocks: v is one number per block, and the rest mirrors slices with their padding.
+    """
+
+    label: str
+    main_param: int
+    exp_avg: int
+    exp_avg_sq: int
+    blocks: bool
+
+
+FORMATS = {
+    "adam": StateFormat("Adam", 4, 4, 4, False),
+    "adam_precision_aware": StateFormat("Adam, bf16 m and v, 16-bit remainders", 2, 2, 2, False),
+    "adam_mini": StateFormat("Adam-mini", 4, 4, 4, True),
+    "adam_mini_remainders": StateFormat("Adam-mini, 16-bit remainders", 2, 4, 4, True),
+    "adam_mini_bf16_m": StateFormat("Adam-mini, bf16 m", 4, 2, 4, True),
+    "adam_mini_remainders_bf16_m": StateFormat(
+        "Adam-mini, 16-bit remainders, bf16 m", 2, 2, 4, True
+    ),
+}
+
+#: Data-parallel sizes beyond this are not looked at.
+MAX_SHARING = 2**16
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """What the ranks of one pipeline stage hold.
+
+    Attributes:
+        num_parameters: elements of the parameters of one rank.
+        buffer_numel: elements of its buffers, padding included.
+        gradient_bytes: of one gradient.
+        slice_numel: elements of its slices, padding included.
+        elements: elements of parameters in its slices, by rank of the stage.
+        second_moments: Adam-mini's numbers of v, by rank of the stage.
+    """
+
+    num_parameters: int
+    buffer_numel: int
+    gradient_bytes: int
+    slice_numel: int
+    elements: IntArray
+    second_moments: IntArray
+
+    def bytes_of(self, form: StateFormat) -> dict[str, IntArray]:
+        """Return bytes by kind, see :data:`KINDS`, and rank of the stage."""
+        mirrored = np.full_like(self.elements, self.slice_numel) if form.blocks else self.elements
+        return {
+            "weights": np.full_like(self.elements, _WEIGHT_BYTES * self.buffer_numel),
+            "gradients": np.full_like(self.elements, self.gradient_bytes * self.buffer_numel),
+            "main_param": form.main_param * mirrored,
+            "exp_avg": form.exp_avg * mirrored,
+            "exp_avg_sq": form.exp_avg_sq * (self.second_moments if form.blocks else self.elements),
+        }
+
+    def total_of(self, form: StateFormat) -> IntArray:
+        """Return all bytes by rank of the stage."""
+        return np.sum(list(self.bytes_of(form).values()), axis=0, dtype=np.int64)
+
+
+class Planner:
+    """Memory of one model under several layouts; parameters are described once per stage.
+
+    Raises:
+        ValueError: a layout that does not fit the model, or name patterns that match nothing.
+    """
+
+    def __init__(self, model: Model, parallel: Parallel, options: AdamMiniConfig) -> None:
+        self.model = model
+        self.parallel = parallel
+        self.options = options
+        self.layers = stage_layers(parallel, model.num_layers)
+        self._blocks: dict[Hashable, list[list[ParameterBlocks]]] = {}
+        #: Stages and ranks that hold equal parameters have equal numbers.
+        self._numbers: dict[Hashable, int] = {}
+        self._number_of: dict[tuple[int, int, int], int] = {}
+        names = [
+            blocks.info.name
+            for stage in range(parallel.pp)
+            for chunk in self._stage_blocks(stage, 0, 0)
+            for blocks in chunk
+        ]
+        missing = unmatched_patterns(names, options)
+        if missing:
+            raise ValueError(
+                f"Name patterns {missing} match no parameter; one of them is {names[0]!r}. "
+                "Correct or remove them."
+            )
+
+    def num_parameters(self) -> int:
+        """Return the elements of the whole model, a tied embedding counted once."""
+        alone = stage_parameters(self.model, Parallel(), pp_rank=0)
+        return sum(info.numel for chunk in alone for info in chunk)
+
+    def unknown_share(self) -> float:
+        """Return the share of elements in parameters whose role has no rule."""
+        alone = stage_parameters(self.model, Parallel(), pp_rank=0)
+        infos = [info for chunk in alone for info in chunk]
+        unknown = sum(info.numel for info in infos if info.role == "unknown")
+        return unknown / sum(info.numel for info in infos)
+
+    def stages(self, parallel: Parallel) -> list[StageMemory]:
+        """Return the memory of every pipeline stage.
+
+        Args:
+            parallel: may differ from the planner's own in the number of data-parallel ranks only.
+        """
+        known: dict[Hashable, IntArray] = {}
+        return [self._stage(parallel, stage, known) for stage in range(parallel.pp)]
+
+    def _stage(
+        self, parallel: Parallel, stage: int, known: dict[Hashable, IntArray]
+    ) -> StageMemory:
+        """Return the memory of a stage; equal work is done once, see ``known``."""
+        plan = plan_stage(self.model, parallel, self._stage_blocks(stage, 0, 0), pp_rank=stage)
+        buckets = plan.dense + plan.expert
+
+        def sizes(tp_rank: int, expert_tp_rank: int, expert: bool) -> IntArray:
+            key = (self._number(stage, tp_rank, expert_tp_rank), stage == 0, expert)
+            if key not in known:
+                chunks = self._stage_blocks(stage, tp_rank, expert_tp_rank)
+                own = plan_stage(self.model, parallel, chunks, pp_rank=stage)
+                chosen = own.expert if expert else own.dense
+                shards = parallel.expert_shards if expert else parallel.dense_shards
+                known[key] = _slice_sizes(chosen, own.parameters, shards)
+            return known[key]
+
+        dense = np.stack([sizes(tp, 0, False) for tp in range(parallel.tp)])
+        experts = np.stack([sizes(0, etp, True) for etp in range(parallel.etp)])
+        rank = np.arange(parallel.world_size // parallel.pp)
+        dense_shard = rank // parallel.tp % parallel.dense_shards
+        expert_shard = (
+            rank // (parallel.etp * parallel.expert_model_parallel_size) % parallel.expert_shards
+        )
+        of_rank = (
+            dense[rank % parallel.tp, dense_shard] + experts[rank % parallel.etp, expert_shard]
+        )
+        return StageMemory(
+            num_parameters=sum(blocks.info.numel for blocks in plan.parameters),
+            buffer_numel=sum(bucket.numel for bucket in buckets),
+            gradient_bytes=2 if parallel.grad_reduce_in_bf16 else 4,
+            slice_numel=sum(bucket.slice_numel for bucket in buckets),
+            elements=of_rank[:, 0],
+            second_moments=of_rank[:, 1],
+        )
+
+    def _stage_blocks(
+        self, stage: int, tp_rank: int, expert_tp_rank: int
+    ) -> list[list[ParameterBlocks]]:
+        key = (stage, tp_rank, expert_tp_rank)
+        if key not in self._blocks:
+            self._blocks[key] = stage_blocks(
+                self.model,
+                self.parallel,
+                self.options,
+                pp_rank=stage,
+                tp_rank=tp_rank,
+                expert_tp_rank=expert_tp_rank,
+            )
+        return self._blocks[key]
+
+    def _number(self, stage: int, tp_rank: int, expert_tp_rank: int) -> int:
+        """Number what decides how many segments the slices of a rank have, up to the buckets."""
+        place = (stage, tp_rank, expert_tp_rank)
+        if place not in self._number_of:
+            chunks = self._stage_blocks(*place)
+            facts = tuple(
+                tuple(
+                    (
+                        blocks.info.role,
+                        blocks.info.shape,
+                        blocks.info.expert,
+                        blocks.pattern,
+                        blocks.pattern and blocks.info.row_offset % blocks.pattern.period_rows,
+                    )
+                    for blocks in chunk
+                )
+                for chunk in chunks
+            )
+            self._number_of[place] = self._numbers.setdefault(facts, len(self._numbers))
+        return self._number_of[place]
+
+
+def _slice_sizes(
+    buckets: Sequence[BucketLayout], parameters: Sequence[ParameterBlocks], num_slices: int
+) -> IntArray:
+    """Return elements of parameters and numbers of v of every slice, shape ``(slices, 2)``."""
+    found = np.zeros((num_slices, 2), dtype=np.int64)
+    for bucket in buckets:
+        for rank in range(num_slices):
+            size = slice_size(bucket, parameters, rank)
+            found[rank] += (size.num_elements, size.num_segments + size.num_elementwise)
+    return found
+
+
+def largest_rank(stages: Sequence[StageMemory], form: StateFormat) -> dict[str, Any]:
+    """Return bytes by kind and in total of the rank that holds most, and which rank that is."""
+    best: dict[str, Any] = {}
+    first = 0
+    for number, stage in enumerate(stages):
+        kinds = stage.bytes_of(form)
+        totals = stage.total_of(form)
+        rank = int(totals.argmax())
+        if not best or int(totals[rank]) > best["total"]:
+            best = {
+                "stage": number,
+                "rank": first + rank,
+                **{kind: int(kinds[kind][rank]) for kind in KINDS},
+                "total": int(totals[rank]),
+            }
+        first += len(totals)
+    return best
+
+
+class Sharing:
+    """How many ranks may share the state before a saving becomes too small.
+
+    The layout is the planner's, with context parallelism and several optimizer instances left
+    out: d data-parallel ranks share the state of a dense parameter, and ``tp * d / (etp * ep)``
+    that of an expert. Savings are of all ranks together: which rank holds most, and whether its
+    slices hold elementwise parameters, may change with d.
+    """
+
+    def __init__(self, planner: Planner) -> None:
+        self._planner = planner
+        parallel = planner.parallel
+        unit = parallel.etp * parallel.expert_model_parallel_size
+        #: Smallest number of data-parallel ranks with which the experts divide.
+        self.step = unit // int(np.gcd(unit, parallel.tp))
+        self._totals: dict[int, dict[str, int]] = {}
+
+    def saving(self, name: str, ranks: int) -> float:
+        """Return the share of Adam's bytes that a format saves, over all ranks together."""
+        if ranks not in self._totals:
+            parallel = replace(
+                self._planner.parallel,
+                data_parallel_size=ranks,
+                context_parallel_size=1,
+                num_distributed_optimizer_instances=1,
+            )
+            stages = self._planner.stages(parallel)
+            self._totals[ranks] = {
+                key: sum(int(stage.total_of(form).sum()) for stage in stages)
+                for key, form in FORMATS.items()
+            }
+        totals = self._totals[ranks]
+        return 1 - totals[name] / totals["adam"]
+
+    def largest(self, name: str, share: float) -> int | None:
+        """Return the largest number of ranks at which at least ``share`` is saved.
+
+        The saving falls with the number of ranks (up to padding), so this is a bisection.
+        ``None``: not even with the fewest; :data:`MAX_SHARING`: that many, or more.
+        """
+        good, bad = 0, 1
+        while self.saving(name, bad * self.step) >= share:
+            good, bad = bad, 2 * bad
+            if bad * self.step > MAX_SHARING:
+                return MAX_SHARING
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            if self.saving(name, middle * self.step) >= share:
+                good = middle
+            else:
+                bad = middle
+        return good * self.step or None

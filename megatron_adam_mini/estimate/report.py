@@ -1,0 +1,165 @@
+"""Memory of a planned run -> one JSON-like dict, and the dict in words.
+
+Imports the modules of this package before it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.estimate.flags import vars_of
+from megatron_adam_mini.estimate.memory import (
+    FORMATS,
+    KINDS,
+    MAX_SHARING,
+    Planner,
+    Sharing,
+    StageMemory,
+    largest_rank,
+)
+from megatron_adam_mini.estimate.models import Model
+from megatron_adam_mini.estimate.parallel import Parallel
+
+_GB = 10**9
+_SHARES = {"1%": 0.01, "5%": 0.05}
+_HEADS = {
+    "rank": "rank",
+    "weights": "weights",
+    "gradients": "gradients",
+    "main_param": "master",
+    "exp_avg": "m",
+    "exp_avg_sq": "v",
+    "total": "total",
+}
+
+
+def memory_report(
+    model: Model, parallel: Parallel, options: AdamMiniConfig, *, every_rank: bool = False
+) -> dict[str, Any]:
+    """Return bytes per rank for every optimizer, and how far each saving reaches.
+
+    Raises:
+        ValueError: a layout that does not fit the model, or options that do not apply.
+    """
+    planner = Planner(model, parallel, options)
+    stages = planner.stages(parallel)
+    sharing = Sharing(planner)
+    optimizers: dict[str, Any] = {}
+    for name, form in FORMATS.items():
+        entry: dict[str, Any] = {"label": form.label, "largest_rank": largest_rank(stages, form)}
+        if name != "adam":
+            adam = optimizers["adam"]["largest_rank"]["total"]
+            entry["saved_share"] = 1 - entry["largest_rank"]["total"] / adam
+            entry["largest_sharing"] = {
+                text: sharing.largest(name, share) for text, share in _SHARES.items()
+            }
+        optimizers[name] = entry
+    report = {
+        "model": vars_of(model),
+        "layout": vars_of(parallel),
+        "partition": options.partition_fields(),
+        "parameters": planner.num_parameters(),
+        "ranks": parallel.world_size,
+        "state_shared_by": {"dense": parallel.dense_shards, "expert": parallel.expert_shards},
+        "optimizers": optimizers,
+        "stages": [_stage(planner, number, stage) for number, stage in enumerate(stages)],
+        "notes": _notes(planner),
+    }
+    if every_rank:
+        report["every_rank"] = {name: _every_rank(stages, name) for name in FORMATS}
+    return report
+
+
+def in_words(report: dict[str, Any]) -> str:
+    """Return the report as text."""
+    layout, shared = report["layout"], report["state_shared_by"]
+    sizes = [
+        ("TP", layout["tensor_model_parallel_size"]),
+        ("PP", layout["pipeline_model_parallel_size"]),
+        ("CP", layout["context_parallel_size"]),
+        ("DP", layout["data_parallel_size"]),
+    ]
+    experts = report["model"]["num_experts"] is not None
+    if experts:
+        etp = layout["expert_tensor_parallel_size"] or layout["tensor_model_parallel_size"]
+        sizes += [("EP", layout["expert_model_parallel_size"]), ("ETP", etp)]
+    ranks = report["ranks"]
+    lines = [
+        f"{report['parameters']:,} parameters, {ranks:,} rank{'s' if ranks > 1 else ''}: "
+        + ", ".join(f"{name} {size}" for name, size in sizes)
+        + f". Ranks that share the state: d = {shared['dense']}"
+        + (f", for experts {shared['expert']}." if experts else "."),
+        "The rank that holds most, in GB (10^9 bytes):",
+        "",
+    ]
+    label = max(len(entry["label"]) for entry in report["optimizers"].values())
+    heads = "".join(f"{text:>10}" for text in _HEADS.values())
+    lines.append(f"{'':<{label}}{heads}{'m + v':>10}{'saved':>9}{'1 %':>7}{'5 %':>7}")
+    for entry in report["optimizers"].values():
+        rank = entry["largest_rank"]
+        cells = [f"{rank['rank']:>10}"]
+        numbers = [rank[kind] for kind in _HEADS if kind != "rank"]
+        numbers.append(rank["exp_avg"] + rank["exp_avg_sq"])
+        cells += [f"{_in_gb(value):>10}" for value in numbers]
+        if "saved_share" in entry:
+            cells.append(f"{100 * entry['saved_share']:>7.1f} %")
+            cells += [f"{_reach(entry['largest_sharing'][text]):>7}" for text in _SHARES]
+        lines.append(f"{entry['label']:<{label}}" + "".join(cells))
+    lines += [
+        "",
+        "saved: of this rank's bytes. 1 %, 5 %: the largest d at which that much of the bytes of "
+        "all",
+        "ranks is still saved, with the other sizes as they are (CP 1, one optimizer instance).",
+        *(f"note: {text}" for text in report["notes"]),
+    ]
+    return "\n".join(lines).rstrip()
+
+
+def _in_gb(value: int) -> str:
+    return f"{value / _GB:.{3 if value >= _GB // 100 else 6}f}"
+
+
+def _reach(ranks: int | None) -> str:
+    if ranks is None:
+        return "never"
+    return f">={ranks}" if ranks == MAX_SHARING else str(ranks)
+
+
+def _stage(planner: Planner, number: int, stage: StageMemory) -> dict[str, Any]:
+    ranks = planner.parallel.world_size // planner.parallel.pp
+    optimizers = {}
+    for name, form in FORMATS.items():
+        found = largest_rank([stage], form)
+        optimizers[name] = {**found, "stage": number, "rank": number * ranks + found["rank"]}
+    return {
+        "stage": number,
+        "layers": [layer for chunk in planner.layers[number] for layer in chunk],
+        "parameters_per_rank": stage.num_parameters,
+        "buffer_elements_per_rank": stage.buffer_numel,
+        "optimizers": optimizers,
+    }
+
+
+def _every_rank(stages: list[StageMemory], name: str) -> list[dict[str, int]]:
+    found = []
+    for stage in stages:
+        kinds = stage.bytes_of(FORMATS[name])
+        columns = [kinds[kind].tolist() for kind in KINDS]
+        found += [dict(zip(KINDS, row, strict=True)) for row in zip(*columns, strict=True)]
+    return found
+
+
+def _notes(planner: Planner) -> list[str]:
+    notes = []
+    if planner.model.num_experts is not None:
+        notes.append(
+            "mixture of experts is planned here, but Adam-mini refuses to train it in this release."
+        )
+    unknown = planner.unknown_share()
+    if unknown:
+        notes.append(
+            f"{100 * unknown:.2f} % of the parameters have no rule and keep a full v under "
+            "Adam-mini (in the optimizer, too)."
+        )
+    return notes

@@ -1,0 +1,313 @@
+"""Blocks x slice -> segments: where the blocks lie in the slice of a bucket that a rank owns.
+
+Imports numpy and ``partition`` only. Everything here is integers, computed once at
+construction and never changed.
+
+Data flow: partition, and the offsets of Megatron's buckets -> **layout** -> reduction, kernels.
+
+Vocabulary: a *bucket* is a flat buffer that holds parameters at given offsets, with gaps. It is
+cut into ``num_slices`` equal *slices*, one per data-parallel rank, without regard for rows. A
+*segment* is a row segment (see ``partition``) within a slice. Parameters with one second moment
+per element contribute *element ranges* instead.
+
+Shape suffixes: ``_S`` segments of one slice, ``_R`` element ranges of one slice.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_adam_mini.plan.partition import IntArray, ParameterBlocks, RowPattern
+
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one parameter lies in a bucket: ``[start, end)``, in elements of the bucket."""
+
+    parameter: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class BucketLayout:
+    """The integers of one bucket, equal on all ranks that share it."""
+
+    numel: int
+    num_slices: int
+    #: In ascending order.
+    placements: tuple[Placement, ...]
+
+    def __post_init__(self) -> None:
+        """Check what everything below relies on."""
+        if self.numel % self.num_slices:
+            raise ValueError(
+                f"A bucket of {self.numel} elements cannot be cut into {self.num_slices} equal "
+                "slices; Megatron pads buckets so that it can, so this layout is not its own."
+            )
+
+    @property
+    def slice_numel(self) -> int:
+        """Elements of one slice."""
+        return self.numel // self.num_slices
+
+    def overlapping(self, begin: int, end: int) -> tuple[Placement, ...]:
+        """Return the placements that have elements in ``[begin, end)``."""
+        first = bisect_right(self._ends, begin)
+        return self.placements[first : max(first, bisect_left(self._starts, end))]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [placement.start for placement in self.placements]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return [placement.end for placement in self.placements]
+
+
+@dataclass(frozen=True)
+class SliceSegments:
+    """Segments and element ranges of one slice, both in ascending order.
+
+    Attributes:
+        start_S, end_S: offsets within the slice.
+        parameter_S: index of the parameter.
+        row_segment_S: row segment of the parameter's pattern.
+        block_S: block of the parameter.
+        block_numel_S: elements of the whole block, over all ranks.
+        clipped_left_S, clipped_right_S: the row segment goes on in the slice before, after.
+        start_R, end_R, parameter_R: element ranges.
+    """
+
+    start_S: IntArray  # noqa: N815 (shape suffix)
+    end_S: IntArray  # noqa: N815
+    parameter_S: IntArray  # noqa: N815
+    row_segment_S: IntArray  # noqa: N815
+    block_S: IntArray  # noqa: N815
+    block_numel_S: IntArray  # noqa: N815
+    clipped_left_S: BoolArray  # noqa: N815
+    clipped_right_S: BoolArray  # noqa: N815
+    start_R: IntArray  # noqa: N815
+    end_R: IntArray  # noqa: N815
+    parameter_R: IntArray  # noqa: N815
+
+    @property
+    def num_segments(self) -> int:
+        """Number of segments, S."""
+        return len(self.start_S)
+
+    @property
+    def num_ranges(self) -> int:
+        """Number of element ranges, R."""
+        return len(self.start_R)
+
+    @property
+    def num_elementwise(self) -> int:
+        """Elements in all element ranges."""
+        return int((self.end_R - self.start_R).sum())
+
+
+@dataclass(frozen=True)
+class SliceSize:
+    """How much of the parameters one slice holds.
+
+    Attributes:
+        num_segments: segments, each with one second moment.
+        num_elementwise: elements that keep a second moment each.
+        num_elements: elements of parameters, without the gaps between them.
+    """
+
+    num_segments: int
+    num_elementwise: int
+    num_elements: int
+
+
+def slice_size(bucket: BucketLayout, parameters: Sequence[ParameterBlocks], rank: int) -> SliceSize:
+    """Return what :func:`segment_slice` would list of slice ``rank``, without listing it."""
+    segments = elementwise = elements = 0
+    for _, blocks, first, last in _parts(bucket, parameters, rank):
+        elements += last - first
+        if blocks.pattern is None:
+            elementwise += last - first
+        else:
+            segments += len(_segments_between(blocks, blocks.pattern, first, last))
+    return SliceSize(segments, elementwise, elements)
+
+
+def segment_slice(
+    bucket: BucketLayout, parameters: Sequence[ParameterBlocks], rank: int
+) -> SliceSegments:
+    """List the segments of slice ``rank`` of a bucket.
+
+    Args:
+        bucket: the bucket's integers.
+        parameters: all parameters; placements index into them.
+        rank: which slice, ``0 <= rank < bucket.num_slices``.
+    """
+    begin = rank * bucket.slice_numel
+    integers: list[list[IntArray]] = [[] for _ in range(6)]
+    clipped: list[list[BoolArray]] = [[], []]
+    ranges: list[tuple[int, int, int]] = []
+    for placement, blocks, first, last in _parts(bucket, parameters, rank):
+        shift = placement.start - begin
+        if blocks.pattern is None:
+            ranges.append((first + shift, last + shift, placement.parameter))
+            continue
+        width = blocks.info.row_numel
+        offset = blocks.info.row_offset
+        between = _segments_between(blocks, blocks.pattern, first, last)
+        segments = np.arange(between.start, between.stop, dtype=np.int64)
+        low, high = blocks.pattern.segment_bounds(segments)
+        # Rows of other tensor-parallel ranks are not part of the local tensor.
+        low = np.maximum((low - offset) * width, 0)
+        high = np.minimum((high - offset) * width, blocks.info.numel)
+        whole_width = width * (blocks.info.tp_size if row_parallel(blocks) else 1)
+        values = (
+            np.maximum(low, first) + shift,
+            np.minimum(high, last) + shift,
+            np.full(len(segments), placement.parameter, dtype=np.int64),
+            segments,
+            blocks.pattern.block_of_segment(segments),
+            blocks.pattern.rows_of_segment_block(segments) * whole_width,
+        )
+        for column, value in zip(integers, values, strict=True):
+            column.append(value)
+        clipped[0].append(low < first)
+        clipped[1].append(high > last)
+    no_integers, no_flags = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.bool_)
+    starts, ends, parameter, row_segment, block, block_numel = (
+        np.concatenate([no_integers, *column]) for column in integers
+    )
+    left, right = (np.concatenate([no_flags, *column]) for column in clipped)
+    table = np.asarray(ranges, dtype=np.int64).reshape(-1, 3)
+    return SliceSegments(
+        starts, ends, parameter, row_segment, block, block_numel, left, right, *table.T.copy()
+    )
+
+
+def element_numbers(
+    bucket: BucketLayout,
+    parameters: Sequence[ParameterBlocks],
+    rank: int,
+    starts: IntArray,
+    owners: IntArray,
+) -> IntArray:
+    """Return where elements of slice ``rank`` lie in their whole tensors, as flat numbers.
+
+    Rows count in the order of :class:`~megatron_adam_mini.plan.partition.RowPattern`, columns over
+    all tensor-parallel ranks, so the numbers of a weight do not depend on the layout (except that
+    the order of rows of gated MLPs follows the tensor-parallel size).
+
+    Args:
+        bucket: the bucket's integers.
+        parameters: all parameters.
+        rank: which slice.
+        starts: offsets within the slice.
+        owners: the parameter at each of them.
+    """
+    found = np.zeros(len(starts), dtype=np.int64)
+    for placement in bucket.placements:
+        here = owners == placement.parameter
+        info = parameters[placement.parameter].info
+        row, column = np.divmod(
+            starts[here] + rank * bucket.slice_numel - placement.start, info.row_numel
+        )
+        parts, part = (
+            (info.tp_size, info.tp_rank)
+            if row_parallel(parameters[placement.parameter])
+            else (1, 0)
+        )
+        found[here] = ((info.row_offset + row) * parts + part) * info.row_numel + column
+    return found
+
+
+def cut_boundaries(bucket: BucketLayout, parameters: Sequence[ParameterBlocks]) -> BoolArray:
+    """Return, for each boundary between slices, whether it cuts a row segment.
+
+    Shape ``(num_slices - 1,)``. Row segments of spread blocks (see :func:`spread_blocks`) do not
+    count: their sums travel in slots of their own.
+    """
+    cuts = np.zeros(bucket.num_slices - 1, dtype=np.bool_)
+    positions = bucket.slice_numel * np.arange(1, bucket.num_slices, dtype=np.int64)
+    starts = np.asarray([p.start for p in bucket.placements], dtype=np.int64)
+    found = np.searchsorted(starts, positions, side="right") - 1
+    for number in np.unique(found[found >= 0]).tolist():
+        placement = bucket.placements[number]
+        blocks = parameters[placement.parameter]
+        if blocks.pattern is None:
+            continue
+        inside = np.flatnonzero(
+            (found == number) & (positions > placement.start) & (positions < placement.end)
+        )
+        element = positions[inside] - placement.start
+        offset, width = blocks.info.row_offset, blocks.info.row_numel
+        before = blocks.pattern.segments_of_rows(offset + (element - 1) // width)
+        after = blocks.pattern.segments_of_rows(offset + element // width)
+        spread = np.isin(blocks.pattern.block_of_segment(after), spread_blocks(blocks))
+        cuts[inside] = (before == after) & ~spread
+    return cuts
+
+
+def spread_blocks(blocks: ParameterBlocks) -> IntArray:
+    """Return the blocks of a parameter that no single run of local elements can hold.
+
+    They are the blocks made of several row segments, and those that a boundary between
+    tensor-parallel ranks crosses when dimension 0 is split (a Query or Key head when twice the
+    number of query groups is not divisible by the tensor-parallel size). Ascending, the same on
+    every tensor-parallel rank.
+    """
+    if blocks.pattern is None:
+        return np.empty(0, dtype=np.int64)
+    split_rows = blocks.info.shape[0] if crosses_tp(blocks) else 0
+    return _spread_blocks(blocks.pattern, split_rows)
+
+
+def crosses_tp(blocks: ParameterBlocks) -> bool:
+    """Return whether tensor parallelism splits the rows, so that a block may span its ranks."""
+    return blocks.info.tp_dim == 0 and blocks.info.tp_size > 1
+
+
+def row_parallel(blocks: ParameterBlocks) -> bool:
+    """Return whether every tensor-parallel rank holds a part of each row."""
+    return (blocks.info.tp_dim or 0) > 0 and blocks.info.tp_size > 1
+
+
+@lru_cache(maxsize=512)
+def _spread_blocks(pattern: RowPattern, split_rows: int) -> IntArray:
+    if pattern.segment_rows == (1,) and pattern.shared == (-1,):
+        return np.empty(0, dtype=np.int64)
+    segments = np.arange(pattern.num_segments, dtype=np.int64)
+    spread = pattern.is_scattered(segments)
+    if split_rows:
+        low, high = pattern.segment_bounds(segments)
+        spread = spread | (low // split_rows != (high - 1) // split_rows)
+    return np.unique(pattern.block_of_segment(segments[spread]))
+
+
+def _parts(
+    bucket: BucketLayout, parameters: Sequence[ParameterBlocks], rank: int
+) -> Iterator[tuple[Placement, ParameterBlocks, int, int]]:
+    """Yield the parameters in a slice, with the first and one-past-last element that it holds."""
+    begin = rank * bucket.slice_numel
+    end = begin + bucket.slice_numel
+    for placement in bucket.overlapping(begin, end):
+        first = max(begin, placement.start) - placement.start
+        last = min(end, placement.end) - placement.start
+        yield placement, parameters[placement.parameter], first, last
+
+
+def _segments_between(blocks: ParameterBlocks, pattern: RowPattern, first: int, last: int) -> range:
+    """Return the row segments that have local elements in ``[first, last)``."""
+    offset, width = blocks.info.row_offset, blocks.info.row_numel
+    return range(
+        pattern.segment_of_row(offset + first // width),
+        pattern.segment_of_row(offset + (last - 1) // width) + 1,
+    )
