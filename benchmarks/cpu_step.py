@@ -34,12 +34,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron_adam_mini.engine import Domain, Engine
 from torch import Tensor
 
 from benchmarks.report import heading, write
 from benchmarks.timing import Timing, interleave, table
 from megatron_adam_mini.config import AdamMiniConfig
-from megatron_adam_mini.engine import Domain, Engine
 from megatron_adam_mini.kernels import SegmentTable, StepScalars, cpu
 from megatron_adam_mini.plan.layout import BucketLayout, Placement
 from megatron_adam_mini.plan.partition import HeadGeometry, ParameterInfo, partition_parameter

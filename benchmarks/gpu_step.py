@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from megatron_adam_mini.kernels.segments import SegmentTable
 
 from megatron_adam_mini.kernels.scalars import StepScalars
-from megatron_adam_mini.kernels.segments import SegmentTable
 
 #: Bytes per element that a step must move: g twice (one phase: once), m and p in and out, weight.
 BYTES = {"adam_mini two phases": 26, "adam_mini one phase": 22, "copy": 8}

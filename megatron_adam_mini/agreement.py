@@ -85,6 +85,31 @@ def check_agreement(
         )
 
 
+def agree_on_plan[P](
+    make: Callable[[], tuple[P, PlanRecord]],
+    *,
+    patterns: Sequence[str],
+    group: distributed.ProcessGroup | None = None,
+) -> P:
+    """Plan on every rank; return this rank's plan once all have one and share what they must.
+
+    Whatever goes wrong on one rank reaches all of them before the first collective of a step,
+    errors that nobody foresaw included.
+
+    Args:
+        make: makes this rank's plan, and what it brings to the check; must not communicate.
+        patterns: as for :func:`check_agreement`, as are the errors.
+        group: ranks to compare, default all.
+    """
+    try:
+        plan, record = make()
+    except Exception as error:
+        check_agreement(PlanRecord("", {}, error=error), patterns=patterns, group=group)
+        raise
+    check_agreement(record, patterns=patterns, group=group)
+    return plan
+
+
 def on_all_ranks[T](work: Callable[[], T], failure: str) -> T:
     """Do something on all ranks, and raise on all of them if it fails on any.
 

@@ -1,17 +1,138 @@
-"""The collectives that complete the sums of squares of a step.
+"""The only collectives of a step: data parallel, tensor parallel, norm.
 
-Imports ``plan`` and torch.distributed. Data flow: partial sums of this rank -> **Reduction** ->
-sums of whole blocks.
+Imports ``plan`` and torch.distributed. Data flow: partial sums of this rank -> **Collectives** ->
+sums of whole blocks, and the squared norm of the whole gradient.
+
+Every rank calls, in this order, :meth:`Collectives.start_`, :meth:`Collectives.add_norm_` and
+:meth:`Collectives.finish_`. What is sent where follows from the plan, so a collective is left out
+on all ranks of its group or on none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, distributed
+from torch.distributed import ProcessGroup
 
 from megatron_adam_mini.plan.partition import IntArray
 from megatron_adam_mini.plan.reduction import ReductionPlan
+from megatron_adam_mini.plan.step_plan import StepPlan
+
+
+@dataclass(frozen=True)
+class DomainGroups:
+    """Process groups of one domain.
+
+    Attributes:
+        dp: shares the slices of each bucket; unused if buckets have one slice.
+        tp: splits the parameters; unused if it has one rank.
+        norm: adds up the parts of the gradient norm; ``None``: all ranks.
+    """
+
+    dp: ProcessGroup | None = None
+    tp: ProcessGroup | None = None
+    norm: ProcessGroup | None = None
+
+
+class Collectives:
+    """Completes the sums of all domains of a rank, and adds up the norm.
+
+    Args:
+        plan: this rank's plan.
+        groups: process groups of each of its domains.
+        device: device of the sums.
+    """
+
+    def __init__(
+        self, plan: StepPlan, groups: Sequence[DomainGroups], *, device: torch.device
+    ) -> None:
+        self._plan = plan
+        self._groups = groups
+        self._domains = [
+            (
+                Reduction(
+                    reduction,
+                    part.stop - part.start,
+                    dp_group=group.dp,
+                    tp_group=group.tp,
+                    device=device,
+                ),
+                part,
+            )
+            for reduction, part, group in zip(
+                plan.reductions, plan.domain_segments, groups, strict=True
+            )
+        ]
+
+    def start_(self, sum_sq_S: Tensor) -> None:
+        """Complete sums over data parallelism (modified in place), send them off over tensors'.
+
+        Collectives: all-gather in the dense data-parallel group, in the expert's; all-reduce in
+        the dense tensor-parallel group, in the expert's. The all-reduces stay in flight.
+
+        Args:
+            sum_sq_S: this rank's partial sums, float32, shape ``(S,)``.
+        """
+        for reduction, part in self._domains:
+            reduction.complete_over_dp_(sum_sq_S[part])
+        for reduction, part in self._domains:
+            reduction.start_tp(sum_sq_S[part])
+
+    def finish_(self, sum_sq_S: Tensor) -> None:
+        """Wait for what :meth:`start_` sent off, and put the sums in their places."""
+        for reduction, part in self._domains:
+            reduction.finish_tp_(sum_sq_S[part])
+
+    def add_norm_(self, stats_D2: Tensor) -> None:
+        """Add up the parts of the squared norm, and the counts of non-finite sums, of all ranks.
+
+        Collectives: one all-reduce, or one per domain where their norm groups differ.
+
+        Args:
+            stats_D2: float64, one row per domain, modified in place.
+        """
+        if self.all_domains_share_a_norm_group:
+            self._all_reduce(stats_D2, self._groups[0].norm)
+        else:
+            for row, group in zip(stats_D2, self._groups, strict=True):
+                self._all_reduce(row, group.norm)
+
+    def add_counts_(self, count_D: Tensor) -> None:
+        """Add up numbers of the model's elements, by domain, as :meth:`add_norm_` does norms."""
+        for row, group in zip(count_D, self._groups, strict=True):
+            self._all_reduce(row, group.norm)
+
+    @property
+    def all_domains_share_a_norm_group(self) -> bool:
+        """Whether one all-reduce adds up the norm of all domains."""
+        return all(group.norm == self._groups[0].norm for group in self._groups)
+
+    @property
+    def norm_group(self) -> ProcessGroup | None:
+        """Group over which the dense norm is added up; ``None``: all ranks."""
+        return self._groups[0].norm
+
+    def per_step(self) -> dict[str, Any]:
+        """Return the collectives that complete blocks, and the bytes that this rank receives.
+
+        The norm's all-reduce is left out: every optimizer that clips has it.
+        """
+        found = {
+            f"{domain.name} {group}": num_bytes
+            for domain, (reduction, _) in zip(self._plan.domains, self._domains, strict=True)
+            for group, num_bytes in reduction.collectives
+        }
+        return {"collectives": len(found), "bytes": sum(found.values()), "by_group": found}
+
+    @staticmethod
+    def _all_reduce(tensor: Tensor, group: ProcessGroup | None) -> None:
+        if distributed.is_initialized():
+            distributed.all_reduce(tensor, group=group)
 
 
 class Reduction:

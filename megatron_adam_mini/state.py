@@ -1,9 +1,9 @@
-"""The optimizer state of one rank: what is allocated, and how large it is.
+"""The optimizer state of one rank: what is allocated, and how a part of it is read and written.
 
-Imports torch and ``rounding``. Everything is allocated at construction, on every rank
+Imports torch, ``plan`` and ``rounding``. Everything is allocated at construction, on every rank
 alike, so that memory does not grow at the first step and a checkpoint can be loaded before it.
 
-Data flow: layout -> **SliceState** -> kernels (modified in place) -> checkpoint.
+Data flow: step plan -> **BufferState** -> kernels (modified in place) -> checkpoint.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_adam_mini.plan.step_plan import BufferPlan, Window
 from megatron_adam_mini.rounding import join, split, to_weight
 
 #: Elements that are rounded at a time when state is loaded.
 _STORE_NUMEL = 2**22
 
 
-class Slice(Protocol):
-    """The live tensors of one slice; they are asked for anew in each step.
+class Buffer(Protocol):
+    """The live tensors of one of Megatron's buffers; they are asked for anew in each step.
 
     Megatron may move a buffer between steps (offloading), so the step does not keep what these
     return.
@@ -30,12 +31,12 @@ class Slice(Protocol):
 
     @property
     def grad(self) -> Tensor:
-        """Reduced gradients of the slice, float32, bfloat16 or float16, shape ``(L,)``."""
+        """Gradients, float32, bfloat16 or float16, shape ``(N,)``; this rank's slices reduced."""
         ...
 
     @property
     def weight(self) -> Tensor:
-        """Model weights of the slice, shape ``(L,)``; float32 weights are their own masters."""
+        """Model weights, shape ``(N,)``; float32 weights are their own main parameters."""
         ...
 
 
@@ -58,85 +59,101 @@ def check_remainders(dtypes: Iterable[torch.dtype]) -> None:
 
 
 @dataclass
-class SliceState:
-    """State that mirrors one slice: element ``i`` of every tensor belongs together.
+class BufferState:
+    """State of this rank's slices of one buffer, the slices one after the other.
+
+    A window (see ``plan.step_plan``) says where elements are in the buffer and where in the state.
 
     Attributes:
-        source: the slice.
-        param: float32 main parameters, shape ``(L,)``; the model weights themselves when
-            ``owns_main_param`` is false. Or int16: what bfloat16 weights lack of their float32 main
-            parameters.
+        buffer: live gradients and weights.
+        plan: which slices, and where.
+        param: float32 main parameters, shape ``(L,)``. Or int16: what bfloat16 weights lack of
+            their float32 main parameters. ``None``: the float32 model weights themselves.
         exp_avg: m, float32 or bfloat16, shape ``(L,)``.
-        owns_main_param: whether ``param`` is memory of the optimizer.
     """
 
-    source: Slice
-    param: Tensor
+    buffer: Buffer
+    plan: BufferPlan
+    param: Tensor | None
     exp_avg: Tensor
-    owns_main_param: bool
 
     @classmethod
     def allocate(
-        cls, source: Slice, *, exp_avg_dtype: torch.dtype, param_remainders: bool
-    ) -> SliceState:
-        """Allocate the state of a slice, main parameters copied from the model weights.
+        cls, buffer: Buffer, plan: BufferPlan, *, exp_avg_dtype: torch.dtype, param_remainders: bool
+    ) -> BufferState:
+        """Allocate the state of a buffer, main parameters copied from the model weights.
 
         Raises:
             ValueError: remainders were asked for weights that are neither bfloat16 nor float32.
         """
-        weight = source.weight.detach()
-        exp_avg = torch.zeros_like(weight, dtype=exp_avg_dtype)
+        weight = buffer.weight.detach()
+
+        def zeros(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(plan.state_numel, dtype=dtype, device=weight.device)
+
+        state = cls(buffer, plan, None, zeros(exp_avg_dtype))
         if weight.dtype == torch.float32:
-            return cls(source, weight, exp_avg, owns_main_param=False)
-        if not param_remainders:
-            return cls(source, weight.float(), exp_avg, owns_main_param=True)
-        check_remainders([weight.dtype])
-        return cls(
-            source, torch.zeros_like(weight, dtype=torch.int16), exp_avg, owns_main_param=True
-        )
+            return state
+        if param_remainders:
+            check_remainders([weight.dtype])
+        state.param = zeros(torch.int16 if param_remainders else torch.float32)
+        state.take_weights()
+        return state
 
     @property
-    def main_param(self) -> Tensor:
-        """Main parameters, float32, shape ``(L,)``: the state itself, or made from remainders."""
+    def owns_main_param(self) -> bool:
+        """Whether main parameters are memory of the optimizer."""
+        return self.param is not None
+
+    def main_param(self, window: Window) -> Tensor:
+        """Return main parameters of a window, float32: state, weights, or made from remainders."""
+        if self.param is None:
+            return self.buffer.weight[window.in_buffer].detach()
         if self.param.dtype == torch.float32:
-            return self.param
-        return join(self.source.weight, self.param)
+            return self.param[window.in_state]
+        return join(self.buffer.weight[window.in_buffer], self.param[window.in_state])
 
-    def as_float32(self) -> dict[str, Tensor]:
-        """Return ``param`` and ``exp_avg`` as float32: the state itself where it is stored so."""
-        return {"param": self.main_param, "exp_avg": self.exp_avg.float()}
+    def as_float32(self, window: Window) -> dict[str, Tensor]:
+        """Return ``param`` and ``exp_avg`` of a window as float32: views where stored so."""
+        return {
+            "param": self.main_param(window),
+            "exp_avg": self.exp_avg[window.in_state].float(),
+        }
 
-    def store(self, values: dict[str, Tensor]) -> None:
+    def store(self, window: Window, values: dict[str, Tensor]) -> None:
         """Take over what :meth:`as_float32` returned, after somebody wrote to it.
 
         Model weights follow the main parameters. Values that the state's type does not hold are
         rounded to the nearest.
         """
-        if self.exp_avg.dtype != torch.float32:
-            for begin in range(0, len(self.exp_avg), _STORE_NUMEL):
-                part = slice(begin, begin + _STORE_NUMEL)
-                self.exp_avg[part] = to_weight(values["exp_avg"][part], self.exp_avg.dtype)
-        if not self.owns_main_param:
-            return
-        weight = self.source.weight
+        weight = self.buffer.weight
         # In parts: rounding takes several temporaries of the length of what it rounds.
-        for begin in range(0, len(weight), _STORE_NUMEL):
-            part = slice(begin, begin + _STORE_NUMEL)
+        for begin in range(0, window.numel, _STORE_NUMEL):
+            part = slice(begin, min(begin + _STORE_NUMEL, window.numel))
+            in_buffer, in_state = window.part(part.start, part.stop)
+            if self.exp_avg.dtype != torch.float32:
+                self.exp_avg[in_state] = to_weight(values["exp_avg"][part], self.exp_avg.dtype)
+            if self.param is None:
+                continue
             if self.param.dtype == torch.float32:
-                weight[part] = to_weight(values["param"][part], weight.dtype)
+                weight[in_buffer] = to_weight(values["param"][part], weight.dtype)
             else:
-                weight[part], self.param[part] = split(values["param"][part])
+                weight[in_buffer], self.param[in_state] = split(values["param"][part])
 
     def take_weights(self) -> None:
         """Set the main parameters to the model's weights, after somebody changed those."""
-        if self.param.dtype == torch.int16:
-            self.param.zero_()
-        elif self.owns_main_param:
-            self.param.copy_(self.source.weight)
+        if self.param is None:
+            return
+        for part in self.plan.slices:
+            in_buffer, in_state = part.window
+            if self.param.dtype == torch.int16:
+                self.param[in_state] = 0
+            else:
+                self.param[in_state] = self.buffer.weight[in_buffer].detach().float()
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Return allocated bytes of ``main_param`` and ``exp_avg``."""
         return {
-            "main_param": self.param.nbytes if self.owns_main_param else 0,
+            "main_param": 0 if self.param is None else self.param.nbytes,
             "exp_avg": self.exp_avg.nbytes,
         }

@@ -45,34 +45,21 @@ def weights_of(trainer: Trainer) -> list[Part]:
 def slices_of(trainer: Trainer, *, grads_only: bool = False) -> list[Part]:
     """Return what the optimizer of this rank owns: grad, and param, exp_avg, v per element."""
     names = {param: name for name, param in global_names(trainer.chunks).items()}
-    optimizer = trainer.optimizer
-    engine = optimizer.engine
-    params = optimizer.get_parameters()
-    domain = engine.domains[0]
+    inner = trainer.optimizer.inner
+    params = trainer.optimizer.get_parameters()
     parts = []
-    for layout, bucket in zip(domain.buckets, engine.buckets, strict=True):
-        tensors = {"grad": bucket.source.grad}
+    for piece in inner.plan.pieces:
+        param = params[piece.parameter]
+        tensors = {"grad": inner.grad(piece)}
         if not grads_only:
-            v = torch.full_like(bucket.state.main_param, float("nan"))
-            block_v = engine.exp_avg_sq_B[bucket.blocks_at]
-            for index in range(len(bucket.segments)):
-                begin, end = bucket.segments.start_S[index], bucket.segments.end_S[index]
-                v[begin:end] = block_v[index]
-            element_v = bucket.exp_avg_sq_E
-            at = 0
-            for begin, end in zip(bucket.ranges.start_S, bucket.ranges.end_S, strict=True):
-                v[begin:end] = element_v[at : at + end - begin]
-                at += end - begin
-            tensors |= {"param": bucket.state.main_param, "exp_avg": bucket.state.exp_avg, "v": v}
-        offset = domain.dp_rank * layout.slice_numel
-        for placement in layout.placements:
-            first = max(placement.start, offset)
-            last = min(placement.end, offset + layout.slice_numel)
-            if first < last:
-                param = params[placement.parameter]
-                window = slice(first - offset, last - offset)
-                values = {key: tensor[window].float() for key, tensor in tensors.items()}
-                parts.append(_part(trainer, names[param], param, first - placement.start, values))
+            state = inner.states[piece.buffer]
+            v = inner.v_of_elements(piece)
+            if not piece.is_elementwise:
+                first, last = inner.plan.segment_bounds(piece)
+                v = inner.v_of_segments(piece).repeat_interleave(torch.from_numpy(last - first))
+            tensors |= {**state.as_float32(piece.window), "v": v}
+        values = {key: tensor.float() for key, tensor in tensors.items()}
+        parts.append(_part(trainer, names[param], param, piece.begin, values))
     return parts
 
 

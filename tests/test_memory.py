@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from megatron_adam_mini.engine import Domain, Engine
 
 from benchmarks import plan_scale
 from megatron_adam_mini import cli
 from megatron_adam_mini.config import AdamMiniConfig
-from megatron_adam_mini.engine import Domain, Engine
 from megatron_adam_mini.estimate.buckets import plan_stage, stage_blocks
 from megatron_adam_mini.estimate.flags import vars_of
 from megatron_adam_mini.estimate.memory import FORMATS, KINDS, Planner, Sharing, largest_rank

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from megatron_adam_mini.kernels.segments import SegmentTable
+
 from megatron_adam_mini.kernels.triton_tiles import TILE_NUMEL, WINDOW_FIELDS, row_tiles, windows
 from tests.triton_cases import (
     CPU,

@@ -9,9 +9,9 @@ import itertools
 
 import numpy as np
 import torch
+from megatron_adam_mini.kernels.segments import SegmentTable
 
 from megatron_adam_mini.kernels.scalars import StepScalars
-from megatron_adam_mini.kernels.segments import SegmentTable
 from megatron_adam_mini.kernels.triton_tiles import ROW_LIMIT
 
 CPU = torch.device("cpu")

@@ -3,8 +3,10 @@
 ``reference`` (plain torch) is the specification: what another backend computes must equal it
 within the rounding of the order of additions. ``cpu`` is C++, ``triton`` is for GPUs.
 
-Data flow: gradient slice -> ``block_sum_sq_`` -> reduction -> ``block_step_size_`` ->
-``update_`` / ``update_elementwise_`` -> main parameter, ``exp_avg``, model weight.
+Arguments are the same everywhere: tensors of a buffer, a segment table, vectors with one entry per
+segment, the numbers of the step. Data flow: gradients -> ``segment_sum_sq_`` -> collectives ->
+``segment_step_size_`` -> ``update_`` / ``update_elementwise_`` -> main parameters, ``exp_avg``,
+model weights.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ from types import ModuleType
 import torch
 
 from megatron_adam_mini.config import BACKENDS
+from megatron_adam_mini.kernels.arguments import BufferTensors, SegmentVectors
 from megatron_adam_mini.kernels.scalars import StepScalars
-from megatron_adam_mini.kernels.segments import SegmentTable
 
-__all__ = ["SegmentTable", "StepScalars", "select_backend"]
+__all__ = ["BufferTensors", "SegmentVectors", "StepScalars", "select_backend"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +35,8 @@ def select_backend(name: str, device: torch.device) -> ModuleType:
     """Return the module that holds the kernels of a backend.
 
     Args:
-        name: one of ``config.BACKENDS``; ``auto`` takes ``cpu`` or ``triton`` after the device,
-            and plain torch, with a warning that says why, where that is missing.
+        name: one of ``config.BACKENDS``; ``auto`` takes the one for the device, ``cpu`` or
+            ``triton``; where that is missing, plain torch, with a warning that says why.
         device: where the slices are. The device decides, not what torch says of the machine.
 
     Raises:

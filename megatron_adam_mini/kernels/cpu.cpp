@@ -17,10 +17,11 @@ namespace {
 
 // A piece of work, see cpu_tiles.py.
 struct Tile {
-  int64_t start, length, count, index, packed, within, partial;
+  int64_t start, length, count, index, packed, within, partial, shift;
 };
 
-// Storage of one slice. Kinds: 0 float32, 1 bfloat16, 2 float16, 3 int16 remainders, -1 none.
+// Storage of one buffer and of this rank's state of it, see arguments.py. Kinds: 0 float32,
+// 1 bfloat16, 2 float16, 3 int16 remainders, -1 none.
 struct Slice {
   void* param;
   void* exp_avg;
@@ -40,7 +41,7 @@ struct Scalars {
 };
 
 // Vectors with one entry per segment.
-struct Blocks {
+struct Segments {
   float* exp_avg_sq;
   float* step_size;
   float* sum_sq;
@@ -118,7 +119,7 @@ int level = best_level();
 extern "C" {
 
 // Changes with every signature, so that a stale library is noticed.
-EXPORT int adam_mini_abi() { return 2; }
+EXPORT int adam_mini_abi() { return 3; }
 
 EXPORT int adam_mini_level() { return level; }
 
@@ -136,9 +137,9 @@ EXPORT int adam_mini_has_threads() {
 #endif
 }
 
-EXPORT void adam_mini_block_sum_sq(float* sum_sq, const void* grad, int grad_kind, const Tile* tiles,
+EXPORT void adam_mini_segment_sum_sq(float* sum_sq, const void* grad, int grad_kind, const Tile* tiles,
                             int64_t num_tiles, double* partials, int threads) {
-  DISPATCH(block_sum_sq(sum_sq, grad, grad_kind, tiles, num_tiles, partials, threads));
+  DISPATCH(segment_sum_sq(sum_sq, grad, grad_kind, tiles, num_tiles, partials, threads));
 }
 
 EXPORT void adam_mini_norm_partials(double* stats, int64_t domains, const float* sum_sq,
@@ -146,22 +147,22 @@ EXPORT void adam_mini_norm_partials(double* stats, int64_t domains, const float*
   DISPATCH(norm_partials(stats, domains, sum_sq, domain, numel));
 }
 
-EXPORT void adam_mini_block_step_size(const Blocks* blocks, const Scalars* scalars, const int64_t* index,
+EXPORT void adam_mini_segment_step_size(const Segments* segments, const Scalars* scalars, const int64_t* index,
                                int64_t numel, int threads) {
   if (!is_finite(*scalars->grad_scale)) return;
-  DISPATCH(block_step_size(*blocks, *scalars, index, numel, threads));
+  DISPATCH(segment_step_size(*segments, *scalars, index, numel, threads));
 }
 
 EXPORT void adam_mini_update(const Slice* slice, const Tile* tiles, int64_t num_tiles,
-                      const Blocks* blocks, const Scalars* scalars, int threads) {
+                      const Segments* segments, const Scalars* scalars, int threads) {
   if (!is_finite(*scalars->grad_scale)) return;
-  DISPATCH(update(*slice, tiles, num_tiles, *blocks, *scalars, threads));
+  DISPATCH(update(*slice, tiles, num_tiles, *segments, *scalars, threads));
 }
 
-EXPORT void adam_mini_update_whole(const Slice* slice, const Tile* tiles, int64_t num_tiles,
-                            const Blocks* blocks, const Scalars* scalars, int threads) {
+EXPORT void adam_mini_update_in_one_pass(const Slice* slice, const Tile* tiles, int64_t num_tiles,
+                            const Segments* segments, const Scalars* scalars, int threads) {
   if (!is_finite(*scalars->grad_scale)) return;
-  DISPATCH(update_whole(*slice, tiles, num_tiles, *blocks, *scalars, threads));
+  DISPATCH(update_in_one_pass(*slice, tiles, num_tiles, *segments, *scalars, threads));
 }
 
 EXPORT void adam_mini_update_elementwise(const Slice* slice, float* exp_avg_sq, const Tile* tiles,

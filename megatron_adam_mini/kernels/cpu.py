@@ -15,17 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_adam_mini.kernels.cpu_tiles import tiles
+from megatron_adam_mini.kernels.arguments import BufferTensors, SegmentVectors
+from megatron_adam_mini.kernels.cpu_tiles import TILE_FIELDS, tiles
 from megatron_adam_mini.kernels.scalars import StepScalars
-from megatron_adam_mini.kernels.segments import SegmentTable
+from megatron_adam_mini.plan.segment_table import SegmentTable
 
 NAME = "cpu"
 
 #: What cpu.cpp's adam_mini_abi returns.
-_ABI = 2
+_ABI = 3
 
 #: Elements of one piece of work: enough to hide its overhead, few enough to share among threads.
 _TILE_NUMEL = 65536
+_PARTIAL = TILE_FIELDS.index("partial")
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int16: 3}
 _LEVELS = ("baseline", "x86-64-v3 (AVX2)", "x86-64-v4 (AVX-512)")
@@ -46,7 +48,7 @@ class _Scalars(ctypes.Structure):
     )
 
 
-class _Blocks(ctypes.Structure):
+class _Segments(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_void_p)
         for name in ("exp_avg_sq", "step_size", "sum_sq", "inv_numel", "group")
@@ -55,11 +57,11 @@ class _Blocks(ctypes.Structure):
 
 _POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES: dict[str, tuple[type, ...]] = {
-    "block_sum_sq": (_POINTER, _POINTER, _INT, _POINTER, _INT64, _POINTER, _INT),
+    "segment_sum_sq": (_POINTER, _POINTER, _INT, _POINTER, _INT64, _POINTER, _INT),
     "norm_partials": (_POINTER, _INT64, _POINTER, _POINTER, _INT64),
-    "block_step_size": (_POINTER, _POINTER, _POINTER, _INT64, _INT),
+    "segment_step_size": (_POINTER, _POINTER, _POINTER, _INT64, _INT),
     "update": (_POINTER, _POINTER, _INT64, _POINTER, _POINTER, _INT),
-    "update_whole": (_POINTER, _POINTER, _INT64, _POINTER, _POINTER, _INT),
+    "update_in_one_pass": (_POINTER, _POINTER, _INT64, _POINTER, _POINTER, _INT),
     "update_elementwise": (
         _POINTER, _POINTER, _POINTER, _INT64, _POINTER, _POINTER, _INT,
     ),
@@ -110,58 +112,48 @@ class _Work:
     """Tiles of one table, and where the parts of long segments leave their sums."""
 
     def __init__(self, table: SegmentTable) -> None:
-        split = tiles(table, _TILE_NUMEL, split=True)
-        whole = tiles(table, _TILE_NUMEL, split=False)
-        partials = np.zeros(int(split[:, -1].max(initial=-1)) + 1)
-        self._kept = split, whole, partials
-        #: Address and number of the tiles.
-        self.split = split.ctypes.data, len(split)
-        self.whole = whole.ctypes.data, len(whole)
+        in_parts = tiles(table, _TILE_NUMEL, split=True)
+        unsplit = tiles(table, _TILE_NUMEL, split=False)
+        partials = np.zeros(int(in_parts[:, _PARTIAL].max(initial=-1)) + 1)
+        self._kept = in_parts, unsplit, partials
+        #: Address and number of the tiles; of those in which long segments are not split.
+        self.in_parts = in_parts.ctypes.data, len(in_parts)
+        self.unsplit = unsplit.ctypes.data, len(unsplit)
         self.partials_at = partials.ctypes.data
-        self.reach = int(table.end_S.max(initial=0))
-        self.entries = int(table.indices.max(initial=-1)) + 1
 
 
-def block_sum_sq_(sum_sq_B: Tensor, grad_L: Tensor, segments: SegmentTable) -> None:
-    """See ``reference.block_sum_sq_``: squares in float32, added in float32 lanes, then float64."""
-    work = segments.derived(_Work)
-    library().adam_mini_block_sum_sq(
-        _pointer(sum_sq_B, work.entries),
-        _pointer(grad_L, work.reach),
-        _KINDS[grad_L.dtype],
-        *work.split,
+def segment_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: SegmentTable) -> None:
+    """See ``reference.segment_sum_sq_``: squares and lanes in float32, then float64."""
+    work = table.derived(_Work)
+    library().adam_mini_segment_sum_sq(
+        _pointer(sum_sq_SR, table.num_entries),
+        _pointer(grad_N, table.reach),
+        _KINDS[grad_N.dtype],
+        *work.in_parts,
         work.partials_at,
         torch.get_num_threads(),
     )
 
 
-def norm_partials_(stats_D2: Tensor, sum_sq_B: Tensor, domain_B: Tensor) -> None:
+def norm_partials_(stats_D2: Tensor, sum_sq_SR: Tensor, domain_SR: Tensor) -> None:
     """See ``reference.norm_partials_``."""
-    numel = len(sum_sq_B)
+    numel = len(sum_sq_SR)
     library().adam_mini_norm_partials(
         _pointer(stats_D2, 2 * len(stats_D2)),
         len(stats_D2),
-        _pointer(sum_sq_B, numel),
-        _pointer(domain_B, numel),
+        _pointer(sum_sq_SR, numel),
+        _pointer(domain_SR, numel),
         numel,
     )
 
 
-def block_step_size_(
-    exp_avg_sq_B: Tensor,
-    step_size_B: Tensor,
-    sum_sq_B: Tensor,
-    *,
-    inv_numel_B: Tensor,
-    group_B: Tensor,
-    scalars: StepScalars,
-    index: Tensor | None = None,
+def segment_step_size_(
+    vectors: SegmentVectors, scalars: StepScalars, index: Tensor | None = None
 ) -> None:
-    """See ``reference.block_step_size_``."""
-    numel = len(exp_avg_sq_B)
-    blocks = _blocks(exp_avg_sq_B, step_size_B, sum_sq_B, inv_numel_B, group_B, entries=numel)
-    library().adam_mini_block_step_size(
-        ctypes.byref(blocks),
+    """See ``reference.segment_step_size_``."""
+    numel = len(vectors.exp_avg_sq_S)
+    library().adam_mini_segment_step_size(
+        ctypes.byref(_segments(vectors, numel)),
         ctypes.byref(_scalars(scalars)),
         None if index is None else _pointer(index, len(index)),
         numel if index is None else len(index),
@@ -170,76 +162,44 @@ def block_step_size_(
 
 
 def update_(
-    param_L: Tensor,
-    exp_avg_L: Tensor,
-    weight_L: Tensor | None,
-    grad_L: Tensor,
-    segments: SegmentTable,
-    *,
-    step_size_B: Tensor,
-    group_B: Tensor,
-    scalars: StepScalars,
-    origin_B: Tensor | None = None,
+    tensors: BufferTensors, table: SegmentTable, vectors: SegmentVectors, scalars: StepScalars
 ) -> None:
     """See ``reference.update_``."""
-    work = segments.derived(_Work)
     library().adam_mini_update(
-        ctypes.byref(_slice(param_L, exp_avg_L, weight_L, grad_L, work, origin_B)),
-        *work.split,
-        ctypes.byref(_blocks(None, step_size_B, None, None, group_B, entries=work.entries)),
+        ctypes.byref(_slice(tensors, table, vectors)),
+        *table.derived(_Work).in_parts,
+        ctypes.byref(_segments(vectors, table.num_entries)),
         ctypes.byref(_scalars(scalars)),
         torch.get_num_threads(),
     )
 
 
-def update_whole_(
-    param_L: Tensor,
-    exp_avg_L: Tensor,
-    weight_L: Tensor | None,
-    grad_L: Tensor,
-    segments: SegmentTable,
-    *,
-    exp_avg_sq_B: Tensor,
-    step_size_B: Tensor,
-    sum_sq_B: Tensor,
-    inv_numel_B: Tensor,
-    group_B: Tensor,
-    scalars: StepScalars,
-    origin_B: Tensor | None = None,
+def update_in_one_pass_(
+    tensors: BufferTensors, table: SegmentTable, vectors: SegmentVectors, scalars: StepScalars
 ) -> None:
-    """See ``reference.update_whole_``. One thread does all of a block."""
-    work = segments.derived(_Work)
-    blocks = _blocks(
-        exp_avg_sq_B, step_size_B, sum_sq_B, inv_numel_B, group_B, entries=work.entries
-    )
-    library().adam_mini_update_whole(
-        ctypes.byref(_slice(param_L, exp_avg_L, weight_L, grad_L, work, origin_B)),
-        *work.whole,
-        ctypes.byref(blocks),
+    """See ``reference.update_in_one_pass_``. One thread does all of a segment."""
+    library().adam_mini_update_in_one_pass(
+        ctypes.byref(_slice(tensors, table, vectors)),
+        *table.derived(_Work).unsplit,
+        ctypes.byref(_segments(vectors, table.num_entries)),
         ctypes.byref(_scalars(scalars)),
         torch.get_num_threads(),
     )
 
 
 def update_elementwise_(
-    param_L: Tensor,
-    exp_avg_L: Tensor,
+    tensors: BufferTensors,
     exp_avg_sq_E: Tensor,
-    weight_L: Tensor | None,
-    grad_L: Tensor,
-    ranges: SegmentTable,
-    *,
-    group_B: Tensor,
+    table: SegmentTable,
+    vectors: SegmentVectors,
     scalars: StepScalars,
-    origin_B: Tensor | None = None,
 ) -> None:
     """See ``reference.update_elementwise_``."""
-    work = ranges.derived(_Work)
     library().adam_mini_update_elementwise(
-        ctypes.byref(_slice(param_L, exp_avg_L, weight_L, grad_L, work, origin_B)),
-        _pointer(exp_avg_sq_E, ranges.numel),
-        *work.split,
-        _pointer(group_B, work.entries),
+        ctypes.byref(_slice(tensors, table, vectors)),
+        _pointer(exp_avg_sq_E, table.numel),
+        *table.derived(_Work).in_parts,
+        _pointer(vectors.group_SR, table.num_entries),
         ctypes.byref(_scalars(scalars)),
         torch.get_num_threads(),
     )
@@ -256,26 +216,24 @@ def _pointer(tensor: Tensor, numel: int) -> int:
     return tensor.data_ptr()
 
 
-def _slice(
-    param_L: Tensor,
-    exp_avg_L: Tensor,
-    weight_L: Tensor | None,
-    grad_L: Tensor,
-    work: _Work,
-    origin_B: Tensor | None,
-) -> _Slice:
-    reach = work.reach
+def _slice(tensors: BufferTensors, table: SegmentTable, vectors: SegmentVectors) -> _Slice:
+    param, exp_avg, weight, grad = tensors
+    origin = vectors.origin_SR
     return _Slice(
-        _pointer(param_L, reach),
-        _pointer(exp_avg_L, reach),
-        None if weight_L is None else _pointer(weight_L, reach),
-        _pointer(grad_L, reach),
-        _KINDS[param_L.dtype],
-        _KINDS[exp_avg_L.dtype],
-        -1 if weight_L is None else _KINDS[weight_L.dtype],
-        _KINDS[grad_L.dtype],
-        None if origin_B is None else _pointer(origin_B, work.entries),
+        _pointer(param, table.reach if weight is None else table.state_reach),
+        _pointer(exp_avg, table.state_reach),
+        None if weight is None else _pointer(weight, table.reach),
+        _pointer(grad, table.reach),
+        _KINDS[param.dtype],
+        _KINDS[exp_avg.dtype],
+        -1 if weight is None else _KINDS[weight.dtype],
+        _KINDS[grad.dtype],
+        None if origin is None else _pointer(origin, table.num_entries),
     )
+
+
+def _segments(vectors: SegmentVectors, num_entries: int) -> _Segments:
+    return _Segments(*(_pointer(vector, num_entries) for vector in vectors[:5]))
 
 
 def _scalars(scalars: StepScalars) -> _Scalars:
@@ -289,16 +247,3 @@ def _scalars(scalars: StepScalars) -> _Scalars:
         scalars.beta2,
         1 - scalars.beta2,
     )
-
-
-def _blocks(
-    exp_avg_sq: Tensor | None,
-    step_size: Tensor | None,
-    sum_sq: Tensor | None,
-    inv_numel: Tensor | None,
-    group: Tensor | None,
-    *,
-    entries: int,
-) -> _Blocks:
-    vectors = (exp_avg_sq, step_size, sum_sq, inv_numel, group)
-    return _Blocks(*(None if v is None else _pointer(v, entries) for v in vectors))

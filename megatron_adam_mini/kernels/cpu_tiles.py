@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_adam_mini.kernels.segments import SegmentTable
 from megatron_adam_mini.plan.partition import IntArray
+from megatron_adam_mini.plan.segment_table import SegmentTable
 
 #: Columns of :func:`tiles`; ``Tile`` in cpu.cpp.
-TILE_FIELDS = ("start", "length", "count", "index", "packed", "within", "partial")
+TILE_FIELDS = ("start", "length", "count", "index", "packed", "within", "partial", "shift")
 
 
 def tiles(table: SegmentTable, limit: int, *, split: bool) -> IntArray:
@@ -21,10 +21,11 @@ def tiles(table: SegmentTable, limit: int, *, split: bool) -> IntArray:
     only if the segment is longer than ``limit``) a part of one segment.
 
     Returns:
-        int64, shape ``(T, 7)``, columns :data:`TILE_FIELDS`: ``start`` in the slice,
+        int64, shape ``(T, 8)``, columns :data:`TILE_FIELDS`: ``start`` in the buffer,
         ``length``, ``count``, ``index`` of the first segment's entry, ``packed`` elements of
-        the table before the tile, ``within`` elements of the segment before the tile, and
-        ``partial``: -1 for whole segments, else the number of the part among all parts.
+        the table before the tile, ``within`` elements of the segment before the tile,
+        ``partial``: -1 for whole segments, else the number of the part among all parts, and
+        ``shift``: place in the state minus place in the buffer.
     """
     found: list[IntArray] = [np.empty((0, len(TILE_FIELDS)), dtype=np.int64)]
     packed = parts = 0
@@ -41,6 +42,7 @@ def tiles(table: SegmentTable, limit: int, *, split: bool) -> IntArray:
                 packed + segment * run.length + within,
                 within,
                 parts + np.arange(len(segment)),
+                np.full_like(segment, run.shift),
             ]
             parts += len(segment)
         else:
@@ -55,6 +57,7 @@ def tiles(table: SegmentTable, limit: int, *, split: bool) -> IntArray:
                 packed + first * run.length,
                 np.zeros_like(first),
                 np.full_like(first, -1),
+                np.full_like(first, run.shift),
             ]
         found.append(np.stack(columns, axis=1).astype(np.int64))
         packed += run.count * run.length

@@ -1,11 +1,11 @@
 """The kernels on a GPU, in Triton; same functions as ``reference``, which specifies them.
 
-Imports triton. Launches per call: one per bucket and function, and
+Imports triton. Launches per call: one per buffer and function, and
 
 * one more where segments do not start at a vector, which is rare: Megatron aligns parameters;
-* ``block_sum_sq_`` and ``update_whole_`` one per width of short rows (powers of two below 2048; all
-  longer rows are one width), and one that adds up the parts of segments above 16,384 elements;
-  ``update_whole_`` updates these by another one: their g is too large to be kept at hand;
+* ``segment_sum_sq_`` and ``update_in_one_pass_`` one per width of short rows (powers of two below
+  2048; all longer rows are one width), and one that adds up the parts of segments above 16,384
+  elements; ``update_in_one_pass_`` updates these by another one: their g is too large to keep;
 * ``norm_partials_`` two.
 
 Nothing waits for the device. The first call for a table makes its launch tables and scratch,
@@ -28,8 +28,8 @@ import triton
 from torch import Tensor
 
 from megatron_adam_mini.kernels import triton_kernels
+from megatron_adam_mini.kernels.arguments import BufferTensors, SegmentVectors
 from megatron_adam_mini.kernels.scalars import StepScalars
-from megatron_adam_mini.kernels.segments import SegmentTable
 from megatron_adam_mini.kernels.triton_tiles import (
     TILE_NUMEL,
     RowTiles,
@@ -39,6 +39,7 @@ from megatron_adam_mini.kernels.triton_tiles import (
     windows,
 )
 from megatron_adam_mini.plan.partition import IntArray
+from megatron_adam_mini.plan.segment_table import SegmentTable
 
 NAME = "triton"
 
@@ -53,36 +54,36 @@ NORM_ENTRIES = 2048
 PARTS = 1024
 
 
-def block_sum_sq_(sum_sq_B: Tensor, grad_L: Tensor, segments: SegmentTable) -> None:
-    """Write the sum of squares of each segment; see ``reference.block_sum_sq_``.
+def segment_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: SegmentTable) -> None:
+    """Write the sum of squares of each segment; see ``reference.segment_sum_sq_``.
 
     Squares are added in float32 within 16,384 elements, and then in float64.
     """
-    if not len(segments):
+    if not len(table):
         return
-    plan, vec = segments.derived(_Plan), _vec(grad_L)
-    with _on(sum_sq_B):
-        _sum(plan, vec, sum_sq_B, grad_L)
+    plan, vec = _plan_of(table, grad_N), _vec(grad_N)
+    with _on(sum_sq_SR):
+        _sum(plan, vec, sum_sq_SR, grad_N)
         owners, partials = plan.parts(vec)
         _launch(
             triton_kernels.combine_kernel, len(owners),
-            sum_sq_B, partials, owners, *[None] * 7, 0.0, 0.0, BLOCK=PARTS,
+            sum_sq_SR, partials, owners, *[None] * 7, 0.0, 0.0, BLOCK=PARTS,
         )  # fmt: skip
 
 
-def norm_partials_(stats_D2: Tensor, sum_sq_B: Tensor, domain_B: Tensor) -> None:
+def norm_partials_(stats_D2: Tensor, sum_sq_SR: Tensor, domain_SR: Tensor) -> None:
     """Add up the sums of squares that count in the norm; see ``reference.norm_partials_``."""
     domains = len(stats_D2)
     if not domains:
         return
-    programs = -(-len(sum_sq_B) // NORM_ENTRIES)
+    programs = -(-len(sum_sq_SR) // NORM_ENTRIES)
     stride = 1 << domains.bit_length()  # a power of two above the number of domains
-    partials = _norm_scratch(programs, stride, sum_sq_B.device)
+    partials = _norm_scratch(programs, stride, sum_sq_SR.device)
     sizes = {"DOMAINS": domains, "STRIDE": stride}
-    with _on(sum_sq_B):
+    with _on(sum_sq_SR):
         _launch(
             triton_kernels.norm_kernel, programs,
-            partials, sum_sq_B, domain_B, len(sum_sq_B), BLOCK=NORM_ENTRIES, **sizes,
+            partials, sum_sq_SR, domain_SR, len(sum_sq_SR), BLOCK=NORM_ENTRIES, **sizes,
         )  # fmt: skip
         _launch(
             triton_kernels.combine_norm_kernel, 1,
@@ -90,126 +91,94 @@ def norm_partials_(stats_D2: Tensor, sum_sq_B: Tensor, domain_B: Tensor) -> None
         )  # fmt: skip
 
 
-def block_step_size_(
-    exp_avg_sq_B: Tensor,
-    step_size_B: Tensor,
-    sum_sq_B: Tensor,
-    *,
-    inv_numel_B: Tensor,
-    group_B: Tensor,
-    scalars: StepScalars,
-    index: Tensor | None = None,
+def segment_step_size_(
+    vectors: SegmentVectors, scalars: StepScalars, index: Tensor | None = None
 ) -> None:
-    """Advance v and write the step sizes; see ``reference.block_step_size_``."""
-    num = len(exp_avg_sq_B) if index is None else len(index)
-    with _on(sum_sq_B):
+    """Advance v and write the step sizes; see ``reference.segment_step_size_``."""
+    v_S, step_size_S, sum_sq_SR, inv_numel_S, group_SR, _ = vectors
+    num = len(v_S) if index is None else len(index)
+    with _on(sum_sq_SR):
         _launch(
             triton_kernels.step_size_kernel, -(-num // ENTRIES),
-            exp_avg_sq_B, step_size_B, sum_sq_B, inv_numel_B, group_B, index,
+            v_S, step_size_S, sum_sq_SR, inv_numel_S, group_SR, index,
             scalars.hyper_G3, scalars.bias_corrections, scalars.grad_scale, num,
             scalars.beta2, 1 - scalars.beta2, BLOCK=ENTRIES,
         )  # fmt: skip
 
 
 def update_(
-    param_L: Tensor,
-    exp_avg_L: Tensor,
-    weight_L: Tensor | None,
-    grad_L: Tensor,
-    segments: SegmentTable,
-    *,
-    step_size_B: Tensor,
-    group_B: Tensor,
-    scalars: StepScalars,
-    origin_B: Tensor | None = None,
+    tensors: BufferTensors, table: SegmentTable, vectors: SegmentVectors, scalars: StepScalars
 ) -> None:
     """Update the elements of all segments; see ``reference.update_``."""
-    if not len(segments):
+    if not len(table):
         return
-    with _on(grad_L):
-        _update(
-            segments.derived(_Plan), (param_L, exp_avg_L, weight_L, grad_L), step_size_B, group_B,
-            scalars, origin_B,
-        )  # fmt: skip
+    with _on(tensors.grad):
+        _update(_plan_of(table, tensors.grad), tensors, vectors, scalars)
 
 
-def update_whole_(
-    param_L: Tensor,
-    exp_avg_L: Tensor,
-    weight_L: Tensor | None,
-    grad_L: Tensor,
-    segments: SegmentTable,
-    *,
-    exp_avg_sq_B: Tensor,
-    step_size_B: Tensor,
-    sum_sq_B: Tensor,
-    inv_numel_B: Tensor,
-    group_B: Tensor,
-    scalars: StepScalars,
-    origin_B: Tensor | None = None,
+def update_in_one_pass_(
+    tensors: BufferTensors, table: SegmentTable, vectors: SegmentVectors, scalars: StepScalars
 ) -> None:
-    """Do all of a step for segments that are whole blocks; see ``reference.update_whole_``.
+    """Do all of a step for segments that are uncut blocks; see the reference.
 
     One pass over memory for segments of up to 16,384 elements; longer ones are summed first. If
     ``grad_scale`` is not finite, sums of parts stay in scratch, and nothing else is written.
     """
-    if not len(segments):
+    if not len(table):
         return
-    plan, decays = segments.derived(_Plan), _decays(scalars)
-    streams = param_L, exp_avg_L, weight_L, grad_L
-    vec = _vec(grad_L)
-    per_block = exp_avg_sq_B, step_size_B, inv_numel_B, group_B
+    plan, decays = _plan_of(table, tensors.grad), _decays(scalars)
+    vec = _vec(tensors.grad)
+    v_S, step_size_S, sum_sq_SR, inv_numel_S, group_SR, origin_SR = vectors
+    per_segment = v_S, step_size_S, inv_numel_S, group_SR
     per_step = scalars.hyper_G3, scalars.bias_corrections, scalars.grad_scale
-    with _on(grad_L):
-        for kind, tiles in plan.short.rows(_vec(*streams)):
+    with _on(tensors.grad):
+        for kind, tiles in plan.short.rows(_vec(*tensors)):
             _launch(
                 triton_kernels.update_rows_kernel, len(tiles),
-                *map(_bits, streams), tiles, sum_sq_B, *per_block, *per_step,
-                origin_B, scalars.noise_key, *decays,
+                *map(_bits, tensors), tiles, sum_sq_SR, *per_segment, *per_step,
+                origin_SR, scalars.noise_key, *decays,
                 VEC=kind.vec, COLUMNS=kind.columns, ROWS=kind.rows,
-                ONCE=kind.columns < TILE_NUMEL, STOCHASTIC=origin_B is not None,
+                ONCE=kind.columns < TILE_NUMEL, STOCHASTIC=origin_SR is not None,
             )  # fmt: skip
-        _sum(plan.long, vec, sum_sq_B, grad_L)
+        _sum(plan.long, vec, sum_sq_SR, tensors.grad)
         owners, partials = plan.long.parts(vec)
         _launch(
             triton_kernels.combine_kernel, len(owners),
-            sum_sq_B, partials, owners, *per_block, *per_step, *decays[2:], BLOCK=PARTS,
+            sum_sq_SR, partials, owners, *per_segment, *per_step, *decays[2:], BLOCK=PARTS,
         )  # fmt: skip
-        _update(plan.long, streams, step_size_B, group_B, scalars, origin_B)
+        _update(plan.long, tensors, vectors, scalars)
 
 
 def update_elementwise_(
-    param_L: Tensor,
-    exp_avg_L: Tensor,
+    tensors: BufferTensors,
     exp_avg_sq_E: Tensor,
-    weight_L: Tensor | None,
-    grad_L: Tensor,
-    ranges: SegmentTable,
-    *,
-    group_B: Tensor,
+    table: SegmentTable,
+    vectors: SegmentVectors,
     scalars: StepScalars,
-    origin_B: Tensor | None = None,
 ) -> None:
     """Update the elements that keep their own second moment; see the reference."""
-    if not len(ranges):
+    if not len(table):
         return
-    streams = param_L, exp_avg_L, exp_avg_sq_E, weight_L, grad_L
-    with _on(grad_L):
-        for vec, table in ranges.derived(_Plan).windows(_vec(*streams), packed=True):
+    param, exp_avg, weight, grad = tensors
+    streams = param, exp_avg, exp_avg_sq_E, weight, grad
+    origin_SR = vectors.origin_SR
+    with _on(grad):
+        for vec, tiles in _plan_of(table, grad).windows(_vec(*streams), packed=True):
             _launch(
-                triton_kernels.update_elementwise_kernel, len(table),
-                *map(_bits, streams), table, group_B,
+                triton_kernels.update_elementwise_kernel, len(tiles),
+                *map(_bits, streams), tiles, vectors.group_SR,
                 scalars.hyper_G3, scalars.bias_corrections, scalars.grad_scale,
-                origin_B, scalars.noise_key,
-                *_decays(scalars), VEC=vec, TILE=TILE_NUMEL, STOCHASTIC=origin_B is not None,
+                origin_SR, scalars.noise_key,
+                *_decays(scalars), VEC=vec, TILE=TILE_NUMEL, STOCHASTIC=origin_SR is not None,
             )  # fmt: skip
 
 
 class _Plan:
     """Launch tables and scratch of one table of segments, made when first asked for."""
 
-    def __init__(self, segments: SegmentTable) -> None:
+    def __init__(self, segments: SegmentTable, device: torch.device) -> None:
         self.segments = segments
+        self.device = device
         self._windows: dict[tuple[int, bool], list[tuple[int, Tensor]]] = {}
         self._rows: dict[int, list[tuple[RowTiles, Tensor]]] = {}
         self._parts: dict[int, tuple[Tensor, Tensor]] = {}
@@ -217,12 +186,12 @@ class _Plan:
     @cached_property
     def short(self) -> _Plan:
         """Plan of the segments that are summed in one piece."""
-        return _Plan(self.segments.subset(~is_long(self.segments)))
+        return _Plan(self.segments.subset(~is_long(self.segments)), self.device)
 
     @cached_property
     def long(self) -> _Plan:
         """Plan of the segments that are summed in parts."""
-        return _Plan(self.segments.subset(is_long(self.segments)))
+        return _Plan(self.segments.subset(is_long(self.segments)), self.device)
 
     def windows(self, vec: int, *, packed: bool = False) -> list[tuple[int, Tensor]]:
         """Return, for each launch, elements per access and windows."""
@@ -245,41 +214,41 @@ class _Plan:
             first_S = np.searchsorted(segment_T, np.arange(len(index_S)))
             count_S = np.bincount(segment_T, minlength=len(index_S))
             owners = self._to(np.stack([index_S, first_S, count_S], axis=1))
-            self._parts[vec] = owners, torch.zeros(len(start), device=self.segments.device)
+            self._parts[vec] = owners, torch.zeros(len(start), device=self.device)
         return self._parts[vec]
 
     def _to(self, table: IntArray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(table)).to(self.segments.device)
+        return torch.from_numpy(np.ascontiguousarray(table)).to(self.device)
 
 
-def _sum(plan: _Plan, vec: int, sum_sq_B: Tensor, grad_L: Tensor) -> None:
-    """Sum squares of whole segments into ``sum_sq_B``, of parts into the plan's scratch."""
+def _sum(plan: _Plan, vec: int, sum_sq_SR: Tensor, grad_N: Tensor) -> None:
+    """Sum squares of whole segments into ``sum_sq_SR``, of parts into the plan's scratch."""
     _, partials = plan.parts(vec)
     for kind, tiles in plan.rows(vec):
         _launch(
             triton_kernels.sum_kernel, len(tiles),
-            sum_sq_B, partials, _bits(grad_L), tiles,
+            sum_sq_SR, partials, _bits(grad_N), tiles,
             VEC=kind.vec, COLUMNS=kind.columns, ROWS=kind.rows,
         )  # fmt: skip
 
 
 def _update(
-    plan: _Plan,
-    streams: tuple[Tensor | None, ...],
-    step_size_B: Tensor,
-    group_B: Tensor,
-    scalars: StepScalars,
-    origin_B: Tensor | None,
+    plan: _Plan, tensors: BufferTensors, vectors: SegmentVectors, scalars: StepScalars
 ) -> None:
     """Update all segments."""
-    for vec, tiles in plan.windows(_vec(*streams)):
+    origin_SR = vectors.origin_SR
+    for vec, tiles in plan.windows(_vec(*tensors)):
         _launch(
             triton_kernels.update_kernel, len(tiles),
-            *map(_bits, streams), tiles, step_size_B, group_B,
+            *map(_bits, tensors), tiles, vectors.step_size_S, vectors.group_SR,
             scalars.hyper_G3, scalars.grad_scale,
-            origin_B, scalars.noise_key,
-            *_decays(scalars)[:2], VEC=vec, TILE=TILE_NUMEL, STOCHASTIC=origin_B is not None,
+            origin_SR, scalars.noise_key,
+            *_decays(scalars)[:2], VEC=vec, TILE=TILE_NUMEL, STOCHASTIC=origin_SR is not None,
         )  # fmt: skip
+
+
+def _plan_of(table: SegmentTable, tensor: Tensor) -> _Plan:
+    return table.derived(_Plan, tensor.device)
 
 
 def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:

@@ -110,9 +110,23 @@ def _vectors(COUNT: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
+def _state(param, exp_avg, weight, tiles, FIELDS: tl.constexpr, VEC: tl.constexpr):
+    """Return where the state of a tile would begin if it lay at the places of the buffer.
+
+    The last field of a tile says how much further it lies. float32 weights, which are their own
+    main parameters, lie in the buffer.
+    """
+    tile = tiles + tl.program_id(0).to(tl.int64) * FIELDS
+    shift = tl.multiple_of(tl.load(tile + FIELDS - 1), VEC)
+    if weight is not None:
+        param = param + shift
+    return param, exp_avg + shift
+
+
+@triton.jit
 def _window(tiles, VEC: tl.constexpr, TILE: tl.constexpr):
     """Return a window's start, vectors ``(NV, 1)`` of it with mask, row and place in the row."""
-    tile = tiles + tl.program_id(0).to(tl.int64) * 8
+    tile = tiles + tl.program_id(0).to(tl.int64) * 9
     start = tl.multiple_of(tl.load(tile), VEC)
     low = tl.load(tile + 1).to(tl.int32)
     high = tl.load(tile + 2).to(tl.int32)
@@ -142,6 +156,7 @@ def update_kernel(
     scale = tl.load(grad_scale)
     if _finite(scale):
         start, first_NV, inside_NV, row_NV, place_NV = _window(tiles, VEC, TILE)
+        param, exp_avg = _state(param, exp_avg, weight, tiles, 9, VEC)
         _, place_V = _vectors(TILE // VEC, VEC)
         step_NV = tl.load(step_size + row_NV, mask=inside_NV, other=0)
         group_NV = tl.load(group + row_NV, mask=inside_NV, other=0)
@@ -175,7 +190,8 @@ def update_elementwise_kernel(
     scale = tl.load(grad_scale)
     if _finite(scale):
         start, first_NV, inside_NV, row_NV, place_NV = _window(tiles, VEC, TILE)
-        packed = tl.multiple_of(tl.load(tiles + tl.program_id(0).to(tl.int64) * 8 + 7), VEC)
+        param, exp_avg = _state(param, exp_avg, weight, tiles, 9, VEC)
+        packed = tl.multiple_of(tl.load(tiles + tl.program_id(0).to(tl.int64) * 9 + 7), VEC)
         _, place_V = _vectors(TILE // VEC, VEC)
         group_NV = tl.load(group + row_NV, mask=inside_NV, other=0)
         lr_NV = tl.load(hyper + group_NV * 3, mask=inside_NV, other=0)
@@ -207,7 +223,7 @@ def update_elementwise_kernel(
 @triton.jit
 def _row_tile(tiles, VEC: tl.constexpr):
     """Return a row tile's start, length of rows, number of rows, first entry, number as a part."""
-    tile = tiles + tl.program_id(0).to(tl.int64) * 5
+    tile = tiles + tl.program_id(0).to(tl.int64) * 6
     start = tl.multiple_of(tl.load(tile), VEC)
     length = tl.multiple_of(tl.load(tile + 1).to(tl.int32), VEC)
     count = tl.load(tile + 2).to(tl.int32)
@@ -360,10 +376,11 @@ def update_rows_kernel(
     VEC: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, ONCE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    """Do all of a step for whole blocks; rows of one rectangle keep their g in registers."""
+    """Do all of a step for uncut blocks; rows of one rectangle keep their g in registers."""
     scale = tl.load(grad_scale)
     if _finite(scale):
         start, length, count, index, _ = _row_tile(tiles, VEC)
+        param, exp_avg = _state(param, exp_avg, weight, tiles, 6, VEC)
         if ONCE:
             offset, place, mask = _rectangle(start, length, count, 0, VEC, COLUMNS, ROWS)
             g = _load(grad, offset, mask)

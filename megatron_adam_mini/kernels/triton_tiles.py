@@ -4,7 +4,8 @@ Imports numpy. Data flow: SegmentTable -> **windows, row tiles** -> launch table
 
 Everything about alignment is decided here, once and from integers. Kernels move ``vec`` elements
 per access; a tile suits them if each of its vectors lies in one segment, wholly inside of the
-tile, at a multiple of ``vec``. Tiles that do not suit go to a launch with single elements.
+tile, at a multiple of ``vec`` in the buffer and in the state. Tiles that do not suit go to a launch
+with single elements.
 
 Shape suffixes: ``_T`` tiles, ``_N`` runs of segments (see ``SegmentTable.runs``).
 """
@@ -16,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_adam_mini.kernels.segments import SegmentTable
 from megatron_adam_mini.plan.partition import IntArray
+from megatron_adam_mini.plan.segment_table import SegmentTable
 
 #: Elements of a window, and of the rectangle that one pass over a row tile loads.
 TILE_NUMEL = 2048
@@ -26,8 +27,18 @@ ROW_LIMIT = 16384
 #: Narrower rows share the smallest rectangle, so that there are few kernels to compile.
 MIN_COLUMNS = 32
 
-WINDOW_FIELDS = ("start", "low", "high", "shift", "length", "index", "skip", "packed")
-ROW_FIELDS = ("start", "length", "count", "index", "partial")
+WINDOW_FIELDS = (
+    "start",
+    "low",
+    "high",
+    "shift",
+    "length",
+    "index",
+    "skip",
+    "packed",
+    "shift_state",
+)
+ROW_FIELDS = ("start", "length", "count", "index", "partial", "shift_state")
 
 
 @dataclass(frozen=True)
@@ -38,9 +49,10 @@ class RowTiles:
         vec: elements per access.
         columns: width of the rectangle that is loaded at once, a power of two. Rows are not
             longer, unless it is ``TILE_NUMEL``: then they take several passes.
-        tiles: int64, shape ``(T, 5)``, columns :data:`ROW_FIELDS`: ``start`` in the slice, and
+        tiles: int64, shape ``(T, 6)``, columns :data:`ROW_FIELDS`: ``start`` in the buffer, and
             ``count`` rows of ``length`` elements with entries from ``index`` on; or one part of a
-            segment, with ``partial`` its number among all parts (else -1).
+            segment, with ``partial`` its number among all parts (else -1). The state of an
+            element lies ``shift_state`` further than the element in the buffer.
     """
 
     vec: int
@@ -54,7 +66,7 @@ class RowTiles:
 
 
 def windows(table: SegmentTable, vec: int, *, packed: bool) -> dict[int, IntArray]:
-    """Cut the runs into windows of the slice, for kernels that look at elements one by one.
+    """Cut the runs into windows of the buffer, for kernels that look at elements one by one.
 
     Args:
         table: segments.
@@ -63,16 +75,16 @@ def windows(table: SegmentTable, vec: int, *, packed: bool) -> dict[int, IntArra
 
     Returns:
         windows by elements per access (``vec`` and 1; none that is empty): int64, shape
-        ``(T, 8)``, columns :data:`WINDOW_FIELDS`. Element ``x`` of a window, ``low <= x < high``,
-        is element ``start + x`` of the slice and ``packed + x`` of the packed stream. It is in
+        ``(T, 9)``, columns :data:`WINDOW_FIELDS`. Element ``x`` of a window, ``low <= x < high``,
+        is element ``start + x`` of the buffer, ``start + x + shift_state`` of the state and
+        ``packed + x`` of the packed stream. It is in
         row ``(shift + x) // length`` of the rows with entries from ``index`` on, at
         ``(shift + x) % length`` of it, plus ``skip`` in row 0: ``length`` is clipped to the
         window, so that numbers stay small in segments of any length.
     """
     if not len(table):
         return {}
-    runs = [(run.first, run.count, run.start, run.length) for run in table.runs]
-    first_N, count_N, start_N, length_N = np.asarray(runs, dtype=np.int64).T
+    first_N, count_N, start_N, length_N, shift_N = _columns(table)
     numel_N = count_N * length_N
     packed_N = np.cumsum(numel_N) - numel_N
     grid_N = start_N // vec * vec
@@ -96,10 +108,12 @@ def windows(table: SegmentTable, vec: int, *, packed: bool) -> dict[int, IntArra
         "index": first_N[run_T] + row,
         "skip": into - clipped,
         "packed": (packed_N - start_N)[run_T] + begin,
+        "shift_state": shift_N[run_T],
     }
     one_row = columns["shift"] + columns["high"] <= length
     suits = (columns["low"] % vec == 0) & (columns["high"] % vec == 0)
     suits &= one_row | ((columns["shift"] % vec == 0) & (length % vec == 0))
+    suits &= columns["shift_state"] % vec == 0
     if packed:
         suits &= columns["packed"] % vec == 0
     tiles = np.stack([columns[name] for name in WINDOW_FIELDS], axis=1)
@@ -118,8 +132,7 @@ def row_tiles(table: SegmentTable, vec: int) -> list[RowTiles]:
     """
     if not len(table):
         return []
-    runs = [(run.first, run.count, run.start, run.length) for run in table.runs]
-    first_N, count_N, start_N, length_N = np.asarray(runs, dtype=np.int64).T
+    first_N, count_N, start_N, length_N, shift_N = _columns(table)
     columns_N = np.minimum(TILE_NUMEL, np.maximum(MIN_COLUMNS, _power_of_two(length_N)))
     rows_N = TILE_NUMEL // columns_N
     run_T, number_T = _repeat(np.where(length_N > ROW_LIMIT, 0, -(-count_N // rows_N)))
@@ -131,16 +144,25 @@ def row_tiles(table: SegmentTable, vec: int) -> list[RowTiles]:
             np.minimum(rows_N[run_T], count_N[run_T] - row),
             first_N[run_T] + row,
             np.full_like(row, -1),
+            shift_N[run_T],
         ],
         axis=1,
     )
     start, end, index, segment_T = parts(table, vec)
     split = np.stack(
-        [start, end - start, np.ones_like(start), index[segment_T], np.arange(len(start))], axis=1
+        [
+            start,
+            end - start,
+            np.ones_like(start),
+            index[segment_T],
+            np.arange(len(start)),
+            table.shifts[is_long(table)][segment_T],
+        ],
+        axis=1,
     )
     tiles = np.concatenate([whole, split])
     width = np.concatenate([columns_N[run_T], np.full(len(split), TILE_NUMEL)])
-    suits = (tiles[:, 0] % vec == 0) & (tiles[:, 1] % vec == 0)
+    suits = (tiles[:, 0] % vec == 0) & (tiles[:, 1] % vec == 0) & (tiles[:, 5] % vec == 0)
     return [
         RowTiles(size, int(columns), found)
         for columns in np.unique(width)
@@ -171,6 +193,12 @@ def is_long(table: SegmentTable) -> NDArray[np.bool_]:
     """Tell which segments are summed in parts."""
     long: NDArray[np.bool_] = table.end_S - table.start_S > ROW_LIMIT
     return long
+
+
+def _columns(table: SegmentTable) -> IntArray:
+    """Return first entry, count, start, length and shift of all runs, one row each."""
+    runs = [(run.first, run.count, run.start, run.length, run.shift) for run in table.runs]
+    return np.asarray(runs, dtype=np.int64).T
 
 
 def _by_vec(tiles: IntArray, suits: NDArray[np.bool_], vec: int) -> dict[int, IntArray]:

@@ -11,89 +11,80 @@ and the plain one without it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from torch import distributed
+from torch import Tensor, distributed
 
-from megatron_adam_mini.engine import Piece
-from megatron_adam_mini.mcore.model_space import entries_by_parameter
-from megatron_adam_mini.mcore.state_entries import (
+from megatron_adam_mini.mcore.entries import (
     OBJECTS,
-    FloatStates,
     PendingLoad,
-    elementwise_v,
-    entry_of,
-    float_states,
-    put,
-    refuse_buckets,
-    remember,
+    StateView,
+    add_entries,
+    refuse_flat_buckets,
 )
+from megatron_adam_mini.mcore.slices import ShardedBuffer
+from megatron_adam_mini.plan.step_plan import Piece, SlicePlan
 from megatron_adam_mini.rounding import is_rounded
-
-if TYPE_CHECKING:
-    from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
 
 FORMATS = ("fully_reshardable", "dp_reshardable", "plain")
 
 
-def state_to_load(
-    optimizer: AdamMiniOptimizer, model_state: Mapping[str, Any], metadata: Mapping[str, Any]
-) -> dict[str, Any]:
+def prepare_load(
+    view: StateView, model_state: Mapping[str, Any], metadata: Mapping[str, Any]
+) -> PendingLoad:
     """Ask a checkpoint of Adam for this rank's slices.
 
     Raises:
         ValueError: a format that cannot be read.
     """
-    layout = metadata.get("distrib_optim_sharding_type") or "plain"
-    if layout not in FORMATS:
+    adam_format = metadata.get("distrib_optim_sharding_type") or "plain"
+    if adam_format not in FORMATS:
         raise ValueError(
-            f"The checkpoint's optimizer state has Megatron's format {layout!r}; Adam-mini can "
-            f"start from {', '.join(FORMATS)}. Save it again in one of them, or load the model "
+            f"The checkpoint's optimizer state has Megatron's format {adam_format!r}; Adam-mini "
+            f"can start from {', '.join(FORMATS)}. Save it again in one of them, or load the model "
             "alone with --no-load-optim."
         )
-    refuse_buckets(optimizer, layout)
-    states = float_states(optimizer)
-    pending = PendingLoad(states, average=True, adam=layout)
-    entries = entries_by_parameter(model_state)
-    for number, piece in enumerate(optimizer.engine.pieces()):
-        values = elementwise_v(piece)
-        if not piece.ranges.stop:
-            values = pending.elements[number] = torch.empty(
-                piece.end - piece.begin, device=optimizer.engine.device
-            )
-        flats = {key: flat[piece.window] for key, flat in states[id(piece.bucket)].items()}
-        if not piece.bucket.state.owns_main_param:
+    refuse_flat_buckets(view, adam_format)
+    pending = PendingLoad(average=True, adam_format=adam_format)
+    for number, piece, entry in view.pieces(model_state):
+        state = view.state_of(piece)
+        flats = dict(pending.floats_of(state, piece.window))
+        if not state.owns_main_param:
             del flats["param"]  # the model's weights are the main parameters
-        for kind, flat in {**flats, "exp_avg_sq": values}.items():
-            if layout == "dp_reshardable":
-                found = [_in_bucket(optimizer, piece, kind, flat)]
+        flats["exp_avg_sq"] = view.inner.v_of_elements(piece)
+        if not piece.is_elementwise:
+            flats["exp_avg_sq"] = pending.elements[number] = torch.empty(
+                piece.end - piece.begin, device=view.inner.device
+            )
+        for kind, flat in flats.items():
+            if adam_format == "dp_reshardable":
+                found = [_in_bucket(view, piece, kind, flat)]
             else:
-                name = "fp32_param" if (layout, kind) == ("plain", "param") else kind
-                entry = entry_of(optimizer, piece, entries)
+                name = "fp32_param" if (adam_format, kind) == ("plain", "param") else kind
                 found = entry.elements(
                     f"optimizer.state.{name}.", flat, piece.begin, piece.end, fold=False
                 )
-            put(pending.asked, f"{kind}.{number}", found)
-    if layout == "dp_reshardable":
+            add_entries(pending.asked, f"{kind}.{number}", found)
+    if adam_format == "dp_reshardable":
         # Groups and loss scale are objects of each model-parallel part there.
         keys = ["optimizer", "per_bucket_numel", "per_bucket_numel_unpadded"]
-        for key in keys + (["grad_scaler"] if optimizer.grad_scaler is not None else []):
+        for key in keys + (["grad_scaler"] if view.grad_scaler is not None else []):
             pending.objects[key] = ShardedObject(
-                f"optimizer.distributed.dp_group_idx_{optimizer.model_parallel_rank}.{key}",
+                f"optimizer.distributed.dp_group_idx_{view.model_parallel_rank}.{key}",
                 None,
                 (1,),
                 (0,),
                 replica_id=(0, 0, 0),
             )
-    return remember(optimizer, pending)
+    return pending
 
 
-def checked(
-    optimizer: AdamMiniOptimizer, loaded: Mapping[str, Any], pending: PendingLoad
+def common_from_adam(
+    view: StateView, loaded: Mapping[str, Any], pending: PendingLoad
 ) -> dict[str, Any]:
     """Return step, groups and loss scale in Adam-mini's own form; all ranks must call it.
 
@@ -102,12 +93,14 @@ def checked(
             to 0.19.2 write such ``fully_reshardable`` checkpoints when the end of a bucket other
             than the last is padded (fixed upstream in #5077).
     """
+    names = [blocks.info.name for blocks in view.blocks]
+    pieces = zip(view.inner.plan.pieces, pending.floats, strict=True)
     wrong = [
-        optimizer.engine.parameters[piece.parameter].info.name
-        for piece in optimizer.engine.pieces()
-        if piece.bucket.state.owns_main_param and not _rounds_to_weight(piece, pending.states)
+        names[piece.parameter]
+        for piece, (state, _, values) in pieces
+        if state.owns_main_param and not is_rounded(view.inner.weight(piece), values["param"]).all()
     ]
-    count = torch.tensor([len(wrong)], dtype=torch.int64, device=optimizer.engine.device)
+    count = torch.tensor([len(wrong)], dtype=torch.int64, device=view.inner.device)
     distributed.all_reduce(count)
     if int(count):
         example = f" ({wrong[0]!r} on this rank)" if wrong else ""
@@ -118,7 +111,7 @@ def checked(
             "#5077). Save again from the original run as dp_reshardable (without "
             "--dist-ckpt-optim-fully-reshardable), or use --no-load-optim."
         )
-    source = loaded if pending.adam != "dp_reshardable" else loaded[OBJECTS]
+    source = loaded if pending.adam_format != "dp_reshardable" else loaded[OBJECTS]
     inner = source.get("optimizer", source)
     groups = [dict(group) for group in inner["param_groups"]]
     steps = {int(group["step"]) for group in groups if group.get("step") is not None}
@@ -133,26 +126,28 @@ def checked(
     return found | ({"grad_scaler": source["grad_scaler"]} if "grad_scaler" in source else {})
 
 
-def _rounds_to_weight(piece: Piece, states: FloatStates) -> bool:
-    weight = piece.bucket.source.weight[piece.window]
-    main_param = states[id(piece.bucket)]["param"][piece.window]
-    return bool(is_rounded(weight, main_param).all())
-
-
-def _in_bucket(
-    optimizer: AdamMiniOptimizer, piece: Piece, kind: str, flat: torch.Tensor
-) -> ShardedTensor:
+def _in_bucket(view: StateView, piece: Piece, kind: str, flat: Tensor) -> ShardedTensor:
     """Ask for a piece where Megatron's ``dp_reshardable`` format has it: in its flat bucket."""
-    source: Any = piece.bucket.source
-    buffer, dtypes, bucket = source.number
+    state = view.state_of(piece)
+    assert isinstance(state.buffer, ShardedBuffer)
+    index, part = _slice_of(state.plan.slices, piece)
     return ShardedTensor(
-        key=f"optimizer.distributed.dp_group_idx_{optimizer.model_parallel_rank}"
-        f".gbuf_idx_{buffer}.dtype_{dtypes}.bucket_idx_{bucket}.{kind}",
+        key=f"optimizer.distributed.dp_group_idx_{view.model_parallel_rank}."
+        + state.buffer.adam_key(index, kind),
         data=flat,
         dtype=flat.dtype,
         local_shape=tuple(flat.shape),
-        global_shape=(source.bucket.numel_unpadded,),
-        global_offset=(source.begin + piece.window.start,),
+        global_shape=(state.buffer.unpadded_numel(index),),
+        global_offset=(piece.window.in_buffer.start - part.bucket.offset,),
         axis_fragmentations=None,
         replica_id=(0, 0, 0),
+    )
+
+
+def _slice_of(slices: Sequence[SlicePlan], piece: Piece) -> tuple[int, SlicePlan]:
+    """Return the slice that holds a piece, and the number of its bucket in the buffer."""
+    return next(
+        (index, part)
+        for index, part in enumerate(slices)
+        if part.window.in_buffer.start <= piece.window.in_buffer.start < part.window.in_buffer.stop
     )

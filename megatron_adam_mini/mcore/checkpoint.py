@@ -1,6 +1,6 @@
 """Optimizer state in Megatron's ``torch_dist`` checkpoints: what is written, read and refused.
 
-Imports megatron.core's checkpoint types, ``model_space`` and ``adam_import``. No collective over
+Imports ``entries`` (state as entries of a checkpoint) and ``adam_import``. No collective over
 state, neither on save nor on load; only the conversion of v to other blocks adds block sums.
 
 Format ``model_space``, used unless Megatron asks for ``dp_reshardable``: float32 tensors in the
@@ -21,37 +21,30 @@ anything is read, and in the common state, for callers that pass no metadata.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
 from megatron_adam_mini.agreement import on_all_ranks
 from megatron_adam_mini.mcore import adam_import
 from megatron_adam_mini.mcore.checkpoint_identity import identity_of, partition_of_checkpoint
-from megatron_adam_mini.mcore.model_space import entries_by_parameter, put_back
-from megatron_adam_mini.mcore.state_entries import (
+from megatron_adam_mini.mcore.entries import (
     SHARDS,
     PendingLoad,
-    blocks_from_rows,
+    Shards,
+    StateView,
+    add_entries,
     bucket_shards,
-    elementwise_v,
-    entry_of,
-    float_states,
+    copy_if_shared,
     kind_key,
-    put,
-    refuse_buckets,
-    remember,
-    rows_from_blocks,
+    refuse_flat_buckets,
+    rows_from_v,
     sums_over_segments,
     tp_rank_of_rows,
-    unshared,
+    v_from_rows,
 )
-from megatron_adam_mini.plan.partition import ParameterBlocks
-
-if TYPE_CHECKING:
-    from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
+from megatron_adam_mini.mcore.model_space import copy_back
 
 ONLY_TORCH_DIST = (
     "Adam-mini's state is saved in torch_dist checkpoints only, where every rank writes what it "
@@ -60,174 +53,144 @@ ONLY_TORCH_DIST = (
 
 
 def state_to_save(
-    optimizer: AdamMiniOptimizer, model_state: Mapping[str, Any], metadata: dict[str, Any] | None
+    view: StateView, model_state: Mapping[str, Any], metadata: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Return this rank's part of the optimizer state, as views wherever that is safe."""
     wanted = (metadata or {}).get("distrib_optim_sharding_type")
-    layout = "dp_reshardable" if wanted == "dp_reshardable" else "model_space"
-    identity = identity_of(optimizer, layout)
+    checkpoint_format = "dp_reshardable" if wanted == "dp_reshardable" else "model_space"
+    identity = identity_of(view, checkpoint_format)
     if metadata is not None:
         metadata["adam_mini"] = identity
-        if layout == "model_space":
+        if checkpoint_format == "model_space":
             # What Megatron asks before it lets a run with other TP or PP sizes load the state.
             metadata["distrib_optim_sharding_type"] = "fully_reshardable"
-    shards: dict[str, dict[str, ShardedTensor]] = {}
-    states = float_states(optimizer)
-    entries = entries_by_parameter(model_state)
-    for number, piece in enumerate(optimizer.engine.pieces()):
-        entry = entry_of(optimizer, piece, entries)
-        if layout == "model_space":
-            for kind, flat in states[id(piece.bucket)].items():
-                data = unshared(flat[piece.window])
-                put(
-                    shards,
-                    f"{kind}.{number}",
-                    entry.elements(kind_key(kind), data, piece.begin, piece.end),
-                )
-        if piece.ranges.stop:
-            values = elementwise_v(piece).clone()
-            put(
-                shards,
-                f"v_element.{number}",
-                entry.elements(kind_key("v_element"), values, piece.begin, piece.end),
-            )
+    shards: Shards = {}
+    for number, piece, entry in view.pieces(model_state):
+        span = piece.begin, piece.end
+        if checkpoint_format == "model_space":
+            for kind, flat in view.state_of(piece).as_float32(piece.window).items():
+                boxes = entry.elements(kind_key(kind), copy_if_shared(flat), *span)
+                add_entries(shards, f"{kind}.{number}", boxes)
+        if piece.is_elementwise:
+            values = view.inner.v_of_elements(piece).clone()
+            boxes = entry.elements(kind_key("v_element"), values, *span)
+            add_entries(shards, f"v_element.{number}", boxes)
         else:
-            rows = rows_from_blocks(optimizer, piece)
-            put(
-                shards,
-                f"v_row.{number}",
-                entry.rows(
-                    kind_key("v_row"),
-                    rows,
-                    piece.begin,
-                    piece.end,
-                    loading=False,
-                    tp_rank=tp_rank_of_rows(optimizer, piece),
-                ),
+            boxes = entry.rows(
+                kind_key("v_row"),
+                rows_from_v(view, piece),
+                *span,
+                loading=False,
+                tp_rank=tp_rank_of_rows(view, piece),
             )
-    if layout == "dp_reshardable":
-        shards |= bucket_shards(optimizer, states, loading=False)
+            add_entries(shards, f"v_row.{number}", boxes)
+    if checkpoint_format == "dp_reshardable":
+        shards |= bucket_shards(view, None)
     state: dict[str, Any] = {
         "adam_mini": identity,
-        "step": optimizer.engine.step_count,
+        "step": view.inner.step_count,
         "param_groups": [
             {key: value for key, value in group.items() if key != "params"}
-            for group in optimizer.param_groups
+            for group in view.param_groups
         ],
     }
     if shards:  # an empty entry would become part of the common state of all ranks
         state[SHARDS] = shards
-    if optimizer.grad_scaler is not None:
-        state["grad_scaler"] = optimizer.grad_scaler.state_dict()
+    if view.grad_scaler is not None:
+        state["grad_scaler"] = view.grad_scaler.state_dict()
     return state
 
 
-def state_to_load(
-    optimizer: AdamMiniOptimizer, model_state: Mapping[str, Any], metadata: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def prepare_load(
+    view: StateView, model_state: Mapping[str, Any], metadata: Mapping[str, Any] | None
+) -> PendingLoad:
     """Return what this rank asks a checkpoint for; it is read into the state in place.
 
     All ranks must call it: a refusal that concerns the parameters of one pipeline stage is raised
     on all of them, before any waits for the others in the load.
     """
     return on_all_ranks(
-        lambda: _state_to_load(optimizer, model_state, metadata),
+        lambda: _prepare_load(view, model_state, metadata),
         "Adam-mini's state cannot be loaded",
     )
 
 
-def _state_to_load(
-    optimizer: AdamMiniOptimizer, model_state: Mapping[str, Any], metadata: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def _prepare_load(
+    view: StateView, model_state: Mapping[str, Any], metadata: Mapping[str, Any] | None
+) -> PendingLoad:
     saved = (metadata or {}).get("adam_mini")
     if metadata is not None and saved is None:
-        return adam_import.state_to_load(optimizer, model_state, metadata)
-    states = float_states(optimizer)
-    pending = PendingLoad(states, checked=saved is not None)
-    layout = "model_space"
-    sources: list[ParameterBlocks] = list(optimizer.engine.parameters)
+        return adam_import.prepare_load(view, model_state, metadata)
+    pending = PendingLoad(checked=saved is not None)
+    checkpoint_format, sources = "model_space", view.blocks
     if saved is not None:
-        layout = saved["layout"]
-        refuse_buckets(optimizer, layout)
-        sources = partition_of_checkpoint(optimizer, saved)
-        pending.average = sources != list(optimizer.engine.parameters)
-    entries = entries_by_parameter(model_state)
-    for number, piece in enumerate(optimizer.engine.pieces()):
-        entry = entry_of(optimizer, piece, entries)
-        if layout == "model_space":
-            for kind, flat in states[id(piece.bucket)].items():
-                found = entry.elements(kind_key(kind), flat[piece.window], piece.begin, piece.end)
-                put(pending.asked, f"{kind}.{number}", found)
-        if sources[piece.parameter].pattern is None:
-            values = elementwise_v(piece)
-            if not piece.ranges.stop:
-                values = pending.elements[number] = torch.empty(
-                    piece.end - piece.begin, device=optimizer.engine.device
+        checkpoint_format = saved["layout"]
+        refuse_flat_buckets(view, checkpoint_format)
+        sources = partition_of_checkpoint(view, saved)
+        pending.average = sources != view.blocks
+    for number, piece, entry in view.pieces(model_state):
+        span = piece.begin, piece.end
+        if checkpoint_format == "model_space":
+            for kind, flat in pending.floats_of(view.state_of(piece), piece.window).items():
+                add_entries(
+                    pending.asked, f"{kind}.{number}", entry.elements(kind_key(kind), flat, *span)
                 )
-            found = entry.elements(kind_key("v_element"), values, piece.begin, piece.end)
-            put(pending.asked, f"v_element.{number}", found)
+        if sources[piece.parameter].pattern is None:
+            values = view.inner.v_of_elements(piece)
+            if not piece.is_elementwise:
+                values = pending.elements[number] = torch.empty(
+                    piece.end - piece.begin, device=view.inner.device
+                )
+            boxes = entry.elements(kind_key("v_element"), values, *span)
+            add_entries(pending.asked, f"v_element.{number}", boxes)
         else:
-            width = optimizer.engine.parameters[piece.parameter].info.row_numel
+            width = view.blocks[piece.parameter].info.row_numel
             touched = -(-piece.end // width) - piece.begin // width
-            rows = pending.rows[number] = torch.empty(touched, device=optimizer.engine.device)
-            found = entry.rows(
-                kind_key("v_row"),
-                rows,
-                piece.begin,
-                piece.end,
-                loading=True,
-                tp_rank=tp_rank_of_rows(optimizer, piece),
+            rows = pending.rows[number] = torch.empty(touched, device=view.inner.device)
+            boxes = entry.rows(
+                kind_key("v_row"), rows, *span, loading=True, tp_rank=tp_rank_of_rows(view, piece)
             )
-            put(pending.asked, f"v_row.{number}", found)
-    if layout == "dp_reshardable":
-        pending.asked |= bucket_shards(optimizer, states, loading=True)
-    return remember(optimizer, pending)
+            add_entries(pending.asked, f"v_row.{number}", boxes)
+    if checkpoint_format == "dp_reshardable":
+        pending.asked |= bucket_shards(view, pending)
+    return pending
 
 
-@torch.no_grad()
-def take_over(optimizer: AdamMiniOptimizer, loaded: Mapping[str, Any]) -> None:
-    """Finish a load: v of all blocks, step, groups, loss scale, model weights.
+def finish_load(view: StateView, pending: PendingLoad, loaded: Mapping[str, Any]) -> None:
+    """Finish a load: v of all blocks, step, groups, loss scale, this rank's model weights.
 
-    All ranks must call it, after the load that :func:`state_to_load` prepared.
+    All ranks must call it, after the load that :func:`prepare_load` prepared.
 
     Raises:
-        RuntimeError: no load was prepared.
         ValueError: parameter groups or identity do not fit this run.
     """
-    pending: PendingLoad | None = optimizer._pending_load
-    if pending is None:
-        raise RuntimeError(
-            "Adam-mini's load_state_dict needs sharded_state_dict(..., is_loading=True) first: "
-            + ONLY_TORCH_DIST
-        )
-    optimizer._pending_load = None
-    engine = optimizer.engine
     if not pending.checked:
-        _refuse_surprise(optimizer, loaded["adam_mini"])
+        _refuse_surprise(view, loaded["adam_mini"])
     for name, asked in pending.asked.items():
-        put_back(asked, loaded[SHARDS][name])
-    if pending.adam is not None:
-        loaded = adam_import.checked(optimizer, loaded, pending)
+        copy_back(asked, loaded[SHARDS][name])
+    if pending.adam_format is not None:
+        loaded = adam_import.common_from_adam(view, loaded, pending)
     if pending.average:
-        engine.average_into_v(sums_over_segments(optimizer, pending))
+        view.inner.average_into_v(sums_over_segments(view, pending))
     else:
-        for number, piece in enumerate(engine.pieces()):
+        for number, piece in enumerate(view.inner.plan.pieces):
             if number in pending.rows:
-                blocks_from_rows(optimizer, piece, pending.rows[number])
-    engine.step_count = int(loaded["step"])
-    _load_groups(optimizer, loaded["param_groups"])
-    if optimizer.grad_scaler is not None and "grad_scaler" in loaded:
-        optimizer.grad_scaler.load_state_dict(loaded["grad_scaler"])
-    optimizer.store(pending.states)
+                v_from_rows(view, piece, pending.rows[number])
+    view.inner.step_count = int(loaded["step"])
+    _load_groups(view, loaded["param_groups"])
+    if view.grad_scaler is not None and "grad_scaler" in loaded:
+        view.grad_scaler.load_state_dict(loaded["grad_scaler"])
+    for state, window, values in pending.floats:
+        state.store(window, values)
 
 
-def _refuse_surprise(optimizer: AdamMiniOptimizer, saved: Mapping[str, Any]) -> None:
+def _refuse_surprise(view: StateView, saved: Mapping[str, Any]) -> None:
     """Refuse state that was asked for without the metadata that says what it is, and is otherwise.
 
     Raises:
         ValueError: another partition or format, also one that a load with metadata would convert.
     """
-    if partition_of_checkpoint(optimizer, saved) != list(optimizer.engine.parameters):
+    if partition_of_checkpoint(view, saved) != view.blocks:
         raise ValueError(
             "The checkpoint's Adam-mini state has another partition, and can be converted only if "
             "sharded_state_dict gets the checkpoint's content metadata: pass "
@@ -235,14 +198,14 @@ def _refuse_surprise(optimizer: AdamMiniOptimizer, saved: Mapping[str, Any]) -> 
         )
 
 
-def _load_groups(optimizer: AdamMiniOptimizer, saved: list[dict[str, Any]]) -> None:
+def _load_groups(view: StateView, saved: list[dict[str, Any]]) -> None:
     """Copy the saved values of each parameter group to the group that it describes."""
 
     def identifier(group: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(group.get(key) for key in param_group_identifier_keys)
 
     by_identifier = {identifier(group): group for group in saved}
-    for group in optimizer.param_groups:
+    for group in view.param_groups:
         if identifier(group) not in by_identifier:
             raise ValueError(
                 f"The checkpoint has no parameter group {identifier(group)} (keys "

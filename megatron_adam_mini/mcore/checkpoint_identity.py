@@ -6,30 +6,26 @@ Imports ``partition``. Used by ``checkpoint`` before anything is read.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_adam_mini.config import FORMAT_VERSION, AdamMiniConfig
+from megatron_adam_mini.mcore.entries import StateView
 from megatron_adam_mini.plan.partition import ParameterBlocks, is_coarsening, partition_by_rule
 
-if TYPE_CHECKING:
-    from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
 
-
-def identity_of(optimizer: AdamMiniOptimizer, layout: str) -> dict[str, Any]:
+def identity_of(view: StateView, layout: str) -> dict[str, Any]:
     """Return what says whose state it is; plain values only, equal on all ranks."""
     return {
         "format": FORMAT_VERSION,
         "layout": layout,
-        "partition": optimizer.engine.config.partition_fields(),
-        "manifest_hash": optimizer.manifest["hash"],
-        "rules": _rules(optimizer),
-        "saved_from": optimizer.layout_sizes,
+        "partition": view.inner.config.partition_fields(),
+        "manifest_hash": view.manifest["hash"],
+        "rules": _rules(view),
+        "saved_from": view.sizes,
     }
 
 
-def partition_of_checkpoint(
-    optimizer: AdamMiniOptimizer, saved: Mapping[str, Any]
-) -> list[ParameterBlocks]:
+def partition_of_checkpoint(view: StateView, saved: Mapping[str, Any]) -> list[ParameterBlocks]:
     """Return the blocks that the checkpoint's v belongs to, or refuse.
 
     Raises:
@@ -40,14 +36,13 @@ def partition_of_checkpoint(
             f"The checkpoint has Adam-mini format {saved['format']}, this release reads up to "
             f"{FORMAT_VERSION}. Install a newer megatron-adam-mini."
         )
-    engine = optimizer.engine
-    own = engine.config.partition_fields()
-    if saved["partition"] == own and saved["manifest_hash"] == optimizer.manifest["hash"]:
-        return list(engine.parameters)
+    own = view.inner.config.partition_fields()
+    if saved["partition"] == own and saved["manifest_hash"] == view.manifest["hash"]:
+        return view.blocks
     # By checkpoint keys: implementations of a model name their parameters differently. The first
     # checkpoints of this format had the names.
-    keys = {entry["name"]: entry["key"] for entry in optimizer.manifest["parameters"]}
-    ours = _rules(optimizer)
+    keys = {entry["name"]: entry["key"] for entry in view.manifest["parameters"]}
+    ours = _rules(view)
     theirs = {keys.get(key, key): rule for key, rule in saved["rules"].items()}
     changed = [
         f"{key}: checkpoint {_words(theirs.get(key))}, run {_words(ours.get(key))}"
@@ -56,7 +51,7 @@ def partition_of_checkpoint(
     ]
     difference = (
         f"partition {_options(saved['partition'])} (manifest {saved['manifest_hash']}) in the "
-        f"checkpoint, {_options(own)} (manifest {optimizer.manifest['hash']}) in this run; "
+        f"checkpoint, {_options(own)} (manifest {view.manifest['hash']}) in this run; "
         f"{len(changed)} parameters differ" + (": " + "; ".join(changed[:5]) if changed else "")
     )
     if ours.keys() != theirs.keys() or saved["partition"]["rule_version"] != own["rule_version"]:
@@ -72,11 +67,11 @@ def partition_of_checkpoint(
     # The stored rules, not the stored patterns: those select by the names of the run that saved.
     sources = [
         partition_by_rule(info, theirs[info.key][0], saved_config)
-        for info in (blocks.info for blocks in engine.parameters)
+        for info in (blocks.info for blocks in view.blocks)
     ]
     finer = [
         blocks.info.name
-        for source, blocks in zip(sources, engine.parameters, strict=True)
+        for source, blocks in zip(sources, view.blocks, strict=True)
         if not is_coarsening(source, blocks)
     ]
     if finer:
@@ -85,7 +80,7 @@ def partition_of_checkpoint(
             f"converted, because this run's blocks are finer or cut otherwise ({finer[0]}, and "
             f"{len(finer) - 1} more on this rank). Use the checkpoint's options or --no-load-optim."
         )
-    if sources != list(engine.parameters) and not engine.config.convert_partition:
+    if sources != view.blocks and not view.inner.config.convert_partition:
         raise ValueError(
             f"The checkpoint's Adam-mini state has another partition: {difference}. Use the "
             "checkpoint's options; or, as this run's blocks are unions of the checkpoint's, add "
@@ -94,8 +89,8 @@ def partition_of_checkpoint(
     return sources
 
 
-def _rules(optimizer: AdamMiniOptimizer) -> dict[str, list[Any]]:
-    return {e["key"]: [e["rule"], e["blocks"]] for e in optimizer.manifest["parameters"]}
+def _rules(view: StateView) -> dict[str, list[Any]]:
+    return {e["key"]: [e["rule"], e["blocks"]] for e in view.manifest["parameters"]}
 
 
 def _rule(entry: list[Any] | None) -> Any:

@@ -1,6 +1,6 @@
 """The optimizer that Megatron's training loop holds: one object for all chunks of a rank.
 
-Imports megatron.core and ``engine``. It replaces both Megatron's chain of optimizers and its
+Imports megatron.core and ``optimizer``. It replaces both Megatron's chain of optimizers and its
 distributed optimizer: gradients are read where the reduce-scatter left them, and weights are
 written where the parameter all-gather takes them.
 """
@@ -8,8 +8,8 @@ written where the parameter all-gather takes them.
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,13 +24,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, distributed
 from torch.nn import Parameter
 
-from megatron_adam_mini.engine import Engine
 from megatron_adam_mini.mcore import checkpoint
+from megatron_adam_mini.mcore.entries import PendingLoad, StateView
+from megatron_adam_mini.optimizer import AdamMini, Decision, Outcome
 
 logger = logging.getLogger(__name__)
-
-#: As in megatron.core.optimizer.clip_grads.clip_grad_by_total_norm_fp32.
-_CLIP_EPS = 1.0e-6
 
 
 class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
@@ -39,21 +37,22 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
     Built by ``factory.build_optimizer``; users get it from Megatron's ``get_megatron_optimizer``.
 
     Args:
-        engine: state and step of this rank.
+        inner: state and step of this rank.
         config: Megatron's optimizer config.
         model_chunks: DDP-wrapped chunks.
         param_groups: groups of model parameters; schedulers write ``lr`` and ``weight_decay``.
-        parameters: all trainable parameters, in the engine's numbering.
+        parameters: all trainable parameters, in the plan's numbering.
         manifest: partition of the whole model.
         groups: Megatron's process groups.
 
     Attributes:
+        inner: as above.
         manifest: as above; the same on all ranks.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        inner: AdamMini,
         config: OptimizerConfig,
         model_chunks: Sequence[Any],
         param_groups: list[dict[str, Any]],
@@ -62,21 +61,21 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         groups: ProcessGroupCollection,
     ) -> None:
         # MegatronOptimizer.__init__ is for a wrapped torch optimizer, which does not exist here.
-        self.engine = engine
+        self.inner = inner
         self.config = config
         self.model_chunks = list(model_chunks)
         self.manifest = manifest
         self.grad_scaler = _grad_scaler(config)
-        # Never a stub, also where nothing is trainable: each rank takes part in saving and norms.
+        # Never a stub, even where nothing is trainable: each rank takes part in saving and norms.
         self.is_stub_optimizer = False
         self._groups = param_groups
         self._parameters = list(parameters)
         self._groups_of_ranks = groups
-        self._pending_load: Any = None
         self._ddp_config: Any = model_chunks[0].ddp_config
-        self._scale_one = torch.ones(1, dtype=torch.float32, device=engine.device)
-        self._norm_sq: float | None = None
-        self._grad_scale = 1.0
+        self._scale_one = torch.ones(1, dtype=torch.float32, device=inner.device)
+        self._sums: tuple[Tensor, Tensor | None] | None = None
+        self._decision: Decision | None = None
+        self._pending_load: PendingLoad | None = None
         self._warned_non_finite = False
         self._point_at_main_params()
 
@@ -91,123 +90,93 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
             ``(updated, grad_norm, num_zeros_in_grad)``. A step with a non-finite gradient on any
             rank is skipped everywhere: ``(False, None, None)``, with no state changed.
         """
-        if self.engine.config.single_phase:
-            return self._single_phase_step()
-        with self._timer("optimizer-block-sums"):
-            stats = self.engine.collect()
-        with self._timer("optimizer-inner-step"):
-            self.engine.update(self._grad_scale_of(stats))
-        self._start_param_sync()
-        found_inf = self._look_at(stats)
-        if found_inf:
-            self._norm_sq = None
+        decision = self._decide_at_once()
+        self._update(decision)
+        outcome = self.inner.finish(decision)
+        if not self.inner.config.single_phase:
+            self._tell_scaler(outcome)
+        if outcome.found_inf:
             return False, None, None
-        grad_norm = self.get_grad_norm()
         num_zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
-        self._norm_sq = None
-        if grad_norm > self.config.grad_norm_skip_threshold:
+        if not outcome.updated:
             logger.info(
                 "skipping a step: grad_norm %s exceeds grad_norm_skip_threshold %s",
-                grad_norm,
+                outcome.grad_norm,
                 self.config.grad_norm_skip_threshold,
             )
-            return False, grad_norm, num_zeros
-        self.engine.step_count += 1
-        return True, grad_norm, num_zeros
+        return outcome.updated, outcome.grad_norm, num_zeros
 
-    def _single_phase_step(self) -> tuple[bool, float | None, int | None]:
-        """Take a step that waits for no norm; Megatron, too, reports 0 without clipping."""
+    def _decide_at_once(self) -> Decision:
+        """Take all sums and decide, without waiting for the device."""
         with self._timer("optimizer-block-sums"):
-            self.engine.collect_cut()
-        with self._timer("optimizer-inner-step"):
-            self.engine.update(1.0)
-        self.engine.step_count += 1
-        self._start_param_sync()
-        return True, 0.0, self.count_zeros() if self.config.log_num_zeros_in_grad else None
+            if self.inner.config.single_phase:
+                self.inner.sum_squares_of_cut_blocks()
+                return Decision()
+            stats = self.inner.sum_squares()
+            return self.inner.decide(
+                stats,
+                inv_scale=self._inv_scale(),
+                clip_grad=self.config.clip_grad,
+                skip_threshold=self.config.grad_norm_skip_threshold,
+            )
 
     # The same phase by phase, for callers that drive a MegatronOptimizer themselves.
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
-        """Take all block sums; return whether any gradient of any rank is not finite."""
-        if self.engine.config.single_phase:
+        """Take all sums; return whether any gradient of any rank is not finite."""
+        if self.inner.config.single_phase:
             raise RuntimeError(
                 "A single-phase step has no phases to drive one by one; call step(), or drop "
                 "--adam-mini-single-phase."
             )
         with self._timer("optimizer-block-sums"):
-            stats = self.engine.collect()
-        return self._look_at(stats)
+            # The loss scale of these gradients: the scaler moves on before they are used.
+            self._sums = self.inner.sum_squares(), self._inv_scale()
+            stats, inv_scale = self._sums
+            self._decision = self.inner.decide(stats, inv_scale=inv_scale)
+        outcome = self._decision.read()
+        self._tell_scaler(outcome)
+        return outcome.found_inf
 
     @torch.no_grad()
     def get_grad_norm(self) -> float:
         """Return the norm of all gradients of the model, loss scale removed, before clipping."""
-        if self._norm_sq is None:
-            raise RuntimeError("get_grad_norm needs prepare_grads first: it takes the block sums.")
-        return math.sqrt(self._norm_sq)
+        return self._decided("get_grad_norm").read().grad_norm
 
     @torch.no_grad()
     def clip_grad_norm(self, clip_grad: float) -> float:
         """Fold clipping into the update, and return the norm before it.
 
-        The gradient itself is never rewritten: who reads ``main_grad`` after the step sees it
-        unclipped.
+        The gradient itself is never rewritten: code that reads ``main_grad`` after the step sees
+        it unclipped.
         """
         grad_norm = self.get_grad_norm()
-        if clip_grad > 0.0:
-            self._grad_scale *= min(1.0, clip_grad / (grad_norm + _CLIP_EPS))
+        assert self._sums is not None
+        stats, inv_scale = self._sums
+        self._decision = self.inner.decide(stats, inv_scale=inv_scale, clip_grad=clip_grad)
         return grad_norm
 
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
         """Update state and weights, and start Megatron's parameter all-gather."""
-        if self._norm_sq is None:
-            raise RuntimeError(
-                "step_with_ready_grads needs prepare_grads first: it takes the block sums."
-            )
+        decision = self._decided("step_with_ready_grads")
+        self._update(decision)
+        self._sums = self._decision = None
+        return self.inner.finish(decision).updated
+
+    def _decided(self, caller: str) -> Decision:
+        if self._decision is None:
+            raise RuntimeError(f"{caller} needs prepare_grads first: it takes the block sums.")
+        return self._decision
+
+    def _inv_scale(self) -> Tensor | None:
+        return None if self.grad_scaler is None else self.grad_scaler.inv_scale
+
+    def _update(self, decision: Decision) -> None:
+        """Update state and weights; start the weights' all-gather unless the forward pass does."""
         with self._timer("optimizer-inner-step"):
-            self.engine.update(self._grad_scale)
-        self.engine.step_count += 1
-        self._norm_sq = None
-        self._start_param_sync()
-        return True
-
-    def _grad_scale_of(self, stats: Tensor) -> Tensor:
-        """Return inverse loss scale times clipping, on the device; NaN if the step is skipped."""
-        # In the order of _look_at, so that host and device decide alike.
-        inv_scale = torch.ones_like(stats[0])
-        if self.grad_scaler is not None:
-            inv_scale *= self.grad_scaler.inv_scale.squeeze()
-        grad_norm = (stats[0] * inv_scale**2).sqrt()
-        grad_scale = inv_scale
-        if self.config.clip_grad > 0.0:
-            grad_scale = inv_scale * (self.config.clip_grad / (grad_norm + _CLIP_EPS)).clamp(
-                max=1.0
-            )
-        skip = (stats[1] > 0) | ~grad_norm.isfinite()
-        skip |= grad_norm > self.config.grad_norm_skip_threshold
-        return grad_scale.masked_fill(skip, math.nan)
-
-    def _look_at(self, stats: Tensor) -> bool:
-        """Wait for the block sums, tell the loss scaler; return whether any is not finite."""
-        norm_sq, num_non_finite = stats.tolist()
-        found_inf = num_non_finite > 0 or not math.isfinite(norm_sq)
-        inv_scale = 1.0
-        if self.grad_scaler is not None:
-            inv_scale = float(self.grad_scaler.inv_scale)
-            self.grad_scaler.update(found_inf)
-        elif found_inf and not self._warned_non_finite:
-            self._warned_non_finite = True
-            logger.warning(
-                "skipping a step with non-finite gradients; optimizer state and weights are "
-                "unchanged (further skipped steps are only counted in Megatron's log)"
-            )
-        self._norm_sq = norm_sq * inv_scale**2
-        self._grad_scale = inv_scale
-        return found_inf
-
-    def _start_param_sync(self) -> None:
-        """Start Megatron's all-gather of weights, unless the next forward pass does."""
+            self.inner.update(decision)
         if self._ddp_config.use_distributed_optimizer and not (
             self._ddp_config.overlap_param_gather
         ):
@@ -215,18 +184,19 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
                 for chunk in self.model_chunks:
                     chunk.start_param_sync()
 
-    @torch.no_grad()
+    def _tell_scaler(self, outcome: Outcome) -> None:
+        if self.grad_scaler is not None:
+            self.grad_scaler.update(outcome.found_inf)
+        elif outcome.found_inf and not self._warned_non_finite:
+            self._warned_non_finite = True
+            logger.warning(
+                "skipping a step with non-finite gradients; optimizer state and weights are "
+                "unchanged (further skipped steps are only counted in Megatron's log)"
+            )
+
     def count_zeros(self) -> int:
         """Return the number of zeros in the model's gradients, each parameter counted once."""
-        domains = self.engine.domains
-        counts = torch.zeros(len(domains), dtype=torch.int64, device=self.engine.device)
-        for piece in self.engine.pieces():
-            if self.engine.parameters[piece.parameter].info.in_norm:
-                grad = piece.bucket.source.grad[piece.window]
-                counts[domains.index(piece.bucket.domain)] += (grad == 0).sum()
-        for count, domain in zip(counts, domains, strict=True):
-            distributed.all_reduce(count, group=domain.norm_group)
-        return int(counts.sum())
+        return self.inner.count_zeros()
 
     # What the training loop asks of any optimizer.
 
@@ -246,7 +216,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
     def get_grad_stats_parallel_group(self) -> distributed.ProcessGroup | None:
         """Return the group over which gradient statistics are added."""
-        return self.engine.domains[0].norm_group
+        return self.inner.collectives.norm_group
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop ``.grad`` of all parameters; Megatron zeroes its buffers itself."""
@@ -271,16 +241,16 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
                 "Adam-mini cannot take main parameters from a model state dict "
                 "(--load-main-params-from-ckpt); drop the flag to start from the model's weights."
             )
-        for bucket in self.engine.buckets:
-            bucket.state.take_weights()
+        for state in self.inner.states:
+            state.take_weights()
 
     def state_bytes(self) -> dict[str, int]:
         """Return this rank's optimizer state in bytes: main_param, exp_avg, exp_avg_sq."""
-        return self.engine.state_bytes()
+        return self.inner.state_bytes()
 
     def communication_per_step(self) -> dict[str, Any]:
         """Return what Adam-mini adds per step on this rank: collectives, bytes, by group."""
-        return self.engine.communication_per_step()
+        return self.inner.collectives.per_step()
 
     # Checkpoints; see the module ``checkpoint``.
 
@@ -302,34 +272,53 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         Raises:
             ValueError: the checkpoint's state is of another partition, or of another optimizer.
         """
-        if is_loading:
-            return checkpoint.state_to_load(self, model_sharded_state_dict, metadata)
-        return checkpoint.state_to_save(self, model_sharded_state_dict, metadata)
+        view = self._state_view()
+        if not is_loading:
+            return checkpoint.state_to_save(view, model_sharded_state_dict, metadata)
+        self._pending_load = checkpoint.prepare_load(view, model_sharded_state_dict, metadata)
+        return self._pending_load.state_dict(check_files=self.inner.config.check_files)
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what a checkpoint load returned; all ranks must call it."""
-        checkpoint.take_over(self, state_dict)
+        """Take over what a checkpoint load returned; all ranks must call it.
 
-    @property
-    def replica_number(self) -> int | None:
-        """Number of the optimizer instance, by which holders of one slice are told apart.
-
-        ``None`` without the distributed optimizer: every data-parallel rank holds everything.
+        Raises:
+            RuntimeError: no load was prepared.
+            ValueError: parameter groups or identity do not fit this run.
         """
+        pending, self._pending_load = self._pending_load, None
+        if pending is None:
+            raise RuntimeError(
+                "Adam-mini's load_state_dict needs sharded_state_dict(..., is_loading=True) first: "
+                + checkpoint.ONLY_TORCH_DIST
+            )
+        checkpoint.finish_load(self._state_view(), pending, state_dict)
+        # Megatron reads the model's weights on its own, and they need not be the rounded main
+        # parameters (another precision, another checkpoint).
+        if self._ddp_config.use_distributed_optimizer:
+            for chunk in self.model_chunks:
+                chunk.start_param_sync(force_sync=True)
+
+    def _state_view(self) -> StateView:
+        return StateView(
+            inner=self.inner,
+            parameters=self._parameters,
+            param_groups=self._groups,
+            grad_scaler=self.grad_scaler,
+            manifest=self.manifest,
+            replica=self._replica(),
+            model_parallel_rank=int(self._groups_of_ranks.mp.rank()),
+            sizes=self._sizes(),
+        )
+
+    def _replica(self) -> int | None:
         if not self._ddp_config.use_distributed_optimizer:
             return None
         if self._ddp_config.num_distributed_optimizer_instances == 1:
             return 0
         return int(self._groups_of_ranks.inter_dist_opt.rank())
 
-    @property
-    def model_parallel_rank(self) -> int:
-        """This rank's number among the model's tensor- and pipeline-parallel parts."""
-        return int(self._groups_of_ranks.mp.rank())
-
-    @property
-    def layout_sizes(self) -> dict[str, int]:
-        """Sizes of the parallel layout, for the record in checkpoints."""
+    def _sizes(self) -> dict[str, int]:
         groups = self._groups_of_ranks
         return {
             "tensor": groups.tp.size(),
@@ -340,22 +329,6 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
             "distributed_optimizer": int(self._ddp_config.use_distributed_optimizer),
         }
 
-    @torch.no_grad()
-    def store(self, states: Mapping[int, dict[str, Tensor]]) -> None:
-        """Take over loaded state and write model weights, on all ranks; all must call it.
-
-        Megatron reads the model's weights on its own, and they need not be the rounded main
-        parameters (another precision, another checkpoint).
-
-        Args:
-            states: what ``state_entries.float_states`` returned, after it was read into.
-        """
-        for bucket in self.engine.buckets:
-            bucket.state.store(states[id(bucket)])
-        if self._ddp_config.use_distributed_optimizer:
-            for chunk in self.model_chunks:
-                chunk.start_param_sync(force_sync=True)
-
     def state_dict(self) -> dict[str, Any]:
         """Refuse: a state dict of one rank's slices could not be loaded anywhere else."""
         raise NotImplementedError(checkpoint.ONLY_TORCH_DIST)
@@ -363,34 +336,41 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
     save_parameter_state = load_parameter_state = state_dict
 
     def offload_to_cpu(self) -> None:
-        """Not supported: the state is views of one flat tensor per bucket."""
+        """Not supported: the state is one flat tensor per buffer and kind."""
         raise NotImplementedError("Adam-mini's state cannot be offloaded to the CPU yet.")
 
     restore_from_cpu = offload_to_cpu
 
-    def _timer(self, name: str) -> Any:
+    @contextmanager
+    def _timer(self, name: str) -> Iterator[None]:
         timers = self.config.timers
         if timers is None:
-            return _NoTimer()
-        return _RunningTimer(timers(name, log_level=1), self.config.barrier_with_L1_time)
+            yield
+            return
+        timer = timers(name, log_level=1)
+        timer.start(barrier=self.config.barrier_with_L1_time)
+        try:
+            yield
+        finally:
+            timer.stop()
 
     def _point_at_main_params(self) -> None:
         """Give 16-bit parameters the ``main_param`` view that Megatron's parameter norm reads.
 
         Remainders have no such view; Megatron then takes the norm of the weights.
         """
-        if self.engine.config.param_remainders:
+        if self.inner.config.param_remainders:
             return
         sharded = bool(self._ddp_config.use_distributed_optimizer)
         for param in self._parameters:
             if param.dtype != torch.float32:
                 param.main_param = None  # type: ignore[attr-defined]
                 param.main_param_sharded = sharded  # type: ignore[attr-defined]
-        for piece in self.engine.pieces():
-            state = piece.bucket.state
+        for piece in self.inner.plan.pieces:
+            state = self.inner.states[piece.buffer]
             if state.owns_main_param:
                 param = self._parameters[piece.parameter]
-                param.main_param = state.main_param[piece.window]  # type: ignore[attr-defined]
+                param.main_param = state.main_param(piece.window)  # type: ignore[attr-defined]
 
 
 def _grad_scaler(config: OptimizerConfig) -> MegatronGradScaler | None:
@@ -409,20 +389,3 @@ def _grad_scaler(config: OptimizerConfig) -> MegatronGradScaler | None:
             hysteresis=config.hysteresis,
         )
     return None
-
-
-class _NoTimer:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *exc: object) -> None: ...
-
-
-class _RunningTimer:
-    def __init__(self, timer: Any, barrier: bool) -> None:
-        self._timer, self._barrier = timer, barrier
-
-    def __enter__(self) -> None:
-        self._timer.start(barrier=self._barrier)
-
-    def __exit__(self, *exc: object) -> None:
-        self._timer.stop()

@@ -1,7 +1,6 @@
-"""Megatron's configs and model chunks -> a planned optimizer, or one clear error on all ranks.
+"""Megatron's configs and model chunks -> an optimizer, or one clear error on all ranks.
 
-Imports megatron.core and everything below it. This is the only place where the plan is put
-together.
+Imports megatron.core and everything below it. Collect parameters, plan, agree, allocate.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,23 @@ from torch import distributed
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
-from megatron_adam_mini.agreement import PlanRecord, check_agreement
+from megatron_adam_mini.agreement import PlanRecord, agree_on_plan
+from megatron_adam_mini.collectives import DomainGroups
 from megatron_adam_mini.config import AdamMiniConfig, check_adam_values
-from megatron_adam_mini.engine import Domain, Engine
 from megatron_adam_mini.kernels import select_backend
 from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
 from megatron_adam_mini.mcore.metrics import observe
 from megatron_adam_mini.mcore.param_info import collect_parameters
 from megatron_adam_mini.mcore.preflight import refuse_single_phase, refuse_unsupported
-from megatron_adam_mini.mcore.slices import bucket_slices, dense_buffers, whole_parameters
+from megatron_adam_mini.mcore.slices import dense_buffers, sharded_buffers, whole_parameters
+from megatron_adam_mini.optimizer import AdamMini
 from megatron_adam_mini.plan.partition import (
-    ParameterBlocks,
     manifest_of,
     partition_parameter,
     unmatched_patterns,
 )
-from megatron_adam_mini.state import check_remainders
+from megatron_adam_mini.plan.step_plan import DomainLayout, StepPlan, plan_step
+from megatron_adam_mini.state import Buffer, check_remainders
 
 logger = logging.getLogger(__name__)
 
@@ -63,75 +64,83 @@ def build_optimizer(
         RuntimeError: ranks disagree on the plan, or another rank failed.
     """
     options: AdamMiniConfig = getattr(config, "adam_mini", None) or AdamMiniConfig()
-
-    # Whatever goes wrong on one rank must reach all of them before the first collective, also
-    # what nobody foresaw.
-    params: dict[Parameter, Any] = {}
-    blocks: list[ParameterBlocks] = []
-    error: Exception | None = None
-    backend = ""
-    try:
-        _check_chunks(model_chunks)
-        refuse_unsupported(config, model_chunks[0].ddp_config)
-        check_adam_values(
-            lr=config.lr,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_eps,
-            weight_decay=config.weight_decay,
-        )
-        _check_distributed_optimizer(config, model_chunks)
-        device = torch.device(torch.cuda.current_device())
-        backend = select_backend(options.backend, device).NAME
-        if options.single_phase:
-            refuse_single_phase(
-                config.clip_grad,
-                loss_scaled=bool(config.loss_scale or config.fp16),
-                skip_threshold=config.grad_norm_skip_threshold,
-            )
-        if options.manifest and distributed.get_rank() == 0:
-            _check_writable(options.manifest)
-        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-        expert_tp = getattr(groups, "expt_tp", None) or groups.tp
-        params = collect_parameters(model_chunks, tp_group=groups.tp, expert_tp_group=expert_tp)
-        if options.param_remainders:
-            check_remainders(param.dtype for param in params)
-        blocks = [partition_parameter(info, options) for info in params.values()]
-        domain = _dense_domain(model_chunks, list(params), groups, config)
-    except Exception as caught:
-        error = caught
-    patterns = [pattern for pattern, _ in options.overrides()]
-    check_agreement(
-        PlanRecord(
-            stage=f"pipeline stage {groups.pp.rank()}" if error is None else "",
-            # The partition, and what would let ranks drift apart or wait for each other.
-            rules={**options.partition_fields(), "backend": backend, **options.step_fields()},
-            layout=_layout_record(blocks, domain) if error is None else (),
-            matched=frozenset(patterns).difference(
-                unmatched_patterns([info.name for info in params.values()], options)
-            ),
-            error=error,
-        ),
-        patterns=patterns,
+    planned = agree_on_plan(
+        lambda: _plan(config, options, model_chunks, pg_collection),
+        patterns=[pattern for pattern, _ in options.overrides()],
     )
-
     # Megatron's own grouping gathers from all ranks, so it comes after the check.
     param_groups = _param_groups(model_chunks, config, config_overrides)
     group_of = {p: i for i, group in enumerate(param_groups) for p in group["params"]}
-    engine = Engine(
+    inner = AdamMini(
+        planned.plan,
         options,
-        blocks,
+        planned.buffers,
+        [planned.domain_groups],
         param_groups,
-        [group_of[param] for param in params],
-        [domain],
-        device=device,
+        [group_of[param] for param in planned.parameters],
+        device=planned.device,
     )
-    manifest = _gather_manifest(model_chunks, list(params), blocks, options, groups.pp)
+    manifest = _gather_manifest(planned, options)
     optimizer = AdamMiniOptimizer(
-        engine, config, model_chunks, param_groups, list(params), manifest, groups
+        inner, config, model_chunks, param_groups, planned.parameters, manifest, planned.groups
     )
     observe(optimizer)
     _report(optimizer, options)
     return optimizer
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What one rank knows before the first collective.
+
+    Attributes:
+        plan: all integers of the step.
+        parameters: the model's parameters, in the plan's numbering.
+        buffers: live tensors of the plan's buffers.
+        groups: Megatron's process groups.
+        domain_groups: those of the plan's only domain.
+        device: where the buffers are.
+    """
+
+    plan: StepPlan
+    parameters: list[Parameter]
+    buffers: list[Buffer]
+    groups: ProcessGroupCollection
+    domain_groups: DomainGroups
+    device: torch.device
+
+
+def _plan(
+    config: OptimizerConfig,
+    options: AdamMiniConfig,
+    model_chunks: Sequence[Any],
+    pg_collection: ProcessGroupCollection | None,
+) -> tuple[_Planned, PlanRecord]:
+    """Plan this rank's step, without communication; see :func:`build_optimizer` for errors."""
+    device = torch.device(torch.cuda.current_device())
+    _check_chunks(model_chunks)
+    _check_options(config, options, model_chunks)
+    backend = select_backend(options.backend, device).NAME
+
+    groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+    expert_tp = getattr(groups, "expt_tp", None) or groups.tp
+    infos = collect_parameters(model_chunks, tp_group=groups.tp, expert_tp_group=expert_tp)
+    if options.param_remainders:
+        check_remainders(param.dtype for param in infos)
+    blocks = [partition_parameter(info, options) for info in infos.values()]
+    layout, buffers, domain_groups = _dense_domain(config, model_chunks, list(infos), groups)
+    plan = plan_step(blocks, [layout])
+
+    names = [info.name for info in infos.values()]
+    patterns = frozenset(pattern for pattern, _ in options.overrides())
+    record = PlanRecord(
+        stage=f"pipeline stage {groups.pp.rank()}",
+        # The partition, and what would let ranks drift apart or wait for each other.
+        rules={**options.partition_fields(), "backend": backend, **options.step_fields()},
+        layout=plan.shared_part(),
+        matched=patterns.difference(unmatched_patterns(names, options)),
+    )
+    return _Planned(plan, list(infos), buffers, groups, domain_groups, device), record
 
 
 def _check_chunks(model_chunks: Sequence[Any]) -> None:
@@ -141,6 +150,27 @@ def _check_chunks(model_chunks: Sequence[Any]) -> None:
                 f"Adam-mini needs model chunks wrapped in megatron.core's DistributedDataParallel, "
                 f"got {type(chunk).__name__}; wrap them as megatron.training.get_model does."
             )
+
+
+def _check_options(
+    config: OptimizerConfig, options: AdamMiniConfig, model_chunks: Sequence[Any]
+) -> None:
+    refuse_unsupported(config, model_chunks[0].ddp_config)
+    check_adam_values(
+        lr=config.lr,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+    )
+    _check_distributed_optimizer(config, model_chunks)
+    if options.single_phase:
+        refuse_single_phase(
+            config.clip_grad,
+            loss_scaled=bool(config.loss_scale or config.fp16),
+            skip_threshold=config.grad_norm_skip_threshold,
+        )
+    if options.manifest and distributed.get_rank() == 0:
+        _check_writable(options.manifest)
 
 
 def _check_distributed_optimizer(config: OptimizerConfig, model_chunks: Sequence[Any]) -> None:
@@ -166,6 +196,44 @@ def _check_writable(manifest: str) -> None:
         ) from error
 
 
+def _dense_domain(
+    config: OptimizerConfig,
+    model_chunks: Sequence[Any],
+    params: Sequence[Parameter],
+    groups: ProcessGroupCollection,
+) -> tuple[DomainLayout, list[Buffer], DomainGroups]:
+    """Return integers, live tensors and process groups of the dense parameters."""
+    buffers = dense_buffers(model_chunks)
+    index_of = {param: index for index, param in enumerate(params)}
+    dp_group: ProcessGroup | None = None
+    if config.use_distributed_optimizer:
+        # With several optimizer instances this is the group inside one of them: Megatron has
+        # already added the gradients of the others.
+        dp_group = buffers[0].data_parallel_group if buffers else None
+        layouts, live = sharded_buffers(buffers, index_of, dp_group.size() if dp_group else 1)
+        instances = model_chunks[0].ddp_config.num_distributed_optimizer_instances
+        replicas = instances > 1
+        norm_group = getattr(groups, "intra_dist_opt", None)
+        if norm_group is None and instances > 1:
+            raise ValueError(
+                f"{instances} distributed-optimizer instances need pg_collection.intra_dist_opt: "
+                "over all ranks every gradient would count once per instance in the norm."
+            )
+    else:
+        layouts, live = whole_parameters(buffers, index_of)
+        replicas = True
+        norm_group = groups.mp
+    domain = DomainLayout(
+        name="dense",
+        buffers=tuple(layouts),
+        dp_rank=dp_group.rank() if dp_group else 0,
+        tp_rank=groups.tp.rank(),
+        tp_size=groups.tp.size(),
+        dp_replicas=replicas,
+    )
+    return domain, live, DomainGroups(dp=dp_group, tp=groups.tp, norm=norm_group)
+
+
 def _param_groups(
     model_chunks: Sequence[Any], config: OptimizerConfig, overrides: dict[Any, Any] | None
 ) -> list[dict[str, Any]]:
@@ -181,76 +249,14 @@ def _param_groups(
     return groups
 
 
-def _dense_domain(
-    model_chunks: Sequence[Any],
-    params: Sequence[Parameter],
-    groups: ProcessGroupCollection,
-    config: OptimizerConfig,
-) -> Domain:
-    buffers = dense_buffers(model_chunks)
-    index_of = {param: index for index, param in enumerate(params)}
-    if config.use_distributed_optimizer:
-        # With several optimizer instances this is the group inside one of them: Megatron has
-        # already added the gradients of the others.
-        dp_group: ProcessGroup | None = buffers[0].data_parallel_group if buffers else None
-        dp_rank = dp_group.rank() if dp_group else 0
-        dp_size = dp_group.size() if dp_group else 1
-        layouts, slices = bucket_slices(buffers, index_of, dp_rank, dp_size)
-        instances = model_chunks[0].ddp_config.num_distributed_optimizer_instances
-        replicas = instances > 1
-        norm_group = getattr(groups, "intra_dist_opt", None)
-        if norm_group is None and instances > 1:
-            raise ValueError(
-                f"{instances} distributed-optimizer instances need pg_collection.intra_dist_opt: "
-                "over all ranks every gradient would count once per instance in the norm."
-            )
-    else:
-        dp_group, dp_rank = None, 0
-        layouts, slices = whole_parameters(buffers, index_of)
-        replicas = True
-        norm_group = groups.mp
-    return Domain(
-        name="dense",
-        buckets=layouts,
-        slices=slices,
-        dp_group=dp_group,
-        dp_rank=dp_rank,
-        tp_group=groups.tp,
-        tp_rank=groups.tp.rank(),
-        tp_size=groups.tp.size(),
-        dp_replicas=replicas,
-        norm_group=norm_group,
-    )
-
-
-def _layout_record(blocks: Sequence[ParameterBlocks], domain: Domain) -> list[dict[str, Any]]:
-    """Return what all ranks of a pipeline stage must have in common, one entry per parameter."""
-    return [
-        {
-            "bucket": index,
-            "bucket_numel": bucket.numel,
-            "slices": bucket.num_slices,
-            "at": [placement.start, placement.end],
-            **blocks[placement.parameter].identity(),
-        }
-        for index, bucket in enumerate(domain.buckets)
-        for placement in bucket.placements
-    ]
-
-
-def _gather_manifest(
-    model_chunks: Sequence[Any],
-    params: Sequence[Parameter],
-    blocks: Sequence[ParameterBlocks],
-    options: AdamMiniConfig,
-    pp_group: ProcessGroup,
-) -> dict[str, Any]:
+def _gather_manifest(planned: _Planned, options: AdamMiniConfig) -> dict[str, Any]:
     """Join the manifests of all pipeline stages; every rank gets the whole."""
     own = [
         entry.manifest_entry()
-        for param, entry in zip(params, blocks, strict=True)
+        for param, entry in zip(planned.parameters, planned.plan.parameters, strict=True)
         if not getattr(param, "shared", False)  # the second copy of tied embeddings
     ]
+    pp_group = planned.groups.pp
     stages: list[Any] = [None] * pp_group.size()
     distributed.all_gather_object(stages, own, group=pp_group)
     return manifest_of([entry for stage in stages for entry in stage], options)
@@ -276,7 +282,7 @@ def _report(optimizer: AdamMiniOptimizer, options: AdamMiniConfig) -> None:
         f"Adam-mini partition {manifest['preset']!r} (manifest {manifest['hash']}): "
         f"{manifest['elements']:,} elements share {manifest['blocks']:,} second moments\n"
         + "\n".join(lines)
-        + f"\nthis rank: kernels {optimizer.engine.kernels.NAME!r}, state bytes "
+        + f"\nthis rank: kernels {optimizer.inner.kernels.NAME!r}, state bytes "
         f"{optimizer.state_bytes()}, added per step {added}",
         flush=True,
     )

@@ -29,7 +29,7 @@ from megatron_adam_mini.checkpoint.errors import UnreadableError
 from megatron_adam_mini.checkpoint.reader import COMMON_KEY, Checkpoint, tiling_problem
 from megatron_adam_mini.config import STATE_PREFIX
 from megatron_adam_mini.mcore.arguments import OPTIMIZER
-from megatron_adam_mini.mcore.state_entries import MARK
+from megatron_adam_mini.mcore.entries import MARK
 
 
 def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:

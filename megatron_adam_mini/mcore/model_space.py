@@ -137,7 +137,7 @@ def entries_by_parameter(model_state: Mapping[str, Any]) -> dict[int, ShardedBas
     }
 
 
-def put_back(asked: Mapping[str, ShardedTensor], loaded: Mapping[str, Tensor]) -> None:
+def copy_back(asked: Mapping[str, ShardedTensor], loaded: Mapping[str, Tensor]) -> None:
     """Copy what a load returned to where it was asked for, unless it was read in place.
 
     Raises:

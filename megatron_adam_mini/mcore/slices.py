@@ -1,8 +1,8 @@
-"""Megatron's parameter and gradient buffers -> slices: offsets as integers, tensors kept live.
+"""Megatron's parameter and gradient buffers: offsets as integers, tensors kept live.
 
-Imports ``layout`` and reads objects of megatron.core. Megatron's own words (*bucket*, *buffer*,
-*main_grad*) stay inside this file. Data flow: DDP buffers -> **BucketLayout** (integers) and
-**Slice** (live tensors) -> layout, engine.
+Imports ``plan`` and reads objects of megatron.core. Megatron's own words (``grad_data``,
+``param_index_map``, ``main_grad``) stay inside this file. Data flow: DDP buffers ->
+**BufferLayout** (integers) -> step plan, and **Buffer** (live tensors) -> state.
 """
 
 from __future__ import annotations
@@ -14,31 +14,42 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_adam_mini.plan.layout import BucketLayout, Placement
-from megatron_adam_mini.state import Slice
+from megatron_adam_mini.plan.layout import BucketLayout, BufferLayout, Placement
+from megatron_adam_mini.state import Buffer
 
 
 @dataclass(frozen=True)
-class BucketSlice:
-    """The part of one bucket that this data-parallel rank owns (distributed optimizer)."""
+class ShardedBuffer:
+    """One of Megatron's buffers, whose buckets data-parallel ranks share (distributed optimizer).
 
-    bucket: Any
-    begin: int
-    end: int
-    #: What Megatron's own checkpoints call the bucket: buffer, dtypes, bucket within the buffer.
-    number: tuple[int, str, int]
+    Attributes:
+        buffer: Megatron's object.
+        number: what Megatron's own checkpoints call it: number of the buffer, and its dtypes.
+    """
+
+    buffer: Any
+    number: tuple[int, str]
 
     @property
     def grad(self) -> Tensor:
-        """Reduced gradients, as the reduce-scatter left them in the bucket."""
-        grad: Tensor = self.bucket.grad_data[self.begin : self.end]
+        """Gradients; the reduce-scatter leaves this rank's slice of each bucket reduced."""
+        grad: Tensor = self.buffer.grad_data
         return grad
 
     @property
     def weight(self) -> Tensor:
-        """Model weights; Megatron's parameter all-gather sends them on from here."""
-        weight: Tensor = self.bucket.param_data[self.begin : self.end]
+        """Model weights; Megatron's parameter all-gather sends this rank's slices on from here."""
+        weight: Tensor = self.buffer.param_data
         return weight
+
+    def unpadded_numel(self, bucket: int) -> int:
+        """Return the elements of a bucket without the padding at its end."""
+        return int(self.buffer.buckets[bucket].numel_unpadded)
+
+    def adam_key(self, bucket: int, kind: str) -> str:
+        """Return how the keys of Megatron's ``dp_reshardable`` format end for a bucket."""
+        number, dtypes = self.number
+        return f"gbuf_idx_{number}.dtype_{dtypes}.bucket_idx_{bucket}.{kind}"
 
 
 @dataclass(frozen=True)
@@ -64,46 +75,52 @@ def dense_buffers(model_chunks: Sequence[Any]) -> list[Any]:
     return [buffer for chunk in model_chunks for buffer in chunk.buffers]
 
 
-def bucket_slices(
-    buffers: Sequence[Any], index_of: Mapping[Parameter, int], dp_rank: int, dp_size: int
-) -> tuple[list[BucketLayout], list[Slice]]:
-    """List buckets and this rank's slices of them, for the distributed optimizer.
+def sharded_buffers(
+    buffers: Sequence[Any], index_of: Mapping[Parameter, int], dp_size: int
+) -> tuple[list[BufferLayout], list[Buffer]]:
+    """Return layouts and live tensors of buffers that data-parallel ranks share.
 
     Args:
         buffers: Megatron's parameter and gradient buffers.
         index_of: number of each parameter.
-        dp_rank: this rank in the group that shares the buckets.
-        dp_size: size of that group.
+        dp_size: size of the group that shares the buckets.
     """
-    layouts: list[BucketLayout] = []
-    slices: list[Slice] = []
-    for buffer_number, buffer in enumerate(buffers):
-        dtypes = str((buffer.param_dtype, buffer.grad_dtype))
+    layouts: list[BufferLayout] = []
+    live: list[Buffer] = []
+    for number, buffer in enumerate(buffers):
         placements: dict[int, list[Placement]] = {}
         for param, (start, end, bucket_id, *_) in buffer.param_index_map.items():
             offset = buffer.buckets[bucket_id].offset
             placements.setdefault(bucket_id, []).append(
                 Placement(index_of[param], start - offset, end - offset)
             )
-        for bucket_id, bucket in enumerate(buffer.buckets):
-            ordered = sorted(placements.get(bucket_id, []), key=lambda p: p.start)
-            layout = BucketLayout(bucket.grad_data.numel(), dp_size, tuple(ordered))
-            layouts.append(layout)
-            begin = dp_rank * layout.slice_numel
-            number = (buffer_number, dtypes, bucket_id)
-            slices.append(BucketSlice(bucket, begin, begin + layout.slice_numel, number))
-    return layouts, slices
+        layouts.append(
+            BufferLayout(
+                tuple(
+                    BucketLayout(
+                        bucket.grad_data.numel(),
+                        dp_size,
+                        tuple(sorted(placements.get(bucket_id, []), key=lambda p: p.start)),
+                        bucket.offset,
+                    )
+                    for bucket_id, bucket in enumerate(buffer.buckets)
+                )
+            )
+        )
+        live.append(ShardedBuffer(buffer, (number, str((buffer.param_dtype, buffer.grad_dtype)))))
+    return layouts, live
 
 
 def whole_parameters(
     buffers: Sequence[Any], index_of: Mapping[Parameter, int]
-) -> tuple[list[BucketLayout], list[Slice]]:
-    """List every parameter as a bucket of its own, for replicated optimizer state."""
-    layouts: list[BucketLayout] = []
-    slices: list[Slice] = []
+) -> tuple[list[BufferLayout], list[Buffer]]:
+    """Return every parameter as a buffer of its own, for replicated optimizer state."""
+    layouts: list[BufferLayout] = []
+    live: list[Buffer] = []
     for buffer in buffers:
         for param in buffer.param_index_map:
             numel = param.numel()
-            layouts.append(BucketLayout(numel, 1, (Placement(index_of[param], 0, numel),)))
-            slices.append(WholeParameter(param))
-    return layouts, slices
+            bucket = BucketLayout(numel, 1, (Placement(index_of[param], 0, numel),))
+            layouts.append(BufferLayout((bucket,)))
+            live.append(WholeParameter(param))
+    return layouts, live

@@ -1,16 +1,17 @@
 """Blocks x slice -> segments: where the blocks lie in the slice of a bucket that a rank owns.
 
 Imports numpy and ``partition`` only. Everything here is integers, computed once at
-construction and never changed.
+construction and never changed. Words and shape suffixes: see the package's docstring.
 
-Data flow: partition, and the offsets of Megatron's buckets -> **layout** -> reduction, kernels.
+Data flow: partition, and the offsets of Megatron's buckets -> **layout** -> reduction, step plan.
 
-Vocabulary: a *bucket* is a flat buffer that holds parameters at given offsets, with gaps. It is
-cut into ``num_slices`` equal *slices*, one per data-parallel rank, without regard for rows. A
-*segment* is a row segment (see ``partition``) within a slice. Parameters with one second moment
-per element contribute *element ranges* instead.
+A bucket is cut without regard for rows. Four rows of six elements in one bucket of three slices::
 
-Shape suffixes: ``_S`` segments of one slice, ``_R`` element ranges of one slice.
+    bucket   | row 0       | row 1       | row 2       | row 3       |
+    slices   | rank 0          | rank 1          | rank 2            |
+    segments   row 0, row 1      row 1, row 2      row 2, row 3
+
+so rows 1 and 2 are cut blocks: each has a segment on two ranks.
 """
 
 from __future__ import annotations
@@ -39,12 +40,19 @@ class Placement:
 
 @dataclass(frozen=True)
 class BucketLayout:
-    """The integers of one bucket, equal on all ranks that share it."""
+    """The integers of one bucket, equal on all ranks that share it.
+
+    Attributes:
+        numel: elements, padding included.
+        num_slices: equal slices, one per data-parallel rank.
+        placements: in ascending order.
+        offset: first element of the bucket in its buffer.
+    """
 
     numel: int
     num_slices: int
-    #: In ascending order.
     placements: tuple[Placement, ...]
+    offset: int = 0
 
     def __post_init__(self) -> None:
         """Check what everything below relies on."""
@@ -74,6 +82,52 @@ class BucketLayout:
 
 
 @dataclass(frozen=True)
+class BufferLayout:
+    """The buckets of one flat buffer, one after the other, all cut into as many slices."""
+
+    buckets: tuple[BucketLayout, ...]
+
+    def __post_init__(self) -> None:
+        """Check what everything below relies on."""
+        ends = [bucket.offset + bucket.numel for bucket in self.buckets]
+        for end, following in zip(ends, self.buckets[1:], strict=False):
+            if following.offset < end:
+                raise ValueError(
+                    f"A bucket starts at element {following.offset} of its buffer, inside of the "
+                    f"one that ends at {end}; Megatron's buckets do not overlap."
+                )
+        if len({bucket.num_slices for bucket in self.buckets}) > 1:
+            raise ValueError(
+                "The buckets of a buffer are cut into different numbers of slices "
+                f"({sorted({bucket.num_slices for bucket in self.buckets})}); one data-parallel "
+                "group shares all of them."
+            )
+
+
+#: State mirrors its slice down to the place within this many elements (64 bytes of float32), so
+#: that one vector access fits all tensors of an element, wherever the slice begins.
+PHASE = 16
+
+
+def state_starts(buffer: BufferLayout, rank: int) -> tuple[list[int], int]:
+    """Return where the state of each slice of a rank starts, and the elements of all of it.
+
+    The slices follow one another, each as soon as its place within :data:`PHASE` elements is that
+    of its gradients; so at most ``PHASE - 1`` elements per slice hold nothing.
+
+    Args:
+        buffer: the buffer.
+        rank: which slices; numpy integers of many ranks work as well.
+    """
+    starts, end = [], 0
+    for bucket in buffer.buckets:
+        begin = bucket.offset + rank * bucket.slice_numel
+        starts.append(end + (begin - end) % PHASE)
+        end = starts[-1] + bucket.slice_numel
+    return starts, end
+
+
+@dataclass(frozen=True)
 class SliceSegments:
     """Segments and element ranges of one slice, both in ascending order.
 
@@ -87,17 +141,17 @@ class SliceSegments:
         start_R, end_R, parameter_R: element ranges.
     """
 
-    start_S: IntArray  # noqa: N815 (shape suffix)
-    end_S: IntArray  # noqa: N815
-    parameter_S: IntArray  # noqa: N815
-    row_segment_S: IntArray  # noqa: N815
-    block_S: IntArray  # noqa: N815
-    block_numel_S: IntArray  # noqa: N815
-    clipped_left_S: BoolArray  # noqa: N815
-    clipped_right_S: BoolArray  # noqa: N815
-    start_R: IntArray  # noqa: N815
-    end_R: IntArray  # noqa: N815
-    parameter_R: IntArray  # noqa: N815
+    start_S: IntArray
+    end_S: IntArray
+    parameter_S: IntArray
+    row_segment_S: IntArray
+    block_S: IntArray
+    block_numel_S: IntArray
+    clipped_left_S: BoolArray
+    clipped_right_S: BoolArray
+    start_R: IntArray
+    end_R: IntArray
+    parameter_R: IntArray
 
     @property
     def num_segments(self) -> int:

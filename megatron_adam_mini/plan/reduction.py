@@ -1,7 +1,7 @@
-"""Which sums of squares cross ranks, and the only collectives of a step.
+"""Which sums of squares cross ranks, as positions in vectors.
 
-Imports ``layout`` and torch.distributed. Data flow: segments of all slices of a rank
--> :func:`plan_reduction` (integers) -> :class:`Reduction` (tensors, groups) -> complete sums.
+Imports numpy and ``layout``. Data flow: segments of all slices of a rank -> **ReductionPlan** ->
+``collectives``, which moves the numbers.
 
 A *domain* is a pair of process groups: dense parameters use the data-parallel and the
 tensor-parallel group, experts use their own two. Per step and domain there is at most one
@@ -15,8 +15,33 @@ apart by one unit in the last place. For the same reason each tensor-parallel ra
 whose result several communicators need into places of its own in the all-reduced vector, so
 that the all-reduce only adds zeros to them.
 
-Vocabulary: see ``layout``. A *slot* stands for one spread block. Table = matrix of positions
-into a source vector; -1 stands for zero.
+A block can be cut in three ways:
+
+* at an *edge*, the boundary between two slices: the last segment of one slice (its *tail*) and the
+  first one of the next (its *head*) are of one block, and so are whole slices between them. Every
+  rank offers the sums of its head and tail, for each bucket that has such a boundary.
+* into a *slot*: the block is spread (see ``layout.spread_blocks``), with segments in several
+  places of a bucket or on several tensor-parallel ranks. Every rank offers one sum per slot.
+* by *columns*: tensor parallelism splits the columns of the weight, and each row with them.
+
+Worked example, TP 2 x DP 2. One bucket of 16 elements holds two weights: ``P`` is row-parallel, 3
+rows of 4, so every tensor-parallel rank holds 3 half rows; ``Q`` is one head of 4 rows of 2, of
+which every tensor-parallel rank holds 2, and the edge at element 8 cuts these again::
+
+    element    0     2     4     6     8    10                16
+               | P 0 | P 1 | P 2 |  Q  |  Q  |     padding     |
+    DP rank    |<--------- 0 --------->|<--------- 1 --------->|
+    segments     0     1     2     3     0
+
+    DP group   all-gather of slot 0 (Q): dp 0 offers its sum 3, dp 1 its sum 0; added in rank
+               order they are the half of Q that this tensor-parallel rank holds
+    TP group   all-reduce of two vectors, one in the group of each DP rank:
+                 dp 0   [P 0, P 1, P 2, Q of tp 0, Q of tp 1]
+                 dp 1   [               Q of tp 0, Q of tp 1]
+               the rows are complete with it (plain sums); Q of tp 0 + Q of tp 1, added in this
+               order, is Q's sum, with the same bits on all four ranks
+
+``tests/test_reduction.py`` has the plans of this example, number by number.
 """
 
 from __future__ import annotations
@@ -28,6 +53,7 @@ from itertools import pairwise
 import numpy as np
 
 from megatron_adam_mini.plan.layout import (
+    BoolArray,
     BucketLayout,
     SliceSegments,
     crosses_tp,
@@ -42,11 +68,14 @@ from megatron_adam_mini.plan.partition import IntArray, ParameterBlocks
 class ReductionPlan:
     """Positions that one rank needs to complete the sums of one domain.
 
-    ``S`` counts the segments of all the rank's slices in the domain, one after the other.
+    ``S`` counts the segments of all the rank's slices in the domain, one after the other. A table
+    holds positions in a source vector, one row per sum; -1 stands for zero.
 
     Attributes:
+        dp_size, tp_size, tp_rank: sizes of the two groups, and this rank in the second.
         contribution: ``(C, k)`` into the S sums: what this rank offers to its
-            data-parallel group: two entries per cut bucket, then one per slot.
+            data-parallel group: head and tail of each cut bucket, then one entry per slot.
+        gathers: whether there is an all-gather.
         dp_target, dp_table: segments that the data-parallel group completes, and ``(n, k)`` into
             the gathered ``(dp_size * C)`` contributions.
         tp_plain: segments that a plain sum over the tensor-parallel group completes.
@@ -115,78 +144,146 @@ def plan_reduction(
             (no distributed optimizer, or several instances of it), which must get the same bits.
     """
     dp_size = buckets[0].num_slices if buckets else 1
-    offsets = np.cumsum([0] + [s.num_segments for s in slices])
+    slots = _plan_slots(buckets, slices, parameters)
+    edges = _plan_edges(buckets, slices, parameters, slots, dp_rank)
 
-    # Slots, in an order that depends on what all ranks of both groups agree on.
-    first_slot: dict[int, int] = {}
-    in_tp = np.empty(0, dtype=np.bool_)
-    for bucket in buckets:
-        for placement in bucket.placements:
-            spread = spread_blocks(parameters[placement.parameter])
-            if len(spread):
-                first_slot[placement.parameter] = len(in_tp)
-                crosses = np.full(len(spread), crosses_tp(parameters[placement.parameter]))
-                in_tp = np.concatenate([in_tp, crosses])
-    slot_S = np.concatenate(
-        [np.empty(0, dtype=np.int64)] + [_slots_of(s, parameters, first_slot) for s in slices]
-    )
-    spread_S = np.flatnonzero(slot_S >= 0)
-    slots = slot_S[spread_S]
+    # Data-parallel group. Contributions: edges, then slots.
+    num_contributions = edges.num_edges + len(slots.in_tp)
+    of_every_rank = num_contributions * np.arange(dp_size, dtype=np.int64)
+    chains = _table([[r * num_contributions + at for r, at in chain] for chain in edges.chains])
+    spread_S = np.flatnonzero(slots.slot_S >= 0)
+    slot_of_spread = slots.slot_S[spread_S]
+    in_dp = ~slots.in_tp[slot_of_spread]
+    from_slots = (edges.num_edges + slot_of_spread[in_dp])[:, None] + of_every_rank
 
-    edges: list[list[int]] = []  # head and tail of each cut bucket
-    chains: list[tuple[int, list[tuple[int, int]]]] = []  # segment -> (rank, contribution)
-    for base, bucket, part in zip(offsets[:-1].tolist(), buckets, slices, strict=True):
-        if not cut_boundaries(bucket, parameters).any():
-            continue
-        head_at = len(edges)
-        edges += [[], []]
-        single = slot_S[base : base + part.num_segments] < 0
-        clipped = (part.clipped_left_S | part.clipped_right_S) & single
-        for segment in np.flatnonzero(clipped).tolist():
-            is_head = bool(part.clipped_left_S[segment])
-            edges[head_at if is_head else head_at + 1].append(base + segment)
-            first, last = _ranks_of_segment(bucket, part, parameters, segment, dp_rank)
-            chain = [(first, head_at + 1)] + [(r, head_at) for r in range(first + 1, last + 1)]
-            chains.append((base + segment, chain))
-
-    num_edges = len(edges)
-    contributions = num_edges + len(in_tp)
-    gathered = dp_size > 1 and contributions > 0
-    from_every_rank = contributions * np.arange(dp_size, dtype=np.int64)
-    cut_S = np.asarray([segment for segment, _ in chains], dtype=np.int64)
-    cut_table = _table([[r * contributions + at for r, at in chain] for _, chain in chains])
-    in_dp = ~in_tp[slots]
-
-    # Tensor-parallel group: rows of row-parallel weights, and slots that cross its ranks.
-    split_columns = np.asarray([row_parallel(blocks) for blocks in parameters], dtype=np.bool_)
-    columns = [
-        np.flatnonzero(split_columns[part.parameter_S]) + base
-        for part, base in zip(slices, offsets, strict=False)
-    ]
-    rows = np.concatenate(columns) if columns else np.empty(0, dtype=np.int64)
-    several = slot_S >= 0
-    several[cut_S] = True
-    is_exact = several[rows] | dp_replicas
-    plain, exact = rows[~is_exact], rows[is_exact]
-    tp_slots = np.flatnonzero(in_tp)
+    # Tensor-parallel group. The vector: plain sums, then places of each rank's own.
+    plain, exact = _plan_columns(slices, parameters, slots, edges, dp_replicas)
+    tp_slots = np.flatnonzero(slots.in_tp)
+    place_of_slot = len(exact) + np.cumsum(slots.in_tp) - 1
+    places = np.concatenate([np.arange(len(exact)), place_of_slot[slot_of_spread[~in_dp]]])
     num_exact = len(exact) + len(tp_slots)
-    place_of_slot = len(exact) + np.cumsum(in_tp) - 1
-    places = np.concatenate([np.arange(len(exact)), place_of_slot[slots[~in_dp]]])
 
     return ReductionPlan(
         dp_size=dp_size,
         tp_size=tp_size,
         tp_rank=tp_rank,
-        contribution=_stack(_table(edges), _grouped(slots, spread_S, len(in_tp))),
-        gathers=gathered,
-        dp_target=np.concatenate([cut_S, spread_S[in_dp]]),
-        dp_table=_stack(cut_table, (num_edges + slots[in_dp])[:, None] + from_every_rank),
+        contribution=_stack(
+            _table(edges.offered), _grouped(slot_of_spread, spread_S, len(slots.in_tp))
+        ),
+        gathers=dp_size > 1 and num_contributions > 0,
+        dp_target=np.concatenate([edges.cut_S, spread_S[in_dp]]),
+        dp_table=_stack(chains, from_slots),
         tp_plain=plain,
         tp_exact=exact,
-        tp_slot_table=(num_edges + tp_slots)[:, None] + from_every_rank,
+        tp_slot_table=(edges.num_edges + tp_slots)[:, None] + of_every_rank,
         tp_target=np.concatenate([exact, spread_S[~in_dp]]),
         tp_table=places[:, None] + num_exact * np.arange(tp_size, dtype=np.int64),
     )
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """Spread blocks of a domain, in an order on which all ranks of both groups agree.
+
+    Attributes:
+        in_tp: for each slot, whether its block is also on other tensor-parallel ranks.
+        slot_S: slot of each segment, -1 for segments of blocks that are not spread.
+    """
+
+    in_tp: BoolArray
+    slot_S: IntArray
+
+
+@dataclass(frozen=True)
+class _Edges:
+    """Rows that boundaries between slices cut.
+
+    Attributes:
+        offered: segments that this rank offers: head and tail of each cut bucket, or nothing.
+        cut_S: segments whose rows go on in other slices.
+        chains: for each of them, ``(data-parallel rank, entry of its contribution)`` of all parts
+            of the row, in rank order.
+    """
+
+    offered: list[list[int]]
+    cut_S: IntArray
+    chains: list[list[tuple[int, int]]]
+
+    @property
+    def num_edges(self) -> int:
+        """Heads and tails that every rank offers."""
+        return len(self.offered)
+
+
+def _plan_slots(
+    buckets: Sequence[BucketLayout],
+    slices: Sequence[SliceSegments],
+    parameters: Sequence[ParameterBlocks],
+) -> _Slots:
+    first_slot: dict[int, int] = {}
+    in_tp = [np.empty(0, dtype=np.bool_)]
+    num_slots = 0
+    for bucket in buckets:
+        for placement in bucket.placements:
+            blocks = parameters[placement.parameter]
+            num_spread = len(spread_blocks(blocks))
+            if num_spread:
+                first_slot[placement.parameter] = num_slots
+                in_tp.append(np.full(num_spread, crosses_tp(blocks)))
+                num_slots += num_spread
+    slot_S = [_slots_of(part, parameters, first_slot) for part in slices]
+    return _Slots(np.concatenate(in_tp), np.concatenate([np.empty(0, dtype=np.int64), *slot_S]))
+
+
+def _plan_edges(
+    buckets: Sequence[BucketLayout],
+    slices: Sequence[SliceSegments],
+    parameters: Sequence[ParameterBlocks],
+    slots: _Slots,
+    dp_rank: int,
+) -> _Edges:
+    offered: list[list[int]] = []
+    cut: list[int] = []
+    chains: list[list[tuple[int, int]]] = []
+    base = 0
+    for bucket, part in zip(buckets, slices, strict=True):
+        first_of_bucket, base = base, base + part.num_segments
+        # Every rank offers head and tail of such a bucket, even where it has nothing to offer:
+        # the vectors of an all-gather are equally long.
+        if not cut_boundaries(bucket, parameters).any():
+            continue
+        head_at, tail_at = len(offered), len(offered) + 1
+        offered += [[], []]
+        not_spread = slots.slot_S[first_of_bucket:base] < 0
+        clipped = (part.clipped_left_S | part.clipped_right_S) & not_spread
+        for segment in np.flatnonzero(clipped).tolist():
+            # A row that fills the slice goes on at both sides; as a link of a chain it is a head.
+            entry = head_at if part.clipped_left_S[segment] else tail_at
+            offered[entry].append(first_of_bucket + segment)
+            cut.append(first_of_bucket + segment)
+            first, last = _ranks_of_segment(bucket, part, parameters, segment, dp_rank)
+            chains.append([(first, tail_at)] + [(r, head_at) for r in range(first + 1, last + 1)])
+    return _Edges(offered, np.asarray(cut, dtype=np.int64), chains)
+
+
+def _plan_columns(
+    slices: Sequence[SliceSegments],
+    parameters: Sequence[ParameterBlocks],
+    slots: _Slots,
+    edges: _Edges,
+    dp_replicas: bool,
+) -> tuple[IntArray, IntArray]:
+    """Return segments of row-parallel weights: those that a plain sum completes, and the others."""
+    split_columns = np.asarray([row_parallel(blocks) for blocks in parameters], dtype=np.bool_)
+    parameter_S = np.concatenate(
+        [np.empty(0, dtype=np.int64), *(part.parameter_S for part in slices)]
+    )
+    rows = np.flatnonzero(split_columns[parameter_S])
+    # The tensor-parallel groups of several data-parallel ranks complete these sums.
+    in_several_groups = slots.slot_S >= 0
+    in_several_groups[edges.cut_S] = True
+    is_exact = in_several_groups[rows] | dp_replicas
+    return rows[~is_exact], rows[is_exact]
 
 
 def _table(rows: Sequence[Sequence[int]]) -> IntArray:
@@ -198,13 +295,18 @@ def _table(rows: Sequence[Sequence[int]]) -> IntArray:
 
 
 def _stack(above: IntArray, below: IntArray) -> IntArray:
-    """Put one table below another; the narrower one is filled up with -1."""
-    width = max(above.shape[1], below.shape[1])
+    """Put one table below another; the narrower one is filled up with -1.
+
+    A table without rows does not count: its width would add columns that hold nothing.
+    """
+    width = max((table.shape[1] for table in (above, below) if len(table)), default=1)
     return np.concatenate(
         [
             np.pad(table, ((0, 0), (0, width - table.shape[1])), constant_values=-1)
             for table in (above, below)
+            if len(table)
         ]
+        or [np.empty((0, width), dtype=np.int64)]
     )
 
 

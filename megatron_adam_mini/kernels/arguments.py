@@ -1,0 +1,54 @@
+"""What kernels get besides a segment table and the numbers of the step: tensors and vectors.
+
+Imports torch. The C++ structs ``Slice`` and ``Segments`` hold the same.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class BufferTensors(NamedTuple):
+    """Tensors of one buffer, and of the state of this rank's slices of it.
+
+    A segment table has a position in both: ``weight`` and ``grad`` are read at the first (shape
+    ``(N,)``), ``exp_avg`` and ``param`` at the second (shape ``(L,)``). Only float32 weights, which
+    are their own main parameters, are ``param`` with shape ``(N,)``, read at the first; ``weight``
+    is ``None`` then.
+
+    Attributes:
+        param: float32 main parameters; or int16 remainders, with which bfloat16 ``weight`` makes up
+            the main parameters (see ``rounding``).
+        exp_avg: m, float32 or bfloat16.
+        weight: model weights, bfloat16 or float16; ``None``: ``param`` is the weight.
+        grad: float32, bfloat16 or float16; only read.
+    """
+
+    param: Tensor
+    exp_avg: Tensor
+    weight: Tensor | None
+    grad: Tensor
+
+
+class SegmentVectors(NamedTuple):
+    """Vectors with one entry per segment of the rank, and some with one per element range behind.
+
+    Attributes:
+        exp_avg_sq_S: v of the segment's block, float32.
+        step_size_S: float32.
+        sum_sq_SR: sums of squares of the gradient, float32.
+        inv_numel_S: 1 / elements of the segment's whole block, float32.
+        group_SR: parameter group, int32.
+        origin_SR: ``None``: a bfloat16 m is rounded to the nearest. Otherwise stochastically;
+            int32, whose bits are the number of each segment's first element. Noise depends on an
+            element's number, counted on from there, and on the step.
+    """
+
+    exp_avg_sq_S: Tensor
+    step_size_S: Tensor
+    sum_sq_SR: Tensor
+    inv_numel_S: Tensor
+    group_SR: Tensor
+    origin_SR: Tensor | None = None

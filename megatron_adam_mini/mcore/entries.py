@@ -1,0 +1,261 @@
+"""Pieces of this rank's state as entries of a checkpoint, and back.
+
+Imports megatron.core's checkpoint types, ``optimizer`` and ``model_space``. Used by ``checkpoint``
+(Adam-mini's own formats) and ``adam_import`` (those of Megatron's Adam).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedBase,
+    ShardedObject,
+)
+from torch import Tensor
+from torch.nn import Parameter
+
+from megatron_adam_mini.config import STATE_PREFIX
+from megatron_adam_mini.mcore.model_space import ModelEntry, entries_by_parameter
+from megatron_adam_mini.mcore.slices import ShardedBuffer
+from megatron_adam_mini.optimizer import AdamMini
+from megatron_adam_mini.plan.layout import row_parallel
+from megatron_adam_mini.plan.partition import ParameterBlocks
+from megatron_adam_mini.plan.step_plan import Piece, Window
+from megatron_adam_mini.state import BufferState
+
+#: Names within the optimizer's state dict; Megatron's own optimizers use neither.
+SHARDS, OBJECTS = "adam_mini_shards", "adam_mini_objects"
+#: Tells ``load_guard`` that a load is Adam-mini's, and whether it is to check the files.
+MARK = "adam_mini_check_files"
+
+#: Entries of a state dict by name, each a few boxes.
+Shards = dict[str, dict[str, ShardedTensor]]
+
+
+@dataclass(frozen=True)
+class StateView:
+    """What saving and loading need to know of an optimizer.
+
+    Attributes:
+        inner: state of this rank.
+        parameters: the model's parameters, in the plan's numbering.
+        param_groups: a load writes their values.
+        grad_scaler: Megatron's loss scaler, or ``None``.
+        manifest: partition of the whole model.
+        replica: number of the optimizer instance, by which holders of one slice are told apart;
+            ``None`` without the distributed optimizer: every data-parallel rank holds everything.
+        model_parallel_rank: number among the model's tensor- and pipeline-parallel parts.
+        sizes: of the parallel layout, for the record in checkpoints.
+    """
+
+    inner: AdamMini
+    parameters: Sequence[Parameter]
+    param_groups: list[dict[str, Any]]
+    grad_scaler: Any
+    manifest: dict[str, Any]
+    replica: int | None
+    model_parallel_rank: int
+    sizes: dict[str, int]
+
+    @property
+    def blocks(self) -> list[ParameterBlocks]:
+        """This run's partition of the rank's parameters."""
+        return list(self.inner.plan.parameters)
+
+    def state_of(self, piece: Piece) -> BufferState:
+        """Return the state that a piece is a part of."""
+        return self.inner.states[piece.buffer]
+
+    def pieces(self, model_state: Mapping[str, Any]) -> Iterator[tuple[int, Piece, ModelEntry]]:
+        """Yield number, piece, and where its parameter lies in the whole model.
+
+        Raises:
+            ValueError: the model's sharded state dict lacks the parameter.
+        """
+        entries = entries_by_parameter(model_state)
+        for number, piece in enumerate(self.inner.plan.pieces):
+            yield number, piece, self._entry_of(piece, entries)
+
+    def _entry_of(self, piece: Piece, entries: Mapping[int, ShardedBase]) -> ModelEntry:
+        found = entries.get(id(self.parameters[piece.parameter]))
+        if found is None:
+            name = self.blocks[piece.parameter].info.name
+            raise ValueError(
+                f"Parameter {name!r} is not in the model's sharded state dict, so Adam-mini cannot "
+                "tell where its state belongs; build that dict with keep_vars=True."
+            )
+        return ModelEntry(found, self.replica)
+
+
+@dataclass
+class PendingLoad:
+    """What was asked of a checkpoint, until the load has brought it.
+
+    Attributes:
+        asked: entries by name, as put in the state dict.
+        floats: state, window, and float32 tensors that the entries of ``param`` and ``exp_avg``
+            are views of; see ``BufferState.store``.
+        rows: row values of each piece, by the piece's number.
+        elements: element values of each piece whose v is averaged over blocks.
+        objects: entries that are not tensors.
+        average: whether v is averaged over blocks rather than taken as it is.
+        adam_format: format of Megatron's Adam that is read, ``None`` for Adam-mini's own.
+        checked: whether the identity of the state was known and checked before it was asked for.
+    """
+
+    asked: Shards = field(default_factory=dict)
+    floats: list[tuple[BufferState, Window, dict[str, Tensor]]] = field(default_factory=list)
+    rows: dict[int, Tensor] = field(default_factory=dict)
+    elements: dict[int, Tensor] = field(default_factory=dict)
+    objects: dict[str, ShardedObject] = field(default_factory=dict)
+    average: bool = False
+    adam_format: str | None = None
+    checked: bool = True
+
+    def floats_of(self, state: BufferState, window: Window) -> dict[str, Tensor]:
+        """Return float32 tensors to read ``param`` and ``exp_avg`` of a window into."""
+        values = state.as_float32(window)
+        self.floats.append((state, window, values))
+        return values
+
+    def state_dict(self, *, check_files: bool) -> dict[str, Any]:
+        """Return what was asked for as a state dict."""
+        return {MARK: LocalNonpersistentObject(check_files)} | {
+            key: dict(value)
+            for key, value in ((SHARDS, self.asked), (OBJECTS, self.objects))
+            if value  # an empty entry would become part of the common state
+        }
+
+
+def kind_key(name: str) -> str:
+    """Return the prefix of a kind's keys in Adam-mini's own formats."""
+    return f"{STATE_PREFIX}{name}."
+
+
+def add_entries(shards: Shards, name: str, found: list[ShardedTensor]) -> None:
+    """Add entries under a name, unless there are none: an empty dict would become common state."""
+    if found:
+        shards[name] = {str(index): shard for index, shard in enumerate(found)}
+
+
+def tp_rank_of_rows(view: StateView, piece: Piece) -> int | None:
+    """Return the tensor-parallel rank if each of its ranks holds a part of every row."""
+    blocks = view.inner.plan.parameters[piece.parameter]
+    return blocks.info.tp_rank if row_parallel(blocks) else None
+
+
+def copy_if_shared(data: Tensor) -> Tensor:
+    """Copy what an asynchronous writer process would share with training.
+
+    On the CPU, Megatron's writer clones views but hands over tensors that fill their storage, and
+    the next step would write into the checkpoint. On a GPU everything is copied to the host.
+    """
+    fills = data.nbytes == data.untyped_storage().nbytes()
+    return data.clone() if data.device.type == "cpu" and fills else data
+
+
+def rows_from_v(view: StateView, piece: Piece) -> Tensor:
+    """Return v of every row that the piece touches, from row ``begin // width`` on."""
+    first, last, width = _segments_in_rows(view, piece)
+    # Segments end at row ends, except where the slice does: only the first can start within a row.
+    counts = -(-last // width) - first // width
+    v = view.inner.v_of_segments(piece)
+    return torch.repeat_interleave(v, counts, output_size=int(counts.sum()))
+
+
+def v_from_rows(view: StateView, piece: Piece, rows: Tensor) -> None:
+    """Set v of the piece's segments from row values, see :func:`rows_from_v`."""
+    first, _, width = _segments_in_rows(view, piece)
+    view.inner.v_of_segments(piece).copy_(rows[first // width - piece.begin // width])
+
+
+def sums_over_segments(view: StateView, pending: PendingLoad) -> Tensor:
+    """Return, for each segment, the sum over its elements of the v that they had."""
+    inner = view.inner
+    sum_S = torch.zeros(inner.plan.num_segments, dtype=torch.float32, device=inner.device)
+    for number, piece in enumerate(inner.plan.pieces):
+        out = sum_S[piece.segments]
+        if not len(out):
+            continue
+        first, last, width = _segments_in_rows(view, piece)
+        if number in pending.elements:
+            elements = pending.elements[number].double()
+        else:
+            elements = pending.rows[number].double().repeat_interleave(width)
+            skipped = piece.begin % width
+            elements = elements[skipped : skipped + piece.end - piece.begin]
+        # Prefix sums in float64: one pass whatever the number of segments.
+        prefix = torch.cat([elements.new_zeros(1), elements.cumsum(0)])
+        out.copy_(prefix[last - piece.begin] - prefix[first - piece.begin])
+    return sum_S
+
+
+def _segments_in_rows(view: StateView, piece: Piece) -> tuple[Tensor, Tensor, int]:
+    """Return first and last element of a piece's segments, and the parameter's row width."""
+    plan = view.inner.plan
+    first, last = plan.segment_bounds(piece)
+    return (
+        torch.from_numpy(first).to(view.inner.device),
+        torch.from_numpy(last).to(view.inner.device),
+        plan.parameters[piece.parameter].info.row_numel,
+    )
+
+
+def refuse_flat_buckets(view: StateView, checkpoint_format: str) -> None:
+    """Refuse a checkpoint of flat buckets in a run that has none of its own.
+
+    Raises:
+        ValueError: ``dp_reshardable`` without the distributed optimizer.
+    """
+    if checkpoint_format == "dp_reshardable" and view.replica is None:
+        raise ValueError(
+            "The checkpoint's optimizer state is dp_reshardable: flat buckets of the distributed "
+            "optimizer, which this run does not use. Add --use-distributed-optimizer, or save with "
+            "--dist-ckpt-optim-fully-reshardable."
+        )
+
+
+def bucket_shards(view: StateView, pending: PendingLoad | None) -> Shards:
+    """Return ``param`` and ``exp_avg`` of whole bucket slices, padding at the end left out.
+
+    Args:
+        view: the optimizer.
+        pending: the load that they are asked for; ``None``: they are to be saved.
+    """
+    shards: Shards = {}
+    number = 0
+    for state in view.inner.states:
+        assert isinstance(state.buffer, ShardedBuffer)
+        for index, part in enumerate(state.plan.slices):
+            begin = part.window.in_buffer.start - part.bucket.offset
+            numel = state.buffer.unpadded_numel(index)
+            length = min(begin + part.window.numel, numel) - begin
+            if length > 0:
+                window = part.window.part(0, length)
+                values = (
+                    state.as_float32(window)
+                    if pending is None
+                    else pending.floats_of(state, window)
+                )
+                for kind, flat in values.items():
+                    shards[f"bucket_{kind}.{number}"] = {
+                        "0": ShardedTensor(
+                            key=f"{STATE_PREFIX}bucket.{kind}"
+                            f".model_parallel_{view.model_parallel_rank}.bucket_{number}",
+                            data=copy_if_shared(flat) if pending is None else flat,
+                            dtype=flat.dtype,
+                            local_shape=(length,),
+                            global_shape=(numel,),
+                            global_offset=(begin,),
+                            axis_fragmentations=None,
+                            replica_id=(0, 0, view.replica or 0),
+                        )
+                    }
+            number += 1
+    return shards

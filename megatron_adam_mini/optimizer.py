@@ -1,0 +1,361 @@
+"""Adam-mini on the slices of one rank: state, and the step under its equations.
+
+Imports everything below it (config, plan, collectives, state, kernels) and no Megatron. One
+gradient shard goes through a step like this::
+
+    gradients --sum_squares--> partial sums --data, tensor parallel--> sums of whole blocks
+                                    |                                          |
+                            norm, non-finite?                         v, step size per block
+                                    | decide                                   |
+    gradients ------------------ grad_scale -------- update ----> m, main parameter, model weight
+
+Shape suffixes: see the docstring of ``plan``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_adam_mini.collectives import Collectives, DomainGroups
+from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.kernels import (
+    BufferTensors,
+    SegmentVectors,
+    StepScalars,
+    select_backend,
+)
+from megatron_adam_mini.plan.segment_table import SegmentTable
+from megatron_adam_mini.plan.step_plan import Piece, StepPlan
+from megatron_adam_mini.state import Buffer, BufferState
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+#: As in megatron.core.optimizer.clip_grads.clip_grad_by_total_norm_fp32.
+_CLIP_EPS = 1.0e-6
+
+
+class Outcome(NamedTuple):
+    """What came of a step, on the host.
+
+    Attributes:
+        updated: whether the step was taken.
+        grad_norm: norm of the model's gradient without the loss scale, before clipping.
+        found_inf: whether a gradient of any rank is not finite.
+    """
+
+    updated: bool
+    grad_norm: float
+    found_inf: bool
+
+
+class Decision:
+    """What becomes of the gradients of one step: made on the device, read back at most once.
+
+    Args:
+        values: float64, ``[grad_scale, squared grad_norm, found_inf]``; ``None``: the step is taken
+            as it is, and its norm is not known (reported as 0, as Megatron does without clipping).
+    """
+
+    def __init__(self, values: Tensor | None = None) -> None:
+        self._values = values
+        self._outcome: Outcome | None = Outcome(True, 0.0, False) if values is None else None
+
+    @property
+    def grad_scale(self) -> float | Tensor:
+        """What gradients are multiplied with; NaN: nothing is updated."""
+        return 1.0 if self._values is None else self._values[0]
+
+    def read(self) -> Outcome:
+        """Wait for the device, and return what was decided."""
+        if self._outcome is None:
+            assert self._values is not None
+            grad_scale, norm_sq, found_inf = self._values.tolist()
+            # torch's square root on a CPU is not always the nearest number; this one is.
+            grad_norm = math.sqrt(norm_sq) if norm_sq >= 0.0 else math.nan
+            self._outcome = Outcome(math.isfinite(grad_scale), grad_norm, found_inf > 0)
+        return self._outcome
+
+
+class AdamMini:
+    """State and step of Adam-mini for the slices of one rank.
+
+    A step is :meth:`sum_squares`, :meth:`decide`, :meth:`update`, :meth:`finish`, on all ranks.
+
+    Args:
+        plan: all integers.
+        config: options of Adam-mini.
+        buffers: live tensors of the plan's buffers.
+        groups: process groups of the plan's domains.
+        param_groups: torch-style groups; ``lr``, ``weight_decay``, ``eps``, ``betas`` are read in
+            every step, so schedulers may write them.
+        group_of_parameter: for each parameter of the plan the index of its group.
+        device: where the buffers are.
+
+    Attributes:
+        step_count: steps taken; :meth:`finish` counts them.
+        states: state of each buffer.
+        vectors: one entry per segment of the rank, v among them.
+        exp_avg_sq_E: v of parameters that keep one per element.
+
+    Source: Zhang et al., arXiv:2406.16793, Algorithm 2; decoupled weight decay of Loshchilov and
+    Hutter, arXiv:1711.05101.
+    """
+
+    def __init__(
+        self,
+        plan: StepPlan,
+        config: AdamMiniConfig,
+        buffers: Sequence[Buffer],
+        groups: Sequence[DomainGroups],
+        param_groups: Sequence[dict[str, Any]],
+        group_of_parameter: Sequence[int],
+        *,
+        device: torch.device,
+    ) -> None:
+        self.plan = plan
+        self.config = config
+        self.param_groups = param_groups
+        self.device = device
+        self.step_count = 0
+        self.kernels = select_backend(config.backend, device)
+        self.collectives = Collectives(plan, groups, device=device)
+        self.states = [
+            BufferState.allocate(
+                buffer,
+                buffer_plan,
+                exp_avg_dtype=_DTYPES[config.exp_avg_dtype],
+                param_remainders=config.param_remainders,
+            )
+            for buffer, buffer_plan in zip(buffers, plan.buffers, strict=True)
+        ]
+
+        def put(array: np.ndarray[Any, Any]) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        def floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        groups_P = np.asarray(group_of_parameter, dtype=np.int32)
+        self.vectors = SegmentVectors(
+            exp_avg_sq_S=floats(plan.num_segments),
+            step_size_S=floats(plan.num_segments),
+            sum_sq_SR=floats(len(plan.parameter_SR)),
+            inv_numel_S=put((1.0 / plan.block_numel_S.astype(np.float64)).astype(np.float32)),
+            group_SR=put(groups_P[plan.parameter_SR]),
+            origin_SR=put(plan.first_element_numbers()) if config.stochastic_rounding else None,
+        )
+        self.exp_avg_sq_E = floats(plan.num_elementwise)
+        self._sum_sq_S = self.vectors.sum_sq_SR[: plan.num_segments]
+        # Segments that can be updated at once, and those that wait for other ranks; ``None``: all
+        # segments, and none.
+        self._uncut: Tensor | None = None
+        self._cut: Tensor | None = None
+        if plan.is_cut_S.any():
+            self._uncut = put(np.flatnonzero(~plan.is_cut_S))
+            self._cut = put(np.flatnonzero(plan.is_cut_S))
+        self._norm_domain_SR = put(plan.norm_domain_SR)
+        self._stats_D2 = floats(len(plan.domains), 2, dtype=torch.float64)
+        self._scalars = StepScalars(len(param_groups), device)
+
+    # The step.
+
+    def sum_squares(self) -> Tensor:
+        """Read every gradient once, and sum up what the step needs to know of all of them.
+
+        All ranks must call it. Collectives, in this order: all-gather in the dense
+        data-parallel group, in the expert's; all-reduce in the dense tensor-parallel group, in
+        the expert's (these stay in flight until :meth:`update` needs them); one all-reduce for
+        the norm. All but the last are left out where nothing is cut.
+
+        Returns:
+            float64 tensor ``[squared gradient norm, number of non-finite sums]`` on the device,
+            of the gradients as they are in the buffers (loss scale included), equal on all
+            ranks. It is overwritten by the next call.
+        """
+        # s <- sum(g * g), for each segment
+        for state in self.states:
+            self._sum(state, state.plan.segments)
+            self._sum(state, state.plan.ranges)
+        # norm^2 <- sum(s), of the partial sums: complete ones would count a cut block once per rank
+        self.kernels.norm_partials_(self._stats_D2, self.vectors.sum_sq_SR, self._norm_domain_SR)
+        # s <- sum(s over the ranks that hold a part of the block)
+        self.collectives.start_(self._sum_sq_S)
+        # norm^2 <- sum(norm^2 over the ranks that hold a part of the model)
+        self.collectives.add_norm_(self._stats_D2)
+        return self._stats_D2.sum(dim=0) if len(self._stats_D2) > 1 else self._stats_D2[0]
+
+    def sum_squares_of_cut_blocks(self) -> None:
+        """Sum up blocks that other ranks hold parts of, and no others; all ranks must call it.
+
+        For single-phase steps: :meth:`update` then reads the other gradients itself. Collectives
+        as in :meth:`sum_squares`, without the norm.
+        """
+        for state in self.states:
+            self._sum(state, state.plan.cut)
+        self.collectives.start_(self._sum_sq_S)
+
+    def decide(
+        self,
+        stats: Tensor,
+        *,
+        clip_grad: float = 0.0,
+        inv_scale: Tensor | None = None,
+        skip_threshold: float = math.inf,
+    ) -> Decision:
+        """Decide on the device what the gradients are multiplied with, and whether to step at all.
+
+        Args:
+            stats: what :meth:`sum_squares` returned.
+            clip_grad: largest norm; 0: no clipping.
+            inv_scale: inverse of the loss scale, one float32 number.
+            skip_threshold: a step with a larger norm is skipped.
+        """
+        norm_sq, num_non_finite = stats
+        # grad_scale <- 1 / loss_scale
+        grad_scale = torch.ones_like(norm_sq)
+        if inv_scale is not None:
+            grad_scale *= inv_scale.squeeze()
+        # |g| <- sqrt(norm^2 / loss_scale^2)
+        norm_sq = norm_sq * grad_scale**2
+        grad_norm = norm_sq.sqrt()
+        # grad_scale <- grad_scale * min(1, clip_grad / |g|)
+        if clip_grad > 0.0:
+            grad_scale = grad_scale * (clip_grad / (grad_norm + _CLIP_EPS)).clamp(max=1.0)
+        found_inf = (num_non_finite > 0) | ~grad_norm.isfinite()
+        skip = found_inf | (grad_norm > skip_threshold)
+        # As kernels read it, in float32: what they skip is then what is not counted.
+        grad_scale = grad_scale.masked_fill(skip, math.nan).float().double()
+        return Decision(torch.stack([grad_scale, norm_sq, found_inf.double()]))
+
+    def update(self, decision: Decision) -> None:
+        """Advance v, m, main parameters and model weights by one step; local to the rank.
+
+        Blocks that other ranks hold parts of come last: their sums may still be on the way. The
+        step is not counted here, but by :meth:`finish`.
+
+        Args:
+            decision: if its scale is not finite, nothing changes; on a GPU that is seen there,
+                without waiting for it.
+
+        Equations, with g the scaled gradient and b its block::
+
+            v_b <- beta2 v_b + (1 - beta2) mean(g_b * g_b)
+            m   <- beta1 m + (1 - beta1) g
+            p   <- p - lr * weight_decay * p
+            p   <- p - lr / (1 - beta1^t) * m / (sqrt(v_b / (1 - beta2^t)) + eps)
+        """
+        vectors, scalars, kernels = self.vectors, self._scalars, self.kernels
+        scalars.fill(
+            self.param_groups,
+            betas=self._betas(),
+            step=self.step_count + 1,
+            grad_scale=decision.grad_scale,
+        )
+        single_phase = self.config.single_phase
+        if not single_phase:
+            # v <- beta2 v + (1 - beta2) s / numel;  step <- lr' / (sqrt(v') + eps)
+            kernels.segment_step_size_(vectors, scalars, self._uncut)
+        for state in self.states:
+            tensors, plan = self._tensors(state), state.plan
+            # m <- beta1 m + (1 - beta1) g;  p <- (1 - lr weight_decay) p - step m
+            update_ = kernels.update_in_one_pass_ if single_phase else kernels.update_
+            if len(plan.uncut):
+                update_(tensors, plan.uncut, vectors, scalars)
+            # the same, with v per element
+            if len(plan.ranges):
+                elements = self.exp_avg_sq_E[plan.elements]
+                kernels.update_elementwise_(tensors, elements, plan.ranges, vectors, scalars)
+        # the same for cut blocks, once their sums are there
+        self.collectives.finish_(self._sum_sq_S)
+        if self._cut is not None:
+            kernels.segment_step_size_(vectors, scalars, self._cut)
+            for state in self.states:
+                if len(state.plan.cut):
+                    kernels.update_(self._tensors(state), state.plan.cut, vectors, scalars)
+
+    def finish(self, decision: Decision) -> Outcome:
+        """Wait for the decision, and count the step unless it was skipped."""
+        outcome = decision.read()
+        self.step_count += outcome.updated
+        return outcome
+
+    def _sum(self, state: BufferState, table: SegmentTable) -> None:
+        if len(table):
+            self.kernels.segment_sum_sq_(self.vectors.sum_sq_SR, state.buffer.grad, table)
+
+    @staticmethod
+    def _tensors(state: BufferState) -> BufferTensors:
+        buffer = state.buffer
+        if state.param is None:
+            return BufferTensors(buffer.weight, state.exp_avg, None, buffer.grad)
+        return BufferTensors(state.param, state.exp_avg, buffer.weight, buffer.grad)
+
+    def _betas(self) -> tuple[float, float]:
+        betas = {tuple(group["betas"]) for group in self.param_groups}
+        if len(betas) != 1:
+            raise NotImplementedError(
+                f"Adam-mini got parameter groups with different betas {sorted(betas)}; all groups "
+                "must share one pair. Give the groups different lr or weight_decay instead."
+            )
+        return betas.pop()
+
+    # The state, piece by piece.
+
+    def v_of_segments(self, piece: Piece) -> Tensor:
+        """Return v of a piece's segments, a view of shape ``(segments of the piece,)``."""
+        return self.vectors.exp_avg_sq_S[piece.segments]
+
+    def v_of_elements(self, piece: Piece) -> Tensor:
+        """Return v of a piece that keeps one per element, a view; empty for other pieces."""
+        return self.exp_avg_sq_E[piece.elements]
+
+    def grad(self, piece: Piece) -> Tensor:
+        """Return the gradient of a piece as it is in the buffer, a view."""
+        return self.states[piece.buffer].buffer.grad[piece.window.in_buffer]
+
+    def weight(self, piece: Piece) -> Tensor:
+        """Return the model weights of a piece, a view."""
+        return self.states[piece.buffer].buffer.weight[piece.window.in_buffer]
+
+    @torch.no_grad()
+    def average_into_v(self, sum_S: Tensor) -> None:
+        """Set v of every block to the mean of values that its elements had; all ranks call it.
+
+        Takes the collectives of :meth:`sum_squares`, so blocks that are cut are averaged whole.
+
+        Args:
+            sum_S: sum of the values over each segment, float32.
+        """
+        self._sum_sq_S.copy_(sum_S)
+        self.collectives.start_(self._sum_sq_S)
+        self.collectives.finish_(self._sum_sq_S)
+        torch.mul(self._sum_sq_S, self.vectors.inv_numel_S, out=self.vectors.exp_avg_sq_S)
+
+    @torch.no_grad()
+    def count_zeros(self) -> int:
+        """Return the number of zeros in the model's gradients, each parameter counted once.
+
+        All ranks must call it.
+        """
+        count_D = torch.zeros(len(self.plan.domains), dtype=torch.int64, device=self.device)
+        for piece in self.plan.pieces:
+            if self.plan.parameters[piece.parameter].info.in_norm:
+                domain = self.plan.buffers[piece.buffer].domain
+                count_D[domain] += (self.grad(piece) == 0).sum()
+        self.collectives.add_counts_(count_D)
+        return int(count_D.sum())
+
+    def state_bytes(self) -> dict[str, int]:
+        """Return bytes of this rank's optimizer state by kind, as allocated."""
+        kinds = [state.bytes_by_kind() for state in self.states]
+        return {
+            "main_param": sum(kind["main_param"] for kind in kinds),
+            "exp_avg": sum(kind["exp_avg"] for kind in kinds),
+            "exp_avg_sq": self.vectors.exp_avg_sq_S.nbytes + self.exp_avg_sq_E.nbytes,
+        }

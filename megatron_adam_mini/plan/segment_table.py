@@ -1,0 +1,157 @@
+"""The segments of one buffer as the table that kernels walk.
+
+Imports numpy. Data flow: ``step_plan`` -> **SegmentTable** -> kernels, which derive their launch
+tables from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_adam_mini.plan.partition import IntArray
+
+
+@dataclass(frozen=True)
+class Run:
+    """``count`` adjacent segments of ``length`` elements each, from element ``start`` on.
+
+    ``flat[run.window].view(count, length)`` has one segment per row.
+
+    Attributes:
+        first: entry of the first segment in the vectors with one entry per segment.
+        count: number of segments.
+        start: first element in the buffer.
+        length: elements of each segment.
+        shift: place in the state minus place in the buffer.
+    """
+
+    first: int
+    count: int
+    start: int
+    length: int
+    shift: int = 0
+
+    @property
+    def entries(self) -> slice:
+        """Entries of the segments in the vectors with one entry per segment."""
+        return slice(self.first, self.first + self.count)
+
+    @property
+    def window(self) -> slice:
+        """Elements of the buffer."""
+        return slice(self.start, self.start + self.count * self.length)
+
+    @property
+    def state_window(self) -> slice:
+        """The same elements in the state."""
+        start = self.start + self.shift
+        return slice(start, start + self.count * self.length)
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentTable:
+    """Segments (or element ranges) of a rank in one buffer, ascending and disjoint.
+
+    A table has two starts per segment, because gradients and weights lie in Megatron's buffer,
+    while the state holds this rank's slices only: element ``x`` of the buffer is element
+    ``x + shift`` of the state.
+
+    Args:
+        start_S, end_S: int64, shape ``(S,)``, elements of the buffer.
+        index_S: int64, entry of each segment in vectors with one entry per segment; default: its
+            place in this table.
+        shift_S: int64, place in the state minus place in the buffer; default: zero.
+    """
+
+    start_S: IntArray
+    end_S: IntArray
+    index_S: IntArray | None = None
+    shift_S: IntArray | None = None
+
+    def __len__(self) -> int:
+        """Return the number of segments."""
+        return len(self.start_S)
+
+    def subset(self, chosen_S: NDArray[np.bool_]) -> SegmentTable:
+        """Return the table of the chosen segments; their entries and state stay where they are."""
+        return SegmentTable(
+            self.start_S[chosen_S],
+            self.end_S[chosen_S],
+            self.indices[chosen_S],
+            self.shifts[chosen_S],
+        )
+
+    def derived[T](self, make: Callable[..., T], *key: Hashable) -> T:
+        """Return ``make(self, *key)``, made once and kept as long as the table.
+
+        Launch tables follow from the segments alone, so they belong to the table; but only the
+        kernels know their form, so the table cannot make them.
+        """
+        kept: dict[Any, Any] = self._derived
+        if (make, key) not in kept:
+            kept[make, key] = make(self, *key)
+        found: T = kept[make, key]
+        return found
+
+    @cached_property
+    def _derived(self) -> dict[Any, Any]:
+        return {}
+
+    @cached_property
+    def indices(self) -> IntArray:
+        """``index_S`` with its default."""
+        return np.arange(len(self), dtype=np.int64) if self.index_S is None else self.index_S
+
+    @cached_property
+    def shifts(self) -> IntArray:
+        """``shift_S`` with its default."""
+        return np.zeros(len(self), dtype=np.int64) if self.shift_S is None else self.shift_S
+
+    @cached_property
+    def numel(self) -> int:
+        """Elements of all segments."""
+        return int((self.end_S - self.start_S).sum())
+
+    @cached_property
+    def num_entries(self) -> int:
+        """Entries that vectors must have for this table."""
+        return int(self.indices.max(initial=-1)) + 1
+
+    @cached_property
+    def reach(self) -> int:
+        """Elements that the buffer must have."""
+        return int(self.end_S.max(initial=0))
+
+    @cached_property
+    def state_reach(self) -> int:
+        """Elements that the state must have."""
+        return int((self.end_S + self.shifts).max(initial=0))
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """Adjacent segments of equal length, so that plain torch needs no loop over segments."""
+        if not len(self):
+            return ()
+        length = self.end_S - self.start_S
+        breaks = length[1:] != length[:-1]
+        breaks |= self.start_S[1:] != self.end_S[:-1]
+        breaks |= self.indices[1:] != self.indices[:-1] + 1
+        breaks |= self.shifts[1:] != self.shifts[:-1]
+        first = np.concatenate([[0], np.flatnonzero(breaks) + 1, [len(self)]])
+        return tuple(
+            Run(
+                int(self.indices[a]),
+                int(b - a),
+                int(self.start_S[a]),
+                int(length[a]),
+                int(self.shifts[a]),
+            )
+            for a, b in pairwise(first)
+        )

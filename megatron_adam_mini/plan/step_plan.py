@@ -1,0 +1,436 @@
+"""All integers that one rank's step needs, in one frozen object.
+
+Imports numpy and the modules of this folder. Data flow: parameters with their blocks, layouts of
+Megatron's buffers -> **StepPlan** -> agreement (its shared part), state, kernels, collectives,
+checkpoints.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_adam_mini.plan.layout import (
+    BoolArray,
+    BucketLayout,
+    BufferLayout,
+    SliceSegments,
+    element_numbers,
+    segment_slice,
+    state_starts,
+)
+from megatron_adam_mini.plan.partition import IntArray, ParameterBlocks
+from megatron_adam_mini.plan.reduction import ReductionPlan, plan_reduction
+from megatron_adam_mini.plan.segment_table import SegmentTable
+
+
+@dataclass(frozen=True)
+class DomainLayout:
+    """Buffers whose cut blocks one pair of process groups completes, and this rank in the groups.
+
+    Attributes:
+        name: ``"dense"`` or ``"expert"``.
+        buffers: the same on all ranks of both groups; all have the same number of slices.
+        dp_rank: this rank in the group that shares the slices.
+        tp_rank, tp_size: this rank in the tensor-parallel group of these parameters.
+        dp_replicas: ranks in other tensor-parallel groups update the very same slices.
+    """
+
+    name: str
+    buffers: tuple[BufferLayout, ...]
+    dp_rank: int = 0
+    tp_rank: int = 0
+    tp_size: int = 1
+    dp_replicas: bool = False
+
+    @property
+    def buckets(self) -> list[BucketLayout]:
+        """All buckets, buffer after buffer."""
+        return [bucket for buffer in self.buffers for bucket in buffer.buckets]
+
+    @property
+    def num_slices(self) -> int:
+        """Data-parallel ranks that share each bucket."""
+        return self.buckets[0].num_slices if self.buckets else 1
+
+
+class Window(NamedTuple):
+    """The same elements in a buffer, and in the state that mirrors this rank's part of it."""
+
+    in_buffer: slice
+    in_state: slice
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return int(self.in_buffer.stop - self.in_buffer.start)
+
+    def part(self, begin: int, end: int) -> Window:
+        """Return elements ``[begin, end)`` of the window."""
+        buffer, state = self.in_buffer.start, self.in_state.start
+        return Window(slice(buffer + begin, buffer + end), slice(state + begin, state + end))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The elements of one parameter that one slice holds.
+
+    Attributes:
+        parameter: index of the parameter.
+        buffer: index of the buffer.
+        begin, end: elements ``[begin, end)`` of the flattened tensor-parallel shard.
+        window: the same elements in the buffer and in the state.
+        segments: its segments in the vectors with one entry per segment; empty if it has none.
+        elements: its elements in the vector of second moments per element; empty if it has none.
+    """
+
+    parameter: int
+    buffer: int
+    begin: int
+    end: int
+    window: Window
+    segments: slice
+    elements: slice
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether each of its elements has a second moment of its own."""
+        return bool(self.elements.stop > self.elements.start)
+
+
+@dataclass(frozen=True, eq=False)
+class SlicePlan:
+    """The slice of one bucket.
+
+    Attributes:
+        bucket: the whole bucket.
+        segments: what of it is in the slice.
+        window: the slice in its buffer, and its state.
+        first_segment, first_range, first_element: its first entry in the vectors with one entry
+            per segment, per element range, and per element of a range.
+    """
+
+    bucket: BucketLayout
+    segments: SliceSegments
+    window: Window
+    first_segment: int
+    first_range: int
+    first_element: int
+
+
+@dataclass(frozen=True, eq=False)
+class BufferPlan:
+    """This rank's slices of one buffer, and the tables that the kernels walk.
+
+    Attributes:
+        domain: index of the buffer's domain.
+        slices: one per bucket.
+        state_numel: elements of one state tensor of the buffer.
+        elements: the buffer's part of the vector of second moments per element.
+        segments: all segments.
+        uncut: those of them whose blocks no other rank holds a part of.
+        cut: the others.
+        ranges: element ranges.
+    """
+
+    domain: int
+    slices: tuple[SlicePlan, ...]
+    state_numel: int
+    elements: slice
+    segments: SegmentTable
+    uncut: SegmentTable
+    cut: SegmentTable
+    ranges: SegmentTable
+
+
+@dataclass(frozen=True, eq=False)
+class StepPlan:
+    """What one rank's step does, as integers; made by :func:`plan_step`.
+
+    Vectors ``_S`` have one entry per segment of the rank, domain after domain, buffer after
+    buffer; ``_SR`` go on with one entry per element range.
+
+    Attributes:
+        parameters: all parameters of the rank.
+        domains: dense, then experts if there are any.
+        buffers: those of all domains.
+        reductions: by domain.
+        domain_segments: by domain, its part of the vectors ``_S``.
+        is_cut_S: whether other ranks hold parts of the segment's block.
+        block_numel_S: elements of the segment's whole block, over all ranks.
+        parameter_SR: index of the parameter.
+        norm_domain_SR: int8, domain in whose gradient norm the entry counts; -1: in none.
+    """
+
+    parameters: tuple[ParameterBlocks, ...]
+    domains: tuple[DomainLayout, ...]
+    buffers: tuple[BufferPlan, ...]
+    reductions: tuple[ReductionPlan, ...]
+    domain_segments: tuple[slice, ...]
+    is_cut_S: BoolArray
+    block_numel_S: IntArray
+    parameter_SR: IntArray
+    norm_domain_SR: NDArray[np.int8]
+
+    def __post_init__(self) -> None:
+        """Check what would make a step wrong in silence.
+
+        Raises:
+            ValueError: elements of a piece that no table covers, entries that are not each used
+                once, or positions outside of what they point into.
+        """
+        tables = [(b.segments, b.ranges) for b in self.buffers]
+        entries = [t.indices for t, _ in tables] + [t.indices for _, t in tables]
+        joined = np.concatenate([np.empty(0, dtype=np.int64), *entries])
+        if not np.array_equal(joined, np.arange(len(self.parameter_SR))):
+            raise ValueError("Adam-mini's plan does not give each segment an entry of its own.")
+        for number, buffer in enumerate(self.buffers):
+            covered = buffer.segments.numel + buffer.ranges.numel
+            held = sum(p.window.numel for p in self.pieces if p.buffer == number)
+            reach = max(buffer.segments.state_reach, buffer.ranges.state_reach)
+            if covered != held or reach > buffer.state_numel:
+                raise ValueError(
+                    f"Adam-mini's plan for buffer {number} covers {covered} elements of {held}, "
+                    f"up to {reach} in a state of {buffer.state_numel}."
+                )
+            if len(buffer.uncut) + len(buffer.cut) != len(buffer.segments):
+                raise ValueError(f"Adam-mini's plan for buffer {number} updates a segment twice.")
+        for reduction, part in zip(self.reductions, self.domain_segments, strict=True):
+            completed = reduction.completed
+            if len(completed) and completed[-1] >= part.stop - part.start:
+                raise ValueError("Adam-mini's plan completes sums that the domain does not have.")
+
+    @property
+    def num_segments(self) -> int:
+        """Segments of the rank, S."""
+        return len(self.block_numel_S)
+
+    @property
+    def num_elementwise(self) -> int:
+        """Elements of all element ranges, E."""
+        return sum(buffer.ranges.numel for buffer in self.buffers)
+
+    @cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The pieces of parameters that this rank owns, in the order of its buckets."""
+        return tuple(
+            piece
+            for number, buffer in enumerate(self.buffers)
+            for part in buffer.slices
+            for piece in self._pieces_of(number, part)
+        )
+
+    def _pieces_of(self, number: int, part: SlicePlan) -> Iterator[Piece]:
+        segments, start = part.segments, part.window.in_buffer.start
+        of_segments = _runs_of(segments.parameter_S)
+        of_ranges = _runs_of(segments.parameter_R)
+        length_R = segments.end_R - segments.start_R
+        before_R = np.cumsum(length_R) - length_R
+        for placement in part.bucket.placements:
+            first = max(placement.start + part.bucket.offset - start, 0)
+            last = min(placement.end + part.bucket.offset - start, part.window.numel)
+            if first >= last:
+                continue
+            run = of_segments.get(placement.parameter, range(0))
+            elements = part.first_element
+            if placement.parameter in of_ranges:
+                elements += int(before_R[of_ranges[placement.parameter].start])
+            shift = start - part.bucket.offset - placement.start
+            yield Piece(
+                parameter=placement.parameter,
+                buffer=number,
+                begin=first + shift,
+                end=last + shift,
+                window=part.window.part(first, last),
+                segments=slice(part.first_segment + run.start, part.first_segment + run.stop),
+                elements=slice(elements, elements + (0 if run else last - first)),
+            )
+
+    def segment_bounds(self, piece: Piece) -> tuple[IntArray, IntArray]:
+        """Return first and one-past-last element of each segment of a piece.
+
+        They count as ``piece.begin`` does, in the flattened tensor-parallel shard.
+        """
+        table = self.buffers[piece.buffer].segments
+        first = int(table.indices[0]) if len(table) else 0
+        here = slice(piece.segments.start - first, piece.segments.stop - first)
+        shift = piece.begin - piece.window.in_buffer.start
+        return table.start_S[here] + shift, table.end_S[here] + shift
+
+    def first_element_numbers(self) -> NDArray[np.int32]:
+        """Return the number of the first element of each segment and range: int32 bits, ``(SR,)``.
+
+        For the noise of stochastic rounding. It follows from the parameter's name and the place
+        in it, not from the rank, so replicas round alike.
+        """
+        names = np.asarray(
+            [zlib.crc32(blocks.info.name.encode()) for blocks in self.parameters], dtype=np.int64
+        )
+        segments: list[IntArray] = []
+        ranges: list[IntArray] = []
+        for buffer in self.buffers:
+            rank = self.domains[buffer.domain].dp_rank
+            for part in buffer.slices:
+                for into, starts, owners in (
+                    (segments, part.segments.start_S, part.segments.parameter_S),
+                    (ranges, part.segments.start_R, part.segments.parameter_R),
+                ):
+                    numbers = element_numbers(part.bucket, self.parameters, rank, starts, owners)
+                    into.append(names[owners] + numbers)
+        number_SR = np.concatenate([np.empty(0, dtype=np.int64), *segments, *ranges])
+        return (number_SR & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
+
+    def shared_part(self) -> list[dict[str, Any]]:
+        """Return what all ranks of a pipeline stage must have in common, as plain values.
+
+        One entry per parameter, in the order of the buckets, and one per domain. ``agreement``
+        compares its hash between ranks.
+        """
+        found: list[dict[str, Any]] = []
+        for domain, reduction in zip(self.domains, self.reductions, strict=True):
+            found += [
+                {
+                    "bucket": index,
+                    "bucket_numel": bucket.numel,
+                    "slices": bucket.num_slices,
+                    "at": [placement.start, placement.end],
+                    **self.parameters[placement.parameter].identity(),
+                }
+                for index, bucket in enumerate(domain.buckets)
+                for placement in bucket.placements
+            ]
+            found.append({"domain": domain.name, "gathers": reduction.num_contributions})
+        return found
+
+
+def plan_step(parameters: Sequence[ParameterBlocks], domains: Sequence[DomainLayout]) -> StepPlan:
+    """Plan the step of one rank.
+
+    Args:
+        parameters: all parameters of the rank with their blocks.
+        domains: where they lie; placements index into ``parameters``.
+    """
+    parts = [
+        [segment_slice(bucket, parameters, domain.dp_rank) for bucket in domain.buckets]
+        for domain in domains
+    ]
+    reductions = tuple(
+        plan_reduction(
+            domain.buckets,
+            domain_parts,
+            parameters,
+            dp_rank=domain.dp_rank,
+            tp_rank=domain.tp_rank,
+            tp_size=domain.tp_size,
+            dp_replicas=domain.dp_replicas,
+        )
+        for domain, domain_parts in zip(domains, parts, strict=True)
+    )
+    sizes = [sum(part.num_segments for part in domain_parts) for domain_parts in parts]
+    ends = np.cumsum([0, *sizes]).tolist()
+    domain_segments = tuple(slice(a, b) for a, b in pairwise(ends))
+    is_cut_S = np.zeros(ends[-1], dtype=np.bool_)
+    for here, reduction in zip(domain_segments, reductions, strict=True):
+        is_cut_S[here.start + reduction.completed] = True
+
+    buffers: list[BufferPlan] = []
+    segment, element_range, element = 0, ends[-1], 0
+    for number, (domain, domain_parts) in enumerate(zip(domains, parts, strict=True)):
+        remaining = iter(domain_parts)
+        for layout in domain.buffers:
+            starts, state_numel = state_starts(layout, domain.dp_rank)
+            slices = []
+            first_element = element
+            for bucket, state_start in zip(layout.buckets, starts, strict=True):
+                part = next(remaining)
+                begin, numel = (
+                    bucket.offset + domain.dp_rank * bucket.slice_numel,
+                    bucket.slice_numel,
+                )
+                window = Window(
+                    slice(begin, begin + numel), slice(state_start, state_start + numel)
+                )
+                slices.append(SlicePlan(bucket, part, window, segment, element_range, element))
+                segment += part.num_segments
+                element_range += part.num_ranges
+                element += part.num_elementwise
+            segments = _table(slices, ranges=False)
+            cut_S = is_cut_S[segments.indices]
+            buffers.append(
+                BufferPlan(
+                    domain=number,
+                    slices=tuple(slices),
+                    state_numel=state_numel,
+                    elements=slice(first_element, element),
+                    segments=segments,
+                    # The same object where nothing is cut: kernels derive launch tables once.
+                    uncut=segments.subset(~cut_S) if cut_S.any() else segments,
+                    cut=segments.subset(cut_S),
+                    ranges=_table(slices, ranges=True),
+                )
+            )
+
+    every = [part for domain_parts in parts for part in domain_parts]
+    none = np.empty(0, dtype=np.int64)
+    parameter_SR = np.concatenate(
+        [none, *(part.parameter_S for part in every), *(part.parameter_R for part in every)]
+    )
+    return StepPlan(
+        parameters=tuple(parameters),
+        domains=tuple(domains),
+        buffers=tuple(buffers),
+        reductions=reductions,
+        domain_segments=domain_segments,
+        is_cut_S=is_cut_S,
+        block_numel_S=np.concatenate([none, *(part.block_numel_S for part in every)]),
+        parameter_SR=parameter_SR,
+        norm_domain_SR=_norm_domains(parameters, domains)[parameter_SR],
+    )
+
+
+def _table(slices: Sequence[SlicePlan], *, ranges: bool) -> SegmentTable:
+    """Return the table of all segments, or of all element ranges, of a buffer's slices."""
+    columns: list[list[IntArray]] = [[np.empty(0, dtype=np.int64)] for _ in range(4)]
+    for part in slices:
+        segments, begin = part.segments, part.window.in_buffer.start
+        start, end, first = (
+            (segments.start_R, segments.end_R, part.first_range)
+            if ranges
+            else (segments.start_S, segments.end_S, part.first_segment)
+        )
+        values = (
+            start + begin,
+            end + begin,
+            first + np.arange(len(start)),
+            np.full(len(start), part.window.in_state.start - begin, dtype=np.int64),
+        )
+        for column, value in zip(columns, values, strict=True):
+            column.append(value)
+    return SegmentTable(*(np.concatenate(column) for column in columns))
+
+
+def _norm_domains(
+    parameters: Sequence[ParameterBlocks], domains: Sequence[DomainLayout]
+) -> NDArray[np.int8]:
+    """Return, for each parameter, the domain in whose norm it counts, -1 for none."""
+    number = {domain.name: index for index, domain in enumerate(domains)}
+    return np.asarray(
+        [
+            number["expert" if blocks.info.expert else "dense"] if blocks.info.in_norm else -1
+            for blocks in parameters
+        ],
+        dtype=np.int8,
+    )
+
+
+def _runs_of(owners: IntArray) -> dict[int, range]:
+    """Return the run of entries of each owner; a slice lists each parameter's in one run."""
+    bounds = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(owners)]
+    return {int(owners[a]): range(a, b) for a, b in pairwise(bounds) if a < b}
