@@ -103,10 +103,11 @@ def state_of(trainer: Trainer) -> Any:
 def poison(trainer: Trainer) -> None:
     """Set the whole state to NaN (modified in place)."""
     if trainer.job.optimizer == "adam_mini":
-        engine = trainer.optimizer.engine
-        tensors = [engine.exp_avg_sq_B, engine.exp_avg_sq_E]
-        for bucket in engine.buckets:
-            tensors += [bucket.state.main_param, bucket.state.exp_avg]
+        inner = trainer.optimizer.inner
+        tensors = [inner.vectors.exp_avg_sq_S, inner.exp_avg_sq_E]
+        for state in inner.states:
+            param = state.buffer.weight if state.param is None else state.param
+            tensors += [state.exp_avg, param]
     else:
         inner = trainer.optimizer.chained_optimizers[0].optimizer
         tensors = [param for group in inner.param_groups for param in group["params"]]

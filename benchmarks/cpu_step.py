@@ -34,15 +34,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron_adam_mini.engine import Domain, Engine
 from torch import Tensor
 
 from benchmarks.report import heading, write
 from benchmarks.timing import Timing, interleave, table
+from megatron_adam_mini.collectives import DomainGroups
 from megatron_adam_mini.config import AdamMiniConfig
-from megatron_adam_mini.kernels import SegmentTable, StepScalars, cpu
-from megatron_adam_mini.plan.layout import BucketLayout, Placement
+from megatron_adam_mini.kernels import BufferTensors, SegmentVectors, StepScalars, cpu
+from megatron_adam_mini.optimizer import AdamMini
+from megatron_adam_mini.plan.layout import BucketLayout, BufferLayout, Placement
 from megatron_adam_mini.plan.partition import HeadGeometry, ParameterInfo, partition_parameter
+from megatron_adam_mini.plan.segment_table import SegmentTable
+from megatron_adam_mini.plan.step_plan import DomainLayout, plan_step
 
 LR, BETAS, EPS, DECAY, CLIP = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0
 
@@ -87,13 +90,13 @@ SHAPES = {
 
 @dataclass
 class Flat:
-    """One slice: the whole model in one bucket."""
+    """The whole model in one buffer."""
 
     grad: Tensor
     weight: Tensor
 
 
-def engine_of(shape: Shape, grad: Tensor, options: dict[str, Any]) -> Engine:
+def optimizer_of(shape: Shape, grad: Tensor, options: dict[str, Any]) -> AdamMini:
     """Build the optimizer of one rank without Megatron around it."""
     infos = shape.parameters()
     config = AdamMiniConfig(backend="cpu", **options)
@@ -103,20 +106,26 @@ def engine_of(shape: Shape, grad: Tensor, options: dict[str, Any]) -> Engine:
         placements.append(Placement(index, at, at + info.numel))
         at += info.numel
     weight = torch.randn(at, generator=torch.Generator().manual_seed(1)).mul_(0.02).bfloat16()
-    domain = Domain.of_one_rank([BucketLayout(at, 1, tuple(placements))], [Flat(grad, weight)])
-    groups = [{"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}]
-    return Engine(config, blocks, groups, [0] * len(blocks), [domain], device=torch.device("cpu"))
+    buffer = BufferLayout((BucketLayout(at, 1, tuple(placements)),))
+    return AdamMini(
+        plan_step(blocks, [DomainLayout("dense", (buffer,))]),
+        config,
+        [Flat(grad, weight)],
+        [DomainGroups()],
+        [{"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}],
+        [0] * len(blocks),
+        device=torch.device("cpu"),
+    )
 
 
 def ours(shape: Shape, grad: Tensor, **options: Any) -> Callable[[], None]:
     """Return the whole pipeline on this project's kernels."""
-    engine = engine_of(shape, grad, options)
+    optimizer = optimizer_of(shape, grad, options)
 
     def step() -> None:
-        norm_sq, non_finite = engine.collect().tolist()
-        assert not non_finite
-        engine.update(min(1.0, CLIP / (math.sqrt(norm_sq) + 1e-6)))
-        engine.step_count += 1
+        decision = optimizer.decide(optimizer.sum_squares(), clip_grad=CLIP)
+        optimizer.update(decision)
+        assert optimizer.finish(decision).updated
 
     return step
 
@@ -292,18 +301,14 @@ def loops() -> ctypes.CDLL:
 
 def update_alone(rows: int, columns: int, rounds: int) -> dict[str, Timing]:
     """Time updates of one float32 matrix without model weights."""
-    device, numel = torch.device("cpu"), rows * columns
-    starts = np.arange(rows) * columns
-    segments = SegmentTable(starts, starts + columns, device)
-    scalars = StepScalars(1, device)
+    numel, starts = rows * columns, np.arange(rows) * columns
+    segments = SegmentTable(starts, starts + columns)
+    scalars = StepScalars(1, torch.device("cpu"))
     groups = [{"lr": LR, "eps": EPS, "weight_decay": DECAY}]
     scalars.fill(groups, betas=BETAS, step=10, grad_scale=1.0)
-    v, step_size, sums = torch.zeros(3, rows)
-    blocks = {
-        "inv_numel_B": torch.full((rows,), 1 / columns),
-        "group_B": torch.zeros(rows, dtype=torch.int32),
-        "scalars": scalars,
-    }
+    vectors = SegmentVectors(
+        *torch.zeros(3, rows), torch.full((rows,), 1 / columns), torch.zeros(rows).int()
+    )
 
     def tensors() -> list[Tensor]:
         generator = torch.Generator().manual_seed(3)
@@ -319,18 +324,12 @@ def update_alone(rows: int, columns: int, rounds: int) -> dict[str, Timing]:
     length = ctypes.c_int64(numel)
 
     def two_phase() -> None:
-        cpu.block_sum_sq_(sums, g2, segments)
-        cpu.block_step_size_(v, step_size, sums, **blocks)
-        cpu.update_(
-            p2, m2, None, g2, segments,
-            step_size_B=step_size, group_B=blocks["group_B"], scalars=scalars,
-        )  # fmt: skip
+        cpu.segment_sum_sq_(vectors.sum_sq_SR, g2, segments)
+        cpu.segment_step_size_(vectors, scalars)
+        cpu.update_(BufferTensors(p2, m2, None, g2), segments, vectors, scalars)
 
     def single_phase() -> None:
-        cpu.update_whole_(
-            p1, m1, None, g1, segments,
-            exp_avg_sq_B=v, step_size_B=step_size, sum_sq_B=sums, **blocks,
-        )  # fmt: skip
+        cpu.update_in_one_pass_(BufferTensors(p1, m1, None, g1), segments, vectors, scalars)
 
     def traffic() -> None:
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in (g0, m0, p0)]

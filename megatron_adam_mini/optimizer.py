@@ -229,8 +229,9 @@ class AdamMini:
             grad_scale = grad_scale * (clip_grad / (grad_norm + _CLIP_EPS)).clamp(max=1.0)
         found_inf = (num_non_finite > 0) | ~grad_norm.isfinite()
         skip = found_inf | (grad_norm > skip_threshold)
-        # As kernels read it, in float32: what they skip is then what is not counted.
-        grad_scale = grad_scale.masked_fill(skip, math.nan).float().double()
+        # Kernels read it in float32. It is not larger than the float32 number 1 / loss_scale, so
+        # it is finite there if it is finite here: steps that kernels skip are not counted.
+        grad_scale = grad_scale.masked_fill(skip, math.nan)
         return Decision(torch.stack([grad_scale, norm_sq, found_inf.double()]))
 
     def update(self, decision: Decision) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from megatron_adam_mini.engine import Domain, Engine
 
 from benchmarks import plan_scale
 from megatron_adam_mini import cli
+from megatron_adam_mini.collectives import DomainGroups
 from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.estimate.buckets import plan_stage, stage_blocks
 from megatron_adam_mini.estimate.flags import vars_of
@@ -23,6 +23,9 @@ from megatron_adam_mini.estimate.memory import FORMATS, KINDS, Planner, Sharing,
 from megatron_adam_mini.estimate.models import MODELS, Model
 from megatron_adam_mini.estimate.parallel import Parallel, stage_layers
 from megatron_adam_mini.estimate.stages import stage_parameters
+from megatron_adam_mini.optimizer import AdamMini
+from megatron_adam_mini.plan.layout import BufferLayout
+from megatron_adam_mini.plan.step_plan import DomainLayout, plan_step
 from tests.megatron_job import Job, Trainer
 from tests.ranks import run_ranks
 
@@ -353,7 +356,7 @@ def test_llama_2_7b_needs_half_of_m_and_v(capsys: Any) -> None:
 
 @pytest.mark.parametrize("form", OPTIONS)
 def test_llama_2_7b_as_the_optimizer_allocates_it(form: str) -> None:
-    """The engine itself, on tensors that have shapes and no memory, beside Adam's 8 bytes."""
+    """The optimizer itself, on tensors that have shapes and no memory, beside Adam's 8 bytes."""
     meta, options = torch.device("meta"), AdamMiniConfig(**OPTIONS[form])
     model, parallel = MODELS["llama-2-7b"], Parallel()
     plan = plan_stage(model, parallel, stage_blocks(model, parallel, options, pp_rank=0), pp_rank=0)
@@ -362,11 +365,11 @@ def test_llama_2_7b_as_the_optimizer_allocates_it(form: str) -> None:
         grad=torch.empty(bucket.numel, device=meta),
         weight=torch.empty(bucket.numel, dtype=torch.bfloat16, device=meta),
     )
-    domain = Domain.of_one_rank(plan.dense, [flat])
-    engine = Engine(
-        options, plan.parameters, [{}], [0] * len(plan.parameters), [domain], device=meta
+    step_plan = plan_step(plan.parameters, [DomainLayout("dense", (BufferLayout((bucket,)),))])
+    optimizer = AdamMini(
+        step_plan, options, [flat], [DomainGroups()], [{}], [0] * len(plan.parameters), device=meta
     )
-    found = engine.state_bytes()
+    found = optimizer.state_bytes()
     (stage,) = Planner(model, parallel, options).stages(parallel)
     assert found["main_param"] + found["exp_avg"] + found["exp_avg_sq"] == sum(
         largest_rank([stage], FORMATS[form])[kind]

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_adam_mini.optimizer import Decision
 from tests.gather import slices_of
 from tests.megatron_job import Job, Trainer, global_names
 from tests.ranks import run_ranks
@@ -33,8 +34,8 @@ def train(job: Job) -> dict[str, Any]:
         "slices": slices_of(trainer),
         "bytes": trainer.optimizer.state_bytes(),
         "stored": [
-            (str(b.state.param.dtype), str(b.state.exp_avg.dtype), b.state.exp_avg.numel())
-            for b in trainer.optimizer.engine.buckets
+            (str(s.param.dtype), str(s.exp_avg.dtype), s.exp_avg.numel())
+            for s in trainer.optimizer.inner.states
         ],
         "weights": {name: p.detach().float().clone() for name, p in weights.items()},
     }
@@ -142,11 +143,12 @@ def watched_step(job: Job) -> dict[str, Any]:
     for step in range(2):
         trainer.step(step)
     trainer.backward(2)
-    engine = trainer.optimizer.engine
+    adam_mini = trainer.optimizer.inner
+    decision = Decision(torch.tensor([0.5, 1.0, 0.0], dtype=torch.float64))
     with Watch() as inner:
-        engine.collect()
-        engine.update(0.5)
-    engine.step_count += 1
+        adam_mini.sum_squares()
+        adam_mini.update(decision)
+    adam_mini.finish(decision)
     trainer.backward(3)
     with Watch() as whole:
         trainer.optimizer.step()
@@ -185,30 +187,29 @@ def order_of_events(job: Job) -> list[str]:
     trainer = Trainer(job)
     trainer.step(0)
     trainer.backward(1)
-    engine, events = trainer.optimizer.engine, []
-    kernels = engine.kernels
+    inner, events = trainer.optimizer.inner, []
+    kernels = inner.kernels
 
     def update_(*args: Any, **kwargs: Any) -> None:
-        table = args[4]
-        cut = any(table is bucket.cut for bucket in engine.buckets)
-        events.append("update cut" if cut else "update whole")
+        cut = any(args[1] is state.plan.cut for state in inner.states)
+        events.append("update cut" if cut else "update uncut")
         kernels.update_(*args, **kwargs)
 
     names = [name for name in dir(kernels) if name.endswith("_") and name[0] != "_"]
     functions = {name: getattr(kernels, name) for name in names}
-    engine.kernels = SimpleNamespace(**functions | {"update_": update_})
-    for reduction, _ in engine.reductions:
-        for name in ("start_tp", "finish_tp_"):
-            setattr(reduction, name, recorded(events, name, getattr(reduction, name)))
+    inner.kernels = SimpleNamespace(**functions | {"update_": update_})
+    for name in ("start_", "finish_"):
+        wrapped = recorded(events, name, getattr(inner.collectives, name))
+        setattr(inner.collectives, name, wrapped)
     trainer.optimizer.step()
     return events
 
 
-def test_whole_blocks_are_updated_while_cut_ones_are_on_the_way() -> None:
+def test_uncut_blocks_are_updated_while_cut_ones_are_on_the_way() -> None:
     job = Job(tp=2, bucket_size=3000, steps=2)
     for events in run_ranks(4, order_of_events, job):
         changes = [e for i, e in enumerate(events) if i == 0 or events[i - 1] != e]
-        assert changes == ["start_tp", "update whole", "finish_tp_", "update cut"]
+        assert changes == ["start_", "update uncut", "finish_", "update cut"]
 
 
 # Single phase.

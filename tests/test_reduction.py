@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from megatron_adam_mini import collectives
 from megatron_adam_mini.collectives import OrderedSum, Reduction
 from megatron_adam_mini.plan.layout import BucketLayout, Placement, segment_slice
-from megatron_adam_mini.plan.reduction import plan_reduction
+from megatron_adam_mini.plan.reduction import ReductionPlan, plan_reduction
 from tests.test_layout import Kind, kinds
 
 #: Completed sums against float64. All terms are positive, so relative errors do not grow by
@@ -306,6 +306,63 @@ def run(grid: Grid, seed: int = 0) -> Outcome:
 
 def one_bucket(kinds: Sequence[Kind], gaps: Sequence[int] | None = None) -> list:
     return [(range(len(kinds)), gaps or [0] * len(kinds))]
+
+
+# The worked example of the module's docstring, number by number.
+
+
+def example_plan(dp_rank: int, tp_rank: int) -> ReductionPlan:
+    kinds = [Kind((3, 4), "row", tp_dim=1), Kind((4, 2), "tensor", tp_dim=0)]
+    bucket = BucketLayout(16, 2, (Placement(0, 0, 6), Placement(1, 6, 10)))
+    blocks = [kind.blocks(2, tp_rank) for kind in kinds]
+    return plan_reduction(
+        [bucket],
+        [segment_slice(bucket, blocks, dp_rank)],
+        blocks,
+        dp_rank=dp_rank,
+        tp_rank=tp_rank,
+        tp_size=2,
+        dp_replicas=False,
+    )
+
+
+@pytest.mark.parametrize("tp_rank", [0, 1])
+def test_the_worked_example(tp_rank):
+    first, second = example_plan(0, tp_rank), example_plan(1, tp_rank)
+    # Each rank offers slot 0: its segment of Q.
+    assert first.contribution.tolist() == [[3]]
+    assert second.contribution.tolist() == [[0]]
+    # The vectors of the tensor-parallel groups: rows of P, then a place for each rank's half of Q.
+    assert first.tp_plain.tolist() == [0, 1, 2]
+    assert second.tp_plain.tolist() == []
+    assert (first.tp_numel, second.tp_numel) == (5, 2)
+    for plan, segment_of_q in ((first, 3), (second, 0)):
+        assert plan.gathers
+        assert plan.dp_target.tolist() == []
+        assert plan.tp_slot_table.tolist() == [[0, 1]]  # both contributions, in rank order
+        assert plan.tp_exact.tolist() == []
+        assert plan.tp_target.tolist() == [segment_of_q]
+        assert plan.tp_table.tolist() == [[0, 1]]  # both places, in rank order
+
+
+@pytest.mark.parametrize("dp", [2, 8, 1024])
+def test_tables_are_as_wide_as_chains_are_long(dp):
+    """A row that two ranks share takes two additions, however many ranks there are."""
+    kind = Kind((3 * dp, 4), "row")
+    bucket = BucketLayout(12 * dp + dp, dp, (Placement(0, 2, 12 * dp + 2),))
+    blocks = [kind.blocks(1, 0)]
+    plan = plan_reduction(
+        [bucket],
+        [segment_slice(bucket, blocks, 1)],
+        blocks,
+        dp_rank=1,
+        tp_rank=0,
+        tp_size=1,
+        dp_replicas=False,
+    )
+    assert len(plan.dp_target) > 0
+    assert plan.dp_table.shape[1] == 2
+    assert plan.contribution.shape == (2, 1)
 
 
 # Hypothesis.
