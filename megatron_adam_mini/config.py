@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 #: Raised whenever the same model and config would be cut into other blocks than before.
@@ -163,24 +162,6 @@ def check_adam_values(
         raise ValueError(f"eps={eps} is not allowed; it must be > 0 (the usual value is 1e-8).")
     if not weight_decay >= 0.0:
         raise ValueError(f"weight_decay={weight_decay} is not allowed; it must be >= 0.")
-
-
-def read_rules(path: str | Path) -> tuple[tuple[str, str], ...]:
-    """Read ``{"pattern": "rule", ...}`` from a JSON file, keeping its order.
-
-    Raises:
-        ValueError: the file does not exist, is no JSON object of strings, or is empty.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"Adam-mini rules file {str(path)!r} cannot be read: {error}") from error
-    if not isinstance(content, dict) or not content:
-        raise ValueError(
-            f"Adam-mini rules file {str(path)!r} must hold a JSON object that maps name patterns "
-            f"to one of {', '.join(RULES)}, and at least one of them."
-        )
-    return tuple((str(pattern), str(rule)) for pattern, rule in content.items())
 
 
 def short_hash(value: Any) -> str:

@@ -17,6 +17,7 @@ ROOT = Path(megatron_adam_mini.__file__).parent
 #: A module may import from its own layer and from those before it.
 LAYERS = (
     ("config",),
+    ("partition_flags",),
     ("plan",),
     ("checkpoint", "estimate"),
     ("agreement", "collectives", "rounding"),
@@ -32,6 +33,7 @@ LAYERS = (
 #: Third-party packages that each layer may import (what the modules' first lines promise).
 THIRD_PARTY = {
     "config": set(),
+    "partition_flags": set(),
     "plan": {"numpy"},
     "checkpoint": {"numpy", "torch"},
     "estimate": {"numpy"},

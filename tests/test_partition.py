@@ -20,8 +20,8 @@ from megatron_adam_mini.config import (
     RULES,
     AdamMiniConfig,
     check_adam_values,
-    read_rules,
 )
+from megatron_adam_mini.partition_flags import read_rules
 from megatron_adam_mini.plan.partition import (
     HeadGeometry,
     ParameterInfo,
