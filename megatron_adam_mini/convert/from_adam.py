@@ -33,7 +33,7 @@ from megatron_adam_mini.convert.keys import (
     args_of,
     blocks_of,
     fold,
-    identity_of,
+    new_identity,
 )
 from megatron_adam_mini.convert.progress import Progress
 from megatron_adam_mini.plan.partition import ParameterBlocks
@@ -67,7 +67,7 @@ def convert_from_adam(
     args = args_of(source)
     parameters = {key: list(fold(key, source.tensors[key].shape)) for key in state.model_keys}
     blocks = blocks_of([p for ps in parameters.values() for p in ps], args, config)
-    identity = identity_of(blocks, config, args, "adam")
+    identity = new_identity(blocks, config, args, "adam")
     total = sum(source.tensors[k].num_bytes for key in state.model_keys for k in state.keys(key))
     with Progress(total, "Adam -> Adam-mini") as progress:
         for layers in parameters.values():

@@ -23,9 +23,8 @@ from megatron_adam_mini.convert.llama import Part, parts_of, read_llama
 from megatron_adam_mini.convert.mini_state import MiniState
 from megatron_adam_mini.convert.progress import Progress
 from megatron_adam_mini.convert.public_state import PublicFile, PublicParameter
+from megatron_adam_mini.plan.manifest import VOCABULARY_ROLES, are_unions
 from megatron_adam_mini.plan.partition import ParameterBlocks
-
-_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def read_public_file(path: Path) -> PublicFile:
@@ -90,7 +89,7 @@ def _write(
     first = 0
     for part, values in zip(parts, found, strict=True):
         rows = part.rows
-        if parameter.key in _VOCABULARY and len(values.weight) <= len(rows):
+        if blocks.info.role in VOCABULARY_ROLES and len(values.weight) <= len(rows):
             rows = rows[: len(values.weight)]  # the rest is Megatron's padding
         if len(values.weight) != len(rows) or values.weight.shape[1:] != parameter.shape[1:]:
             raise UnreadableError(
@@ -131,9 +130,7 @@ def _refuse_finer(
     """
     if blocks.pattern is not None:
         stored = labels >= 0  # without the vocabulary's padding
-        ours = blocks.pattern.block_of_rows()[stored]
-        pairs = np.unique(np.stack([labels[stored], ours]), axis=1)
-        if pairs.shape[1] == len(np.unique(labels[stored])):
+        if are_unions(blocks.pattern.block_of_rows()[stored], labels[stored]):
             return
     raise UnreadableError(
         f"{parameter.key!r}: the file has {int(labels.max()) + 1} second moments for "

@@ -10,19 +10,18 @@ key* has the layer's number in it instead, as all of Adam-mini's keys do.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_adam_mini.checkpoint.errors import CorruptError, UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint
-from megatron_adam_mini.config import FORMAT_VERSION, STATE_PREFIX, AdamMiniConfig
+from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.plan.manifest import MODEL_SPACE, STATE_PREFIX, identity_of, manifest_of
 from megatron_adam_mini.plan.partition import (
     HeadGeometry,
     ParameterBlocks,
     ParameterInfo,
-    manifest_of,
-    partition_by_rule,
     partition_parameter,
     unmatched_patterns,
 )
@@ -192,61 +191,27 @@ def blocks_of(
     return found
 
 
-def identity_of(
+def new_identity(
     blocks: dict[str, ParameterBlocks], config: AdamMiniConfig, args: Any, origin: str
 ) -> dict[str, Any]:
-    """Return what a checkpoint says of its Adam-mini state; see ``mcore/checkpoint_identity``."""
-    manifest = manifest_of([b.manifest_entry() for b in blocks.values()], config)
+    """Return what a converted checkpoint says of its Adam-mini state.
+
+    Args:
+        blocks: of all parameters.
+        config: the options that produced them.
+        args: of the run that saved the checkpoint that was converted.
+        origin: optimizer of that run.
+    """
     sizes = {
         "tensor": "tensor_model_parallel_size",
         "pipeline": "pipeline_model_parallel_size",
         "context": "context_parallel_size",
         "data": "data_parallel_size",
     }
-    saved_from = {key: getattr(args, name, None) for key, name in sizes.items()}
-    return {
-        "format": FORMAT_VERSION,
-        "layout": "model_space",
-        "partition": config.partition_fields(),
-        "manifest_hash": manifest["hash"],
-        "rules": {e["key"]: [e["rule"], e["blocks"]] for e in manifest["parameters"]},
-        "saved_from": {**{k: v for k, v in saved_from.items() if v}, "converted_from": origin},
-    }
-
-
-def stored_blocks(
-    parameters: Iterable[Parameter], args: Any, identity: dict[str, Any]
-) -> dict[str, ParameterBlocks]:
-    """Cut parameters into the blocks that a checkpoint's identity names, by folded key.
-
-    Raises:
-        CorruptError: a parameter that it does not name.
-        ValueError: a rule that does not apply.
-    """
-    config, found = config_of(identity), {}
-    for parameter in parameters:
-        key = stored_name(parameter, identity)
-        if key is None:
-            raise CorruptError(f"{parameter.key!r} has state, but is not in the manifest.")
-        info = info_of(parameter, parameter.key, args)
-        found[parameter.key] = partition_by_rule(info, identity["rules"][key][0], config)
-    return found
-
-
-def stored_name(parameter: Parameter, identity: dict[str, Any]) -> str | None:
-    """Return what a checkpoint's manifest calls a parameter, ``None`` if it lacks it.
-
-    That is its key; in the first checkpoints of this format, its name in the model.
-    """
-    names = (parameter.key, name_of(parameter.key, local=True))
-    return next((name for name in names if name in identity["rules"]), None)
-
-
-def config_of(identity: dict[str, Any]) -> AdamMiniConfig:
-    """Return the config that a checkpoint's identity names."""
-    partition = identity["partition"]
-    return AdamMiniConfig(
-        preset=partition["preset"],
-        value_as_block=partition["value_as_block"],
-        rules=tuple((pattern, rule) for pattern, rule in partition["overrides"]),
+    known = {key: getattr(args, name, None) for key, name in sizes.items()}
+    return identity_of(
+        manifest_of([b.manifest_entry() for b in blocks.values()], config),
+        config,
+        checkpoint_format=MODEL_SPACE,
+        saved_from={**{key: size for key, size in known.items() if size}, "converted_from": origin},
     )

@@ -19,8 +19,8 @@ import numpy as np
 
 from megatron_adam_mini.checkpoint.errors import UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint
-from megatron_adam_mini.convert.keys import args_of, heads_of, stored_blocks
-from megatron_adam_mini.convert.mini_state import MiniState, find_mini_state
+from megatron_adam_mini.convert.keys import args_of, heads_of
+from megatron_adam_mini.convert.mini_state import MiniState, find_mini_state, stored_blocks
 from megatron_adam_mini.plan.partition import HeadGeometry, IntArray, ParameterBlocks
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.*)$")
@@ -95,7 +95,7 @@ def read_llama(checkpoint: Checkpoint) -> Llama:
             "The Megatron model was made with --rotary-interleaved; Hugging Face's Llama rotates "
             "halves of a head, and its rows lie in another order."
         )
-    blocks = stored_blocks(state.parameters, args, state.identity)
+    blocks = {p.key: stored_blocks(state, p, args) for p in state.parameters}
     return Llama(state, args, heads_of(args), blocks)
 
 

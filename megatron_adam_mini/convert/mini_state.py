@@ -7,8 +7,22 @@ from typing import Any
 
 from megatron_adam_mini.checkpoint.errors import CorruptError, UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint
-from megatron_adam_mini.config import FORMAT_VERSION
-from megatron_adam_mini.convert.keys import PREFIX, Parameter, keys_by_kind, parameter_of
+from megatron_adam_mini.convert.keys import (
+    PREFIX,
+    Parameter,
+    info_of,
+    keys_by_kind,
+    name_of,
+    parameter_of,
+)
+from megatron_adam_mini.plan.manifest import (
+    MODEL_SPACE,
+    StoredRule,
+    config_of,
+    format_problem,
+    stored_rules,
+)
+from megatron_adam_mini.plan.partition import ParameterBlocks, partition_by_rule
 
 
 @dataclass(frozen=True)
@@ -17,6 +31,7 @@ class MiniState:
 
     Attributes:
         identity: what it says of itself.
+        rules: what it says of its parameters, by folded key.
         parameters: in stored order.
         elementwise: folded keys of parameters with one second moment per element.
         step: steps taken.
@@ -24,6 +39,7 @@ class MiniState:
     """
 
     identity: dict[str, Any]
+    rules: dict[str, StoredRule]
     parameters: tuple[Parameter, ...]
     elementwise: frozenset[str]
     step: int
@@ -43,12 +59,10 @@ def find_mini_state(checkpoint: Checkpoint) -> MiniState:
             f"{checkpoint.folder} holds no state of Adam-mini; it was saved by another optimizer, "
             "or with --no-save-optim."
         )
-    if identity["format"] > FORMAT_VERSION:
-        raise UnreadableError(
-            f"{checkpoint.folder} has Adam-mini format {identity['format']}, this release reads up "
-            f"to {FORMAT_VERSION}. Install a newer megatron-adam-mini."
-        )
-    if identity["layout"] != "model_space":
+    problem = format_problem(identity)
+    if problem:
+        raise UnreadableError(f"{checkpoint.folder} {problem}")
+    if identity["layout"] != MODEL_SPACE:
         raise UnreadableError(
             f"{checkpoint.folder} holds Adam-mini's state as {identity['layout']!r}, flat buckets "
             "whose contents depend on the layout. Load it in its own run and save it again with "
@@ -70,11 +84,25 @@ def find_mini_state(checkpoint: Checkpoint) -> MiniState:
         _check_shapes(checkpoint, parameter, parameter.key in rows)
     return MiniState(
         identity=identity,
+        rules=stored_rules(identity, {name_of(key, local=True): key for key in ordered}),
         parameters=parameters,
         elementwise=frozenset(elements),
         step=int(checkpoint.optimizer["step"]),
         param_groups=list(checkpoint.optimizer["param_groups"]),
     )
+
+
+def stored_blocks(state: MiniState, parameter: Parameter, args: Any) -> ParameterBlocks:
+    """Cut a parameter into the blocks that its v in the checkpoint has.
+
+    Raises:
+        CorruptError: the checkpoint's manifest lacks it.
+        ValueError: a rule that does not apply.
+    """
+    if parameter.key not in state.rules:
+        raise CorruptError(f"{parameter.key!r} has state, but is not in the manifest.")
+    info = info_of(parameter, parameter.key, args)
+    return partition_by_rule(info, state.rules[parameter.key].rule, config_of(state.identity))
 
 
 def _check_shapes(checkpoint: Checkpoint, parameter: Parameter, by_row: bool) -> None:

@@ -19,6 +19,7 @@ from megatron_adam_mini.convert.llama import Part, order_of, parts_of, read_llam
 from megatron_adam_mini.convert.mini_state import MiniState
 from megatron_adam_mini.convert.progress import Progress
 from megatron_adam_mini.convert.public_state import state_of
+from megatron_adam_mini.plan.manifest import are_unions
 from megatron_adam_mini.plan.partition import IntArray, ParameterBlocks
 
 _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
@@ -87,8 +88,7 @@ def _vmean(name: str, v: Any, labels: IntArray, parameter: Parameter, head_dim: 
         public = np.zeros(len(v), dtype=np.int64)  # Value: the package with wv_names emptied
     else:
         public = np.arange(len(v))
-    pairs = np.unique(np.stack([labels, public]), axis=1)
-    if pairs.shape[1] != len(np.unique(labels)):
+    if not are_unions(public, labels):
         raise UnreadableError(
             f"{name!r}: the checkpoint has {len(np.unique(labels))} blocks where the public "
             f"package has {int(public.max()) + 1}, and one of them spans several of the package's. "

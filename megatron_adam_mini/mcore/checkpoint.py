@@ -29,7 +29,6 @@ from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
 from megatron_adam_mini.agreement import on_all_ranks
 from megatron_adam_mini.mcore import adam_import
-from megatron_adam_mini.mcore.checkpoint_identity import identity_of, partition_of_checkpoint
 from megatron_adam_mini.mcore.model_space import entries_by_parameter, put_back
 from megatron_adam_mini.mcore.state_entries import (
     SHARDS,
@@ -48,6 +47,7 @@ from megatron_adam_mini.mcore.state_entries import (
     tp_rank_of_rows,
     unshared,
 )
+from megatron_adam_mini.plan.manifest import identity_of, partition_of_checkpoint
 from megatron_adam_mini.plan.partition import ParameterBlocks
 
 if TYPE_CHECKING:
@@ -65,7 +65,12 @@ def state_to_save(
     """Return this rank's part of the optimizer state, as views wherever that is safe."""
     wanted = (metadata or {}).get("distrib_optim_sharding_type")
     layout = "dp_reshardable" if wanted == "dp_reshardable" else "model_space"
-    identity = identity_of(optimizer, layout)
+    identity = identity_of(
+        optimizer.manifest,
+        optimizer.engine.config,
+        checkpoint_format=layout,
+        saved_from=optimizer.layout_sizes,
+    )
     if metadata is not None:
         metadata["adam_mini"] = identity
         if layout == "model_space":
@@ -149,7 +154,7 @@ def _state_to_load(
     if saved is not None:
         layout = saved["layout"]
         refuse_buckets(optimizer, layout)
-        sources = partition_of_checkpoint(optimizer, saved)
+        sources = _partition_of(optimizer, saved)
         pending.average = sources != list(optimizer.engine.parameters)
     entries = entries_by_parameter(model_state)
     for number, piece in enumerate(optimizer.engine.pieces()):
@@ -221,13 +226,18 @@ def take_over(optimizer: AdamMiniOptimizer, loaded: Mapping[str, Any]) -> None:
     optimizer.store(pending.states)
 
 
+def _partition_of(optimizer: AdamMiniOptimizer, saved: Mapping[str, Any]) -> list[ParameterBlocks]:
+    engine = optimizer.engine
+    return partition_of_checkpoint(saved, optimizer.manifest, engine.config, engine.parameters)
+
+
 def _refuse_surprise(optimizer: AdamMiniOptimizer, saved: Mapping[str, Any]) -> None:
     """Refuse state that was asked for without the metadata that says what it is, and is otherwise.
 
     Raises:
         ValueError: another partition or format, also one that a load with metadata would convert.
     """
-    if partition_of_checkpoint(optimizer, saved) != list(optimizer.engine.parameters):
+    if _partition_of(optimizer, saved) != list(optimizer.engine.parameters):
         raise ValueError(
             "The checkpoint's Adam-mini state has another partition, and can be converted only if "
             "sharded_state_dict gets the checkpoint's content metadata: pass "

@@ -30,9 +30,9 @@ from megatron_adam_mini.mcore.metrics import observe
 from megatron_adam_mini.mcore.param_info import collect_parameters
 from megatron_adam_mini.mcore.preflight import refuse_single_phase, refuse_unsupported
 from megatron_adam_mini.mcore.slices import bucket_slices, dense_buffers, whole_parameters
+from megatron_adam_mini.plan.manifest import manifest_of, partition_fields
 from megatron_adam_mini.plan.partition import (
     ParameterBlocks,
-    manifest_of,
     partition_parameter,
     unmatched_patterns,
 )
@@ -104,7 +104,7 @@ def build_optimizer(
         PlanRecord(
             stage=f"pipeline stage {groups.pp.rank()}" if error is None else "",
             # The partition, and what would let ranks drift apart or wait for each other.
-            rules={**options.partition_fields(), "backend": backend, **options.step_fields()},
+            rules={**partition_fields(options), "backend": backend, **options.step_fields()},
             layout=_layout_record(blocks, domain) if error is None else (),
             matched=frozenset(patterns).difference(
                 unmatched_patterns([info.name for info in params.values()], options)

@@ -27,9 +27,9 @@ from megatron_adam_mini.agreement import on_all_ranks
 from megatron_adam_mini.checkpoint.chunks import ChunkReader, StoredChunk
 from megatron_adam_mini.checkpoint.errors import UnreadableError
 from megatron_adam_mini.checkpoint.reader import COMMON_KEY, Checkpoint, tiling_problem
-from megatron_adam_mini.config import STATE_PREFIX
 from megatron_adam_mini.mcore.arguments import OPTIMIZER
 from megatron_adam_mini.mcore.state_entries import MARK
+from megatron_adam_mini.plan.manifest import STATE_PREFIX
 
 
 def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:

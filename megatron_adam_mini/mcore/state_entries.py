@@ -19,10 +19,10 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from torch import Tensor
 
-from megatron_adam_mini.config import STATE_PREFIX
 from megatron_adam_mini.engine import Piece
 from megatron_adam_mini.mcore.model_space import ModelEntry
 from megatron_adam_mini.plan.layout import row_parallel
+from megatron_adam_mini.plan.manifest import STATE_PREFIX
 
 if TYPE_CHECKING:
     from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
