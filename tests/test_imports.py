@@ -17,7 +17,7 @@ ROOT = Path(megatron_adam_mini.__file__).parent
 #: A module may import from its own layer and from those before it.
 LAYERS = (
     ("config",),
-    ("partition_flags",),
+    ("partition_flags", "adam_rules"),
     ("plan",),
     ("checkpoint", "estimate"),
     ("agreement", "collectives", "rounding"),
@@ -34,6 +34,7 @@ LAYERS = (
 THIRD_PARTY = {
     "config": set(),
     "partition_flags": set(),
+    "adam_rules": set(),
     "plan": {"numpy"},
     "checkpoint": {"numpy", "torch"},
     "estimate": {"numpy"},

@@ -13,9 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_adam_mini.adam_rules import (
+    ADAM_PREFIX,
+    MAIN_PARAM,
+    PLAIN_MAIN_PARAM,
+    UNSOUND_CAUSE,
+    steps_of,
+    steps_problem,
+)
 from megatron_adam_mini.checkpoint.errors import CorruptError, UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint, tiling_problem
-from megatron_adam_mini.convert.keys import ADAM_PREFIX, PREFIX, keys_by_kind
+from megatron_adam_mini.convert.keys import PREFIX, keys_by_kind
 from megatron_adam_mini.rounding import is_rounded
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,12 +67,16 @@ def find_adam_state(checkpoint: Checkpoint) -> AdamState:
             f"state is {sorted(kinds) or 'missing'}. Save it without --no-save-optim, with "
             "--optimizer adam."
         )
-    main = {key: f"{ADAM_PREFIX}param.{key}" for key in kinds.get("param", [])}
-    main |= {key: f"{ADAM_PREFIX}fp32_param.{key}" for key in kinds.get("fp32_param", [])}
-    known = set(kinds) - {"param", "fp32_param", "exp_avg", "exp_avg_sq"}
-    if known:
+    main = {
+        key: f"{ADAM_PREFIX}{kind}.{key}"
+        for kind in (MAIN_PARAM, PLAIN_MAIN_PARAM)
+        for key in kinds.get(kind, [])
+    }
+    unknown = set(kinds) - {MAIN_PARAM, PLAIN_MAIN_PARAM, "exp_avg", "exp_avg_sq"}
+    if unknown:
         raise UnreadableError(
-            f"{checkpoint.folder} holds optimizer state {sorted(known)}, which Adam does not have."
+            f"{checkpoint.folder} holds optimizer state {sorted(unknown)}, which Adam does not "
+            "have."
         )
     for key in model_keys:
         weight = checkpoint.tensors.get(key)
@@ -78,8 +90,11 @@ def find_adam_state(checkpoint: Checkpoint) -> AdamState:
                 f"{checkpoint.folder}: {kind} and exp_avg do not agree about {odd!r}."
             )
     inner = checkpoint.optimizer.get("optimizer", {})
-    groups = inner.get("param_groups", [])
-    state = AdamState(tuple(model_keys), main, _step(checkpoint, inner, groups), groups)
+    steps = steps_of(inner)
+    problem = steps_problem(steps)
+    if problem:
+        raise CorruptError(f"{checkpoint.folder} {problem}")
+    state = AdamState(tuple(model_keys), main, steps[0], inner.get("param_groups", []))
     for key in model_keys:
         for stored in state.keys(key):
             _check_entry(checkpoint, key, stored)
@@ -109,10 +124,7 @@ def refuse_unsound(checkpoint: Checkpoint, key: str, count: int, numel: int) -> 
         raise CorruptError(
             f"{checkpoint.folder}: {key} is not the state of the stored model: rounded to the "
             f"weight's type, {count} of {numel} main parameters in one box differ from the weights."
-            " Megatron-Core 0.16.1 to 0.19.2 write wrong values with "
-            "--dist-ckpt-optim-fully-reshardable when a bucket is padded before the last one. "
-            "Save again from the run without that flag and load the result in an Adam-mini run, or "
-            "start from the weights alone with --no-load-optim."
+            f" {UNSOUND_CAUSE}"
         )
 
 
@@ -154,16 +166,3 @@ def _check_entry(checkpoint: Checkpoint, model_key: str, key: str) -> None:
     problem = tiling_problem(tensor)
     if problem:
         raise CorruptError(f"{checkpoint.folder}: {problem}")
-
-
-def _step(checkpoint: Checkpoint, inner: dict[str, Any], groups: list[dict[str, Any]]) -> int:
-    steps = {float(group["step"]) for group in groups if group.get("step") is not None}
-    common = inner.get("state", {}).get("common_step")
-    if common is not None:
-        steps.add(float(common))
-    if len(steps) != 1:
-        raise CorruptError(
-            f"{checkpoint.folder}: the parameter groups name the steps {sorted(steps)}; one number "
-            "is needed."
-        )
-    return int(steps.pop())

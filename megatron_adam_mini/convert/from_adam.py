@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_adam_mini.adam_rules import ADAM_ONLY, ADAM_PREFIX
 from megatron_adam_mini.checkpoint.errors import UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint, StoredTensor
 from megatron_adam_mini.checkpoint.writer import CheckpointWriter
@@ -27,7 +28,6 @@ from megatron_adam_mini.convert.adam_state import (
     unsound,
 )
 from megatron_adam_mini.convert.keys import (
-    ADAM_PREFIX,
     PREFIX,
     Parameter,
     args_of,
@@ -37,18 +37,6 @@ from megatron_adam_mini.convert.keys import (
 )
 from megatron_adam_mini.convert.progress import Progress
 from megatron_adam_mini.plan.partition import ParameterBlocks
-
-#: Options of torch's and Transformer Engine's Adam that Adam-mini does not have.
-ADAM_ONLY: dict[str, Any] = {
-    "amsgrad": False,
-    "maximize": False,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
-    "decoupled_weight_decay": True,
-    "bias_correction": True,
-}
 
 
 def convert_from_adam(

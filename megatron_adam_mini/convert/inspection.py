@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from megatron_adam_mini.adam_rules import ADAM_PREFIX, steps_of
 from megatron_adam_mini.checkpoint.reader import COMMON_KEY, Checkpoint
-from megatron_adam_mini.convert.keys import ADAM_PREFIX, PREFIX
+from megatron_adam_mini.convert.keys import PREFIX
 from megatron_adam_mini.convert.progress import size
 
 _SHOWN = 12
@@ -98,11 +99,8 @@ def _step(optimizer: dict[str, Any]) -> int | None:
     if "step" in optimizer:
         return int(optimizer["step"])
     inner = optimizer.get("optimizer")
-    inner = inner if isinstance(inner, dict) else {}
-    common = inner.get("state", {}).get("common_step")
-    found = [g["step"] for g in inner.get("param_groups", []) if g.get("step") is not None]
-    found += [] if common is None else [common]
-    return int(found[0]) if found else None
+    steps = steps_of(inner) if isinstance(inner, dict) else []
+    return steps[0] if len(steps) == 1 else None
 
 
 def _bytes_by_kind(checkpoint: Checkpoint) -> dict[str, int]:

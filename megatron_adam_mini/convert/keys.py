@@ -28,8 +28,6 @@ from megatron_adam_mini.plan.partition import (
 from megatron_adam_mini.plan.roles import role_of
 
 PREFIX = STATE_PREFIX
-#: Stock Adam: the distributed optimizer's fully_reshardable format, and the plain optimizer's.
-ADAM_PREFIX = "optimizer.state."
 
 _STACKED = re.compile(r"\.layers\.(?!\d)")
 _NUMBERED = re.compile(r"^(.*?\.layers)\.(\d+)\.(.*)$")

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_adam_mini.adam_rules import ADAM_ONLY, ADAM_PREFIX
 from megatron_adam_mini.checkpoint.errors import CorruptError
 from megatron_adam_mini.checkpoint.reader import Checkpoint, tiling_problem
 from megatron_adam_mini.checkpoint.writer import CheckpointWriter
-from megatron_adam_mini.convert.from_adam import ADAM_ONLY
-from megatron_adam_mini.convert.keys import ADAM_PREFIX, PREFIX, Parameter
+from megatron_adam_mini.convert.keys import PREFIX, Parameter
 from megatron_adam_mini.convert.mini_state import MiniState, find_mini_state
 from megatron_adam_mini.convert.progress import Progress
 

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_adam_mini.adam_rules import ADAM_PREFIX, MAIN_PARAM, PLAIN_MAIN_PARAM
 from megatron_adam_mini.checkpoint.chunks import ChunkReader, StoredChunk
 from megatron_adam_mini.checkpoint.errors import CorruptError, UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint, StoredTensor, tiling_problem
 from megatron_adam_mini.convert.adam_state import unsound
 from megatron_adam_mini.convert.keys import (
-    ADAM_PREFIX,
     PREFIX,
     Parameter,
     name_of,
@@ -31,7 +31,11 @@ from megatron_adam_mini.plan.partition import ParameterInfo, rule_for
 from megatron_adam_mini.plan.roles import role_of
 
 _V = (f"{PREFIX}v_row.", f"{PREFIX}v_element.", f"{ADAM_PREFIX}exp_avg_sq.")
-_MAIN = (f"{PREFIX}param.", f"{ADAM_PREFIX}param.", f"{ADAM_PREFIX}fp32_param.")
+_MAIN = (
+    f"{PREFIX}param.",
+    f"{ADAM_PREFIX}{MAIN_PARAM}.",
+    f"{ADAM_PREFIX}{PLAIN_MAIN_PARAM}.",
+)
 
 
 @dataclass
