@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-#: Keys in the model's coordinates are ``optimizer.state.{kind}.{model key}``.
+#: Keys of state in the model's coordinates start with it.
 ADAM_PREFIX = "optimizer.state."
 
 #: Kinds of main parameters: the distributed optimizer's, and the plain optimizer's, which stores
@@ -35,6 +35,16 @@ UNSOUND_CAUSE = (
     "dp_reshardable (without --dist-ckpt-optim-fully-reshardable) and load that in an Adam-mini "
     "run, or start from the weights alone with --no-load-optim."
 )
+
+
+def adam_key(kind: str, model_key: str) -> str:
+    """Return the key of one tensor of Adam's state, in the model's coordinates.
+
+    Args:
+        kind: ``exp_avg``, ``exp_avg_sq`` or one of the two above.
+        model_key: Megatron's key of the parameter.
+    """
+    return f"{ADAM_PREFIX}{kind}.{model_key}"
 
 
 def steps_of(state: Mapping[str, Any]) -> list[int]:

@@ -138,7 +138,7 @@ def test_adam_mini_trains_on_from_a_converted_checkpoint(checkpoints, tmp_path):
     job = replace(MINI, tp=2)
     loaded = run_ranks(2, load_and_train, job, str(result), 3)
     stored = read_all(result)
-    from megatron_adam_mini.convert.keys import name_of
+    from megatron_adam_mini.convert.parameters import name_of
 
     for kind, key in (("param", "param"), ("exp_avg", "exp_avg"), ("v_row", "v")):
         found = whole_tensors([r[0] for r in loaded], key, job)

@@ -18,12 +18,14 @@ from megatron_adam_mini.adam_rules import (
     MAIN_PARAM,
     PLAIN_MAIN_PARAM,
     UNSOUND_CAUSE,
+    adam_key,
     steps_of,
     steps_problem,
 )
 from megatron_adam_mini.checkpoint.errors import CorruptError, UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint, tiling_problem
-from megatron_adam_mini.convert.keys import PREFIX, keys_by_kind
+from megatron_adam_mini.convert.parameters import keys_by_kind
+from megatron_adam_mini.plan.manifest import STATE_PREFIX
 from megatron_adam_mini.rounding import is_rounded
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,8 +49,11 @@ class AdamState:
 
     def keys(self, model_key: str) -> tuple[str, str, str]:
         """Return the keys of main parameter, m and v."""
-        moments = (f"{ADAM_PREFIX}{kind}.{model_key}" for kind in ("exp_avg", "exp_avg_sq"))
-        return (self.main_keys[model_key], *moments)  # type: ignore[return-value]
+        return (
+            self.main_keys[model_key],
+            adam_key("exp_avg", model_key),
+            adam_key("exp_avg_sq", model_key),
+        )
 
 
 def find_adam_state(checkpoint: Checkpoint) -> AdamState:
@@ -68,7 +73,7 @@ def find_adam_state(checkpoint: Checkpoint) -> AdamState:
             "--optimizer adam."
         )
     main = {
-        key: f"{ADAM_PREFIX}{kind}.{key}"
+        key: adam_key(kind, key)
         for kind in (MAIN_PARAM, PLAIN_MAIN_PARAM)
         for key in kinds.get(kind, [])
     }
@@ -130,7 +135,7 @@ def refuse_unsound(checkpoint: Checkpoint, key: str, count: int, numel: int) -> 
 
 def _refuse_other_formats(checkpoint: Checkpoint) -> None:
     optimizer = checkpoint.optimizer
-    if "adam_mini" in optimizer or any(key.startswith(PREFIX) for key in checkpoint.tensors):
+    if "adam_mini" in optimizer or any(key.startswith(STATE_PREFIX) for key in checkpoint.tensors):
         raise UnreadableError(f"{checkpoint.folder} holds the state of Adam-mini already.")
     sharding = checkpoint.content.get("distrib_optim_sharding_type")
     flat = any(

@@ -27,25 +27,15 @@ from megatron_adam_mini.convert.adam_state import (
     refuse_unsound,
     unsound,
 )
-from megatron_adam_mini.convert.keys import (
-    PREFIX,
-    Parameter,
-    args_of,
-    blocks_of,
-    fold,
-    new_identity,
-)
+from megatron_adam_mini.convert.keys import args_of, blocks_of
+from megatron_adam_mini.convert.parameters import StoredParameter, fold
 from megatron_adam_mini.convert.progress import Progress
+from megatron_adam_mini.plan.manifest import MODEL_SPACE, identity_of, manifest_of, state_key
 from megatron_adam_mini.plan.partition import ParameterBlocks
 
 
-def convert_from_adam(
-    source: Checkpoint, writer: CheckpointWriter, config: AdamMiniConfig
-) -> dict[str, Any]:
+def convert_from_adam(source: Checkpoint, writer: CheckpointWriter, config: AdamMiniConfig) -> None:
     """Write ``source`` with the state of Adam-mini instead of Adam's.
-
-    Returns:
-        The identity of the new state.
 
     Raises:
         UnreadableError: no state of Adam, or one that cannot be converted.
@@ -55,7 +45,7 @@ def convert_from_adam(
     args = args_of(source)
     parameters = {key: list(fold(key, source.tensors[key].shape)) for key in state.model_keys}
     blocks = blocks_of([p for ps in parameters.values() for p in ps], args, config)
-    identity = new_identity(blocks, config, args, "adam")
+    identity = _identity(blocks, config, args)
     total = sum(source.tensors[k].num_bytes for key in state.model_keys for k in state.keys(key))
     with Progress(total, "Adam -> Adam-mini") as progress:
         for layers in parameters.values():
@@ -63,14 +53,13 @@ def convert_from_adam(
         writer.copy([k for k in source.tensors if not k.startswith(ADAM_PREFIX)])
         writer.copy(list(source.objects))
     writer.finish(_common(source, state, identity))
-    return identity
 
 
 def _convert_key(
     source: Checkpoint,
     writer: CheckpointWriter,
     state: AdamState,
-    layers: list[Parameter],
+    layers: list[StoredParameter],
     blocks: dict[str, ParameterBlocks],
     progress: Progress,
 ) -> None:
@@ -82,19 +71,19 @@ def _convert_key(
                 count = unsound(source, model_key, offset, window)
                 refuse_unsound(source, stored.key, count, window.numel())
             for layer, rest, values in by_layer(layers, offset, window):
-                writer.add(f"{PREFIX}{kind}.{layer.key}", layer.shape, rest, values.float())
+                writer.add(state_key(kind, layer.key), layer.shape, rest, values.float())
             progress.advance(window.nbytes)
     for number, sums in _convert_v(source, writer, v_key, layers, blocks, progress).items():
         parameter = layers[number]
         rows = means_of_blocks(blocks[parameter.key], sums)
-        writer.add(f"{PREFIX}v_row.{parameter.key}", parameter.shape[:1], (0,), rows)
+        writer.add(state_key("v_row", parameter.key), parameter.shape[:1], (0,), rows)
 
 
 def _convert_v(
     source: Checkpoint,
     writer: CheckpointWriter,
     stored: StoredTensor,
-    layers: list[Parameter],
+    layers: list[StoredParameter],
     blocks: dict[str, ParameterBlocks],
     progress: Progress,
 ) -> dict[int, Tensor]:
@@ -107,7 +96,7 @@ def _convert_v(
     for offset, window in source.windows(stored):
         for layer, rest, values in by_layer(layers, offset, window):
             if blocks[layer.key].pattern is None:
-                writer.add(f"{PREFIX}v_element.{layer.key}", layer.shape, rest, values.float())
+                writer.add(state_key("v_element", layer.key), layer.shape, rest, values.float())
             else:
                 of_rows = values.double().reshape(len(values), -1).sum(dim=1)
                 row_sums = sums[layer.layer[0] if layer.layer else 0]
@@ -135,14 +124,33 @@ def means_of_blocks(blocks: ParameterBlocks, sums: Tensor) -> Tensor:
 
 
 def by_layer(
-    layers: list[Parameter], offset: tuple[int, ...], window: Tensor
-) -> list[tuple[Parameter, tuple[int, ...], Tensor]]:
+    layers: list[StoredParameter], offset: tuple[int, ...], window: Tensor
+) -> list[tuple[StoredParameter, tuple[int, ...], Tensor]]:
     """Cut a box of a model key's tensor into boxes of its layers: layer, offset, values."""
     if not layers[0].layer:
         return [(layers[0], offset, window)]
     return [
         (layers[offset[0] + index], offset[1:], part) for index, part in enumerate(window.unbind(0))
     ]
+
+
+def _identity(
+    blocks: dict[str, ParameterBlocks], config: AdamMiniConfig, args: Any
+) -> dict[str, Any]:
+    """Return what the new checkpoint says of its state; ``args`` are those of the run that saved."""
+    sizes = {
+        "tensor": "tensor_model_parallel_size",
+        "pipeline": "pipeline_model_parallel_size",
+        "context": "context_parallel_size",
+        "data": "data_parallel_size",
+    }
+    known = {key: getattr(args, name, None) for key, name in sizes.items()}
+    return identity_of(
+        manifest_of([b.manifest_entry() for b in blocks.values()], config),
+        config,
+        checkpoint_format=MODEL_SPACE,
+        saved_from={**{key: size for key, size in known.items() if size}, "converted_from": "adam"},
+    )
 
 
 def _common(source: Checkpoint, state: AdamState, identity: dict[str, Any]) -> dict[str, Any]:

@@ -18,12 +18,12 @@ from megatron_adam_mini.checkpoint.errors import CorruptError, UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint
 from megatron_adam_mini.checkpoint.writer import CheckpointWriter
 from megatron_adam_mini.convert.from_adam import means_of_blocks
-from megatron_adam_mini.convert.keys import PREFIX, Parameter
 from megatron_adam_mini.convert.llama import Part, parts_of, read_llama
 from megatron_adam_mini.convert.mini_state import MiniState
+from megatron_adam_mini.convert.parameters import StoredParameter
 from megatron_adam_mini.convert.progress import Progress
 from megatron_adam_mini.convert.public_state import PublicFile, PublicParameter
-from megatron_adam_mini.plan.manifest import VOCABULARY_ROLES, are_unions
+from megatron_adam_mini.plan.manifest import STATE_PREFIX, VOCABULARY_ROLES, are_unions, state_key
 from megatron_adam_mini.plan.partition import ParameterBlocks
 
 
@@ -52,7 +52,7 @@ def convert_from_public(file: PublicFile, template: Checkpoint, writer: Checkpoi
     written = {p.model_key for p in state.parameters}
     used: set[str] = set()
     steps = set()
-    total = sum(template.tensors[f"{PREFIX}param.{p.key}"].num_bytes for p in state.parameters)
+    total = sum(template.tensors[state_key("param", p.key)].num_bytes for p in state.parameters)
     with Progress(total, "public -> Adam-mini") as progress:
         for parameter in state.parameters:
             parts = parts_of(parameter.key, parameter.shape[0], heads)
@@ -66,7 +66,9 @@ def convert_from_public(file: PublicFile, template: Checkpoint, writer: Checkpoi
             raise UnreadableError(f"The file has parameters that the template lacks: {unused[:5]}.")
         if len(steps) != 1:
             raise CorruptError(f"The file's parameters took different steps: {sorted(steps)}.")
-        writer.copy([k for k in template.tensors if not k.startswith(PREFIX) and k not in written])
+        writer.copy(
+            [k for k in template.tensors if not k.startswith(STATE_PREFIX) and k not in written]
+        )
         writer.copy(list(template.objects))
     writer.finish(_common(template, state, file, steps.pop()))
 
@@ -74,7 +76,7 @@ def convert_from_public(file: PublicFile, template: Checkpoint, writer: Checkpoi
 def _write(
     template: Checkpoint,
     writer: CheckpointWriter,
-    parameter: Parameter,
+    parameter: StoredParameter,
     blocks: ParameterBlocks,
     parts: tuple[Part, ...],
     found: list[PublicParameter],
@@ -105,13 +107,13 @@ def _write(
     _refuse_finer(parameter, parts, blocks, labels)
     width = int(np.prod(parameter.shape[1:]))
     rows_v = means_of_blocks(blocks, v * width)
-    writer.add(f"{PREFIX}v_row.{parameter.key}", parameter.shape[:1], (0,), rows_v)
+    writer.add(state_key("v_row", parameter.key), parameter.shape[:1], (0,), rows_v)
     weight = tensors["param"].to(template.tensors[parameter.model_key].dtype)
     lead = (1,) * len(parameter.layer)
     for offset, size in boxes_of(parameter.shape):
         box = tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))
         for kind, whole in tensors.items():
-            writer.add(f"{PREFIX}{kind}.{parameter.key}", parameter.shape, offset, whole[box])
+            writer.add(state_key(kind, parameter.key), parameter.shape, offset, whole[box])
         writer.add(
             parameter.model_key,
             parameter.model_shape,
@@ -121,7 +123,7 @@ def _write(
 
 
 def _refuse_finer(
-    parameter: Parameter, parts: tuple[Part, ...], blocks: ParameterBlocks, labels: Any
+    parameter: StoredParameter, parts: tuple[Part, ...], blocks: ParameterBlocks, labels: Any
 ) -> None:
     """Refuse a partition that needs more numbers than the file has.
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from megatron_adam_mini.adam_rules import ADAM_PREFIX, steps_of
 from megatron_adam_mini.checkpoint.reader import COMMON_KEY, Checkpoint
-from megatron_adam_mini.convert.keys import PREFIX
 from megatron_adam_mini.convert.progress import size
+from megatron_adam_mini.plan.manifest import STATE_PREFIX
 
 _SHOWN = 12
 
@@ -51,7 +51,7 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
             "elements": sum(
                 math.prod(t.shape)
                 for key, t in checkpoint.tensors.items()
-                if key.startswith((f"{PREFIX}param.", f"{PREFIX}bucket.param."))
+                if key.startswith((f"{STATE_PREFIX}param.", f"{STATE_PREFIX}bucket.param."))
             ),
             "rules": rules,
         }
@@ -107,7 +107,7 @@ def _bytes_by_kind(checkpoint: Checkpoint) -> dict[str, int]:
     found: dict[str, int] = {}
     for key, tensor in checkpoint.tensors.items():
         kind = "model"
-        for prefix in (f"{PREFIX}bucket.", PREFIX, ADAM_PREFIX):
+        for prefix in (f"{STATE_PREFIX}bucket.", STATE_PREFIX, ADAM_PREFIX):
             if key.startswith(prefix):
                 kind = key.removeprefix(prefix).partition(".")[0]
                 break

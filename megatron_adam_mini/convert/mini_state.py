@@ -7,19 +7,20 @@ from typing import Any
 
 from megatron_adam_mini.checkpoint.errors import CorruptError, UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint
-from megatron_adam_mini.convert.keys import (
-    PREFIX,
-    Parameter,
-    info_of,
+from megatron_adam_mini.convert.keys import info_of
+from megatron_adam_mini.convert.parameters import (
+    StoredParameter,
     keys_by_kind,
     name_of,
     parameter_of,
 )
 from megatron_adam_mini.plan.manifest import (
     MODEL_SPACE,
+    STATE_PREFIX,
     StoredRule,
     config_of,
     format_problem,
+    state_key,
     stored_rules,
 )
 from megatron_adam_mini.plan.partition import ParameterBlocks, partition_by_rule
@@ -40,7 +41,7 @@ class MiniState:
 
     identity: dict[str, Any]
     rules: dict[str, StoredRule]
-    parameters: tuple[Parameter, ...]
+    parameters: tuple[StoredParameter, ...]
     elementwise: frozenset[str]
     step: int
     param_groups: list[dict[str, Any]]
@@ -68,8 +69,8 @@ def find_mini_state(checkpoint: Checkpoint) -> MiniState:
             "whose contents depend on the layout. Load it in its own run and save it again with "
             "--dist-ckpt-optim-fully-reshardable."
         )
-    kinds = {kind: set(keys) for kind, keys in keys_by_kind(checkpoint, PREFIX).items()}
-    ordered = keys_by_kind(checkpoint, PREFIX).get("param", [])
+    kinds = {kind: set(keys) for kind, keys in keys_by_kind(checkpoint, STATE_PREFIX).items()}
+    ordered = keys_by_kind(checkpoint, STATE_PREFIX).get("param", [])
     rows, elements = kinds.get("v_row", set()), kinds.get("v_element", set())
     for kind, keys in (("exp_avg", kinds.get("exp_avg", set())), ("v", rows | elements)):
         if keys != set(ordered):
@@ -92,7 +93,7 @@ def find_mini_state(checkpoint: Checkpoint) -> MiniState:
     )
 
 
-def stored_blocks(state: MiniState, parameter: Parameter, args: Any) -> ParameterBlocks:
+def stored_blocks(state: MiniState, parameter: StoredParameter, args: Any) -> ParameterBlocks:
     """Cut a parameter into the blocks that its v in the checkpoint has.
 
     Raises:
@@ -105,10 +106,10 @@ def stored_blocks(state: MiniState, parameter: Parameter, args: Any) -> Paramete
     return partition_by_rule(info, state.rules[parameter.key].rule, config_of(state.identity))
 
 
-def _check_shapes(checkpoint: Checkpoint, parameter: Parameter, by_row: bool) -> None:
+def _check_shapes(checkpoint: Checkpoint, parameter: StoredParameter, by_row: bool) -> None:
     v = ("v_row", parameter.shape[:1]) if by_row else ("v_element", parameter.shape)
     for kind, shape in (("param", parameter.shape), ("exp_avg", parameter.shape), v):
-        found = checkpoint.tensors[f"{PREFIX}{kind}.{parameter.key}"].shape
+        found = checkpoint.tensors[state_key(kind, parameter.key)].shape
         if found != shape:
             raise CorruptError(
                 f"{checkpoint.folder}: {kind} of {parameter.key!r} has shape {list(found)}, the "

@@ -13,28 +13,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_adam_mini.adam_rules import ADAM_PREFIX, MAIN_PARAM, PLAIN_MAIN_PARAM
+from megatron_adam_mini.adam_rules import MAIN_PARAM, PLAIN_MAIN_PARAM, adam_key
 from megatron_adam_mini.checkpoint.chunks import ChunkReader, StoredChunk
 from megatron_adam_mini.checkpoint.errors import CorruptError, UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint, StoredTensor, tiling_problem
 from megatron_adam_mini.convert.adam_state import unsound
-from megatron_adam_mini.convert.keys import (
-    PREFIX,
-    Parameter,
-    name_of,
-    parameter_of,
-)
 from megatron_adam_mini.convert.mini_state import MiniState, find_mini_state, stored_blocks
+from megatron_adam_mini.convert.parameters import StoredParameter, name_of, parameter_of
 from megatron_adam_mini.convert.progress import Progress
-from megatron_adam_mini.plan.manifest import FLAT_BUCKETS, config_of, manifest_hash
+from megatron_adam_mini.plan.manifest import (
+    FLAT_BUCKETS,
+    config_of,
+    manifest_hash,
+    state_key,
+)
 from megatron_adam_mini.plan.partition import ParameterInfo, rule_for
 from megatron_adam_mini.plan.roles import role_of
 
-_V = (f"{PREFIX}v_row.", f"{PREFIX}v_element.", f"{ADAM_PREFIX}exp_avg_sq.")
+#: How keys of v and of main parameters start, whichever optimizer wrote them.
+_V = (state_key("v_row", ""), state_key("v_element", ""), adam_key("exp_avg_sq", ""))
 _MAIN = (
-    f"{PREFIX}param.",
-    f"{ADAM_PREFIX}{MAIN_PARAM}.",
-    f"{ADAM_PREFIX}{PLAIN_MAIN_PARAM}.",
+    state_key("param", ""),
+    adam_key(MAIN_PARAM, ""),
+    adam_key(PLAIN_MAIN_PARAM, ""),
 )
 
 
@@ -176,12 +177,12 @@ def _check_adam_mini(checkpoint: Checkpoint, broken: set[str], findings: Finding
     listed = _parameters_in_manifest(state, findings)
     _check_manifest(state, listed, findings)
     for parameter in listed:
-        key = f"{PREFIX}v_row.{parameter.key}"
+        key = state_key("v_row", parameter.key)
         if key in checkpoint.tensors and key not in broken:
             _check_blocks(checkpoint, state, parameter, checkpoint.whole(key), findings)
 
 
-def _parameters_in_manifest(state: MiniState, findings: Findings) -> list[Parameter]:
+def _parameters_in_manifest(state: MiniState, findings: Findings) -> list[StoredParameter]:
     """Return the parameters that the manifest has; it must have all of them, and no other."""
     for parameter in state.parameters:
         if parameter.key not in state.rules:
@@ -192,7 +193,9 @@ def _parameters_in_manifest(state: MiniState, findings: Findings) -> list[Parame
     return [parameter for parameter in state.parameters if parameter.key in state.rules]
 
 
-def _check_manifest(state: MiniState, parameters: list[Parameter], findings: Findings) -> None:
+def _check_manifest(
+    state: MiniState, parameters: list[StoredParameter], findings: Findings
+) -> None:
     """Check that the options make the rules, and names, shapes and rules the hash."""
     config, hashed = config_of(state.identity), []
     for parameter in parameters:
@@ -221,7 +224,7 @@ def _check_manifest(state: MiniState, parameters: list[Parameter], findings: Fin
 def _check_blocks(
     checkpoint: Checkpoint,
     state: MiniState,
-    parameter: Parameter,
+    parameter: StoredParameter,
     rows: Tensor,
     findings: Findings,
 ) -> None:
@@ -248,6 +251,6 @@ def _check_blocks(
     odd = np.flatnonzero(first[labels].view(np.int32) != values.view(np.int32))
     if len(odd):
         findings.problems.append(
-            f"{PREFIX}v_row.{parameter.key}: row {odd[0]} holds {values[odd[0]]}, other rows of "
-            f"its block {first[labels[odd[0]]]}; {len(odd)} rows differ from their block."
+            f"{state_key('v_row', parameter.key)}: row {odd[0]} holds {values[odd[0]]}, other rows "
+            f"of its block {first[labels[odd[0]]]}; {len(odd)} rows differ from their block."
         )

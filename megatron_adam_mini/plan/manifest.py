@@ -52,6 +52,16 @@ class StoredRule(NamedTuple):
     num_blocks: int
 
 
+def state_key(kind: str, key: str) -> str:
+    """Return the key of one tensor of Adam-mini's state in a checkpoint.
+
+    Args:
+        kind: ``param``, ``exp_avg``, ``v_row`` or ``v_element``.
+        key: of the parameter, with its layer's number in it.
+    """
+    return f"{STATE_PREFIX}{kind}.{key}"
+
+
 # The manifest.
 
 
