@@ -147,10 +147,10 @@ def _open(path: Path) -> Any:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from megatron_adam_mini.convert.inspection import in_words, inspect
+    from megatron_adam_mini.convert.inspection import as_text, inspect
 
     report = inspect(_open(args.checkpoint))
-    _say(json.dumps(report, default=str) if args.json else in_words(report))
+    _say(json.dumps(report, default=str) if args.json else as_text(report))
     return 0
 
 

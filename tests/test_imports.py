@@ -44,7 +44,7 @@ THIRD_PARTY = {
     "state": {"torch"},
     "kernels": {"numpy", "torch", "triton"},
     "engine": {"numpy", "torch"},
-    "convert": {"numpy", "torch"},
+    "convert": {"numpy", "torch", "tqdm"},
     "mcore": {"numpy", "torch", "megatron"},
     "cpu_host": {"torch"},
     "launch": set(),

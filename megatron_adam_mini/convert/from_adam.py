@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from megatron_adam_mini.adam_rules import ADAM_ONLY, ADAM_PREFIX
 from megatron_adam_mini.checkpoint.errors import UnreadableError
@@ -29,7 +30,7 @@ from megatron_adam_mini.convert.adam_state import (
 )
 from megatron_adam_mini.convert.keys import args_of, blocks_of
 from megatron_adam_mini.convert.parameters import StoredParameter, fold
-from megatron_adam_mini.convert.progress import Progress
+from megatron_adam_mini.convert.progress import bytes_bar
 from megatron_adam_mini.plan.manifest import MODEL_SPACE, identity_of, manifest_of, state_key
 from megatron_adam_mini.plan.partition import ParameterBlocks
 
@@ -47,7 +48,7 @@ def convert_from_adam(source: Checkpoint, writer: CheckpointWriter, config: Adam
     blocks = blocks_of([p for ps in parameters.values() for p in ps], args, config)
     identity = _identity(blocks, config, args)
     total = sum(source.tensors[k].num_bytes for key in state.model_keys for k in state.keys(key))
-    with Progress(total, "Adam -> Adam-mini") as progress:
+    with bytes_bar(total, "Adam -> Adam-mini") as progress:
         for layers in parameters.values():
             _convert_key(source, writer, state, layers, blocks, progress)
         writer.copy([k for k in source.tensors if not k.startswith(ADAM_PREFIX)])
@@ -61,7 +62,7 @@ def _convert_key(
     state: AdamState,
     layers: list[StoredParameter],
     blocks: dict[str, ParameterBlocks],
-    progress: Progress,
+    progress: tqdm,
 ) -> None:
     model_key = layers[0].model_key
     main_key, m_key, v_key = (source.tensors[key] for key in state.keys(model_key))
@@ -72,7 +73,7 @@ def _convert_key(
                 refuse_unsound(source, stored.key, count, window.numel())
             for layer, rest, values in by_layer(layers, offset, window):
                 writer.add(state_key(kind, layer.key), layer.shape, rest, values.float())
-            progress.advance(window.nbytes)
+            progress.update(window.nbytes)
     for number, sums in _convert_v(source, writer, v_key, layers, blocks, progress).items():
         parameter = layers[number]
         rows = means_of_blocks(blocks[parameter.key], sums)
@@ -85,7 +86,7 @@ def _convert_v(
     stored: StoredTensor,
     layers: list[StoredParameter],
     blocks: dict[str, ParameterBlocks],
-    progress: Progress,
+    progress: tqdm,
 ) -> dict[int, Tensor]:
     """Write v that stays per element; return sums over rows, by layer, of the rest."""
     sums: dict[int, Tensor] = {
@@ -101,7 +102,7 @@ def _convert_v(
                 of_rows = values.double().reshape(len(values), -1).sum(dim=1)
                 row_sums = sums[layer.layer[0] if layer.layer else 0]
                 row_sums[rest[0] : rest[0] + len(values)] += of_rows
-        progress.advance(window.nbytes)
+        progress.update(window.nbytes)
     return sums
 
 
@@ -137,7 +138,7 @@ def by_layer(
 def _identity(
     blocks: dict[str, ParameterBlocks], config: AdamMiniConfig, args: Any
 ) -> dict[str, Any]:
-    """Return what the new checkpoint says of its state; ``args`` are those of the run that saved."""
+    """Return what the new checkpoint says of its state; ``args`` are of the run that saved."""
     sizes = {
         "tensor": "tensor_model_parallel_size",
         "pipeline": "pipeline_model_parallel_size",

@@ -21,7 +21,7 @@ from megatron_adam_mini.convert.from_adam import means_of_blocks
 from megatron_adam_mini.convert.llama import Part, parts_of, read_llama
 from megatron_adam_mini.convert.mini_state import MiniState
 from megatron_adam_mini.convert.parameters import StoredParameter
-from megatron_adam_mini.convert.progress import Progress
+from megatron_adam_mini.convert.progress import bytes_bar
 from megatron_adam_mini.convert.public_state import PublicFile, PublicParameter
 from megatron_adam_mini.plan.manifest import STATE_PREFIX, VOCABULARY_ROLES, are_unions, state_key
 from megatron_adam_mini.plan.partition import ParameterBlocks
@@ -53,14 +53,14 @@ def convert_from_public(file: PublicFile, template: Checkpoint, writer: Checkpoi
     used: set[str] = set()
     steps = set()
     total = sum(template.tensors[state_key("param", p.key)].num_bytes for p in state.parameters)
-    with Progress(total, "public -> Adam-mini") as progress:
+    with bytes_bar(total, "public -> Adam-mini") as progress:
         for parameter in state.parameters:
             parts = parts_of(parameter.key, parameter.shape[0], heads)
             used |= {part.name for part in parts}
             found = [file.parameter(part.name, heads.head_dim) for part in parts]
             steps |= {part.step for part in found}
             _write(template, writer, parameter, blocks[parameter.key], parts, found)
-            progress.advance(4 * int(np.prod(parameter.shape)))
+            progress.update(4 * int(np.prod(parameter.shape)))
         unused = sorted(set(file.names) - {name.lower() for name in used})
         if unused:
             raise UnreadableError(f"The file has parameters that the template lacks: {unused[:5]}.")

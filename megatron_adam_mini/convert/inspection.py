@@ -7,14 +7,11 @@ from typing import Any
 
 from megatron_adam_mini.adam_rules import ADAM_PREFIX, steps_of
 from megatron_adam_mini.checkpoint.reader import COMMON_KEY, Checkpoint
-from megatron_adam_mini.convert.progress import size
 from megatron_adam_mini.plan.manifest import STATE_PREFIX
-
-_SHOWN = 12
 
 
 def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return a report of plain values: step, layout, rules, blocks, bytes by kind, the rest."""
+    """Return a report of plain values: step, format, rules, blocks, bytes by kind, the rest."""
     common, optimizer = checkpoint.common, checkpoint.optimizer
     identity = optimizer.get("adam_mini")
     chunks = [chunk for tensor in checkpoint.tensors.values() for chunk in tensor.chunks]
@@ -58,7 +55,7 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
     return report
 
 
-def in_words(report: dict[str, Any]) -> str:
+def as_text(report: dict[str, Any]) -> str:
     """Return the report for people."""
     lines = [
         report["checkpoint"],
@@ -71,13 +68,13 @@ def in_words(report: dict[str, Any]) -> str:
         options = " value-as-block" if mini["value_as_block"] else ""
         options += "".join(f" {pattern}={rule}" for pattern, rule in mini["overrides"])
         lines += [
-            f"  layout        {mini['layout']}, saved from {sizes}",
+            f"  format        {mini['layout']}, saved from {sizes}",
             f"  partition     {mini['preset']}{options}, manifest {mini['manifest_hash']}",
             f"  blocks        {mini['blocks']:,} for {mini['elements']:,} elements of "
             f"{mini['parameters']} parameters",
         ]
     for kind, count in report["bytes"].items():
-        lines.append(f"  {kind:<13} {size(count)} ({count:,} bytes)")
+        lines.append(f"  {kind:<13} {_size(count)} ({count:,} bytes)")
     lines.append(
         f"  stored as     {report['tensors']} tensors in {report['chunks']} chunks, "
         f"{report['objects']} objects, {report['files']} files"
@@ -119,6 +116,14 @@ def _bytes_by_kind(checkpoint: Checkpoint) -> dict[str, int]:
         chunk.length for key, chunk in checkpoint.objects.items() if key != COMMON_KEY
     )
     return {kind: count for kind, count in found.items() if count}
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
 
 
 def _or_dash(value: Any) -> Any:

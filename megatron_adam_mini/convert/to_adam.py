@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from tqdm import tqdm
 
 from megatron_adam_mini.adam_rules import ADAM_ONLY, adam_key
 from megatron_adam_mini.checkpoint.errors import CorruptError
@@ -16,7 +17,7 @@ from megatron_adam_mini.checkpoint.reader import Checkpoint, tiling_problem
 from megatron_adam_mini.checkpoint.writer import CheckpointWriter
 from megatron_adam_mini.convert.mini_state import MiniState, find_mini_state
 from megatron_adam_mini.convert.parameters import StoredParameter
-from megatron_adam_mini.convert.progress import Progress
+from megatron_adam_mini.convert.progress import bytes_bar
 from megatron_adam_mini.plan.manifest import STATE_PREFIX, state_key
 
 
@@ -33,7 +34,7 @@ def convert_to_adam(source: Checkpoint, writer: CheckpointWriter) -> None:
         for p in state.parameters
         for kind in ("param", "exp_avg", "exp_avg")
     )
-    with Progress(total, "Adam-mini -> Adam") as progress:
+    with bytes_bar(total, "Adam-mini -> Adam") as progress:
         for parameter in state.parameters:
             _convert_parameter(source, writer, state, parameter, progress)
         writer.copy([key for key in source.tensors if not key.startswith(STATE_PREFIX)])
@@ -46,7 +47,7 @@ def _convert_parameter(
     writer: CheckpointWriter,
     state: MiniState,
     parameter: StoredParameter,
-    progress: Progress,
+    progress: tqdm,
 ) -> None:
     def add(kind: str, offset: tuple[int, ...], values: Tensor) -> None:
         lead = (1,) * len(parameter.layer)
@@ -56,7 +57,7 @@ def _convert_parameter(
             (*parameter.layer, *offset),
             values.reshape(lead + tuple(values.shape)),
         )
-        progress.advance(values.nbytes)
+        progress.update(values.nbytes)
 
     for kind in ("param", "exp_avg"):
         stored = source.tensors[state_key(kind, parameter.key)]

@@ -17,7 +17,7 @@ from megatron_adam_mini.checkpoint.reader import Checkpoint
 from megatron_adam_mini.convert.llama import Part, order_of, parts_of, read_llama
 from megatron_adam_mini.convert.mini_state import MiniState
 from megatron_adam_mini.convert.parameters import StoredParameter
-from megatron_adam_mini.convert.progress import Progress
+from megatron_adam_mini.convert.progress import bytes_bar
 from megatron_adam_mini.convert.public_state import state_of
 from megatron_adam_mini.plan.manifest import are_unions, state_key
 from megatron_adam_mini.plan.partition import IntArray, ParameterBlocks
@@ -37,7 +37,7 @@ def public_content(source: Checkpoint) -> dict[str, Any]:
     weights: dict[str, Tensor] = {}
     states: dict[str, dict[str, Any]] = {}
     total = sum(source.tensors[state_key("param", p.key)].num_bytes for p in state.parameters)
-    with Progress(total, "Adam-mini -> public") as progress:
+    with bytes_bar(total, "Adam-mini -> public") as progress:
         for parameter in state.parameters:
             main = source.whole(state_key("param", parameter.key))
             exp_avg = source.whole(state_key("exp_avg", parameter.key))
@@ -48,7 +48,7 @@ def public_content(source: Checkpoint) -> dict[str, Any]:
                 vmean = _vmean(part.name, v[rows], labels[rows], parameter, heads.head_dim)
                 weights[part.name] = main[place]
                 states[part.name] = state_of(part.name, exp_avg[place], vmean, state.step)
-            progress.advance(main.nbytes)
+            progress.update(main.nbytes)
     names = sorted(weights, key=order_of)
     model = {name: weights[name] for name in names}
     if _OUTPUT not in model and _EMBEDDING in model:  # tied: one parameter under two names

@@ -20,7 +20,7 @@ from megatron_adam_mini.checkpoint.reader import Checkpoint, StoredTensor, tilin
 from megatron_adam_mini.convert.adam_state import unsound
 from megatron_adam_mini.convert.mini_state import MiniState, find_mini_state, stored_blocks
 from megatron_adam_mini.convert.parameters import StoredParameter, name_of, parameter_of
-from megatron_adam_mini.convert.progress import Progress
+from megatron_adam_mini.convert.progress import bytes_bar
 from megatron_adam_mini.plan.manifest import (
     FLAT_BUCKETS,
     config_of,
@@ -74,7 +74,7 @@ def verify(checkpoint: Checkpoint) -> Findings:
         "elements": sum(math.prod(t.shape) for t in checkpoint.tensors.values()),
     }
     broken = set()
-    with Progress(sum(chunk.length for chunk in chunks), "verify") as progress:
+    with bytes_bar(sum(chunk.length for chunk in chunks), "verify") as progress:
         for tensor in checkpoint.tensors.values():
             before = len(findings.problems)
             problem = tiling_problem(tensor)
@@ -82,7 +82,7 @@ def verify(checkpoint: Checkpoint) -> Findings:
                 findings.problems.append(problem)
             for chunk in tensor.chunks:
                 _check_tensor_chunk(tensor, chunk, findings)
-                progress.advance(chunk.length)
+                progress.update(chunk.length)
             if len(findings.problems) > before:
                 broken.add(tensor.key)
         for chunk in checkpoint.objects.values():
@@ -91,7 +91,7 @@ def verify(checkpoint: Checkpoint) -> Findings:
                     reader.check_members()
             except CorruptError as error:
                 findings.problems.append(str(error))
-            progress.advance(chunk.length)
+            progress.update(chunk.length)
     referenced = {chunk.path.name for chunk in chunks}
     for path in sorted(checkpoint.folder.glob("*.distcp")):
         if path.name not in referenced:
