@@ -447,8 +447,8 @@ def test_megatron_writes_fully_reshardable_state_as_it_holds_it(tmp_path: Path) 
         held = whole_tensors([r[0] for r in ranks], key, job)
         # The buffer begins with the output layer, whose bucket nothing precedes.
         first, last = "output_layer.weight", "embedding.word_embeddings.weight"
-        assert torch.equal(checkpoint.whole(f"optimizer.state.{key}.{first}"), held[first])
-        if not torch.equal(checkpoint.whole(f"optimizer.state.{key}.{last}"), held[last]):
+        assert torch.equal(checkpoint.read(f"optimizer.state.{key}.{first}"), held[first])
+        if not torch.equal(checkpoint.read(f"optimizer.state.{key}.{last}"), held[last]):
             raise UpstreamError(f"{key} of {last}")
 
 

@@ -106,7 +106,9 @@ def find_adam_state(checkpoint: Checkpoint) -> AdamState:
     return state
 
 
-def unsound(checkpoint: Checkpoint, model_key: str, offset: tuple[int, ...], main: Tensor) -> int:
+def count_unsound(
+    checkpoint: Checkpoint, model_key: str, offset: tuple[int, ...], main: Tensor
+) -> int:
     """Return in how many elements main parameters, rounded, differ from the stored weights.
 
     Args:

@@ -24,9 +24,9 @@ from megatron_adam_mini.checkpoint.writer import CheckpointWriter
 from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.convert.adam_state import (
     AdamState,
+    count_unsound,
     find_adam_state,
     refuse_unsound,
-    unsound,
 )
 from megatron_adam_mini.convert.keys import args_of, blocks_of
 from megatron_adam_mini.convert.parameters import StoredParameter, fold
@@ -69,7 +69,7 @@ def _convert_key(
     for kind, stored in (("param", main_key), ("exp_avg", m_key)):
         for offset, window in source.windows(stored):
             if kind == "param":
-                count = unsound(source, model_key, offset, window)
+                count = count_unsound(source, model_key, offset, window)
                 refuse_unsound(source, stored.key, count, window.numel())
             for layer, rest, values in by_layer(layers, offset, window):
                 writer.add(state_key(kind, layer.key), layer.shape, rest, values.float())

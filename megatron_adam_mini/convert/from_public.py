@@ -18,7 +18,7 @@ from megatron_adam_mini.checkpoint.errors import CorruptError, UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint
 from megatron_adam_mini.checkpoint.writer import CheckpointWriter
 from megatron_adam_mini.convert.from_adam import means_of_blocks
-from megatron_adam_mini.convert.llama import Part, parts_of, read_llama
+from megatron_adam_mini.convert.llama import HuggingFaceParameter, parts_of, read_llama
 from megatron_adam_mini.convert.mini_state import MiniState
 from megatron_adam_mini.convert.parameters import StoredParameter
 from megatron_adam_mini.convert.progress import bytes_bar
@@ -78,7 +78,7 @@ def _write(
     writer: CheckpointWriter,
     parameter: StoredParameter,
     blocks: ParameterBlocks,
-    parts: tuple[Part, ...],
+    parts: tuple[HuggingFaceParameter, ...],
     found: list[PublicParameter],
 ) -> None:
     """Write weights, main parameters, m and v of one parameter."""
@@ -112,8 +112,8 @@ def _write(
     lead = (1,) * len(parameter.layer)
     for offset, size in boxes_of(parameter.shape):
         box = tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))
-        for kind, whole in tensors.items():
-            writer.add(state_key(kind, parameter.key), parameter.shape, offset, whole[box])
+        for kind, tensor in tensors.items():
+            writer.add(state_key(kind, parameter.key), parameter.shape, offset, tensor[box])
         writer.add(
             parameter.model_key,
             parameter.model_shape,
@@ -123,7 +123,10 @@ def _write(
 
 
 def _refuse_finer(
-    parameter: StoredParameter, parts: tuple[Part, ...], blocks: ParameterBlocks, labels: Any
+    parameter: StoredParameter,
+    parts: tuple[HuggingFaceParameter, ...],
+    blocks: ParameterBlocks,
+    labels: Any,
 ) -> None:
     """Refuse a partition that needs more numbers than the file has.
 

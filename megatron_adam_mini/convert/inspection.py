@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_adam_mini.adam_rules import ADAM_PREFIX, steps_of
 from megatron_adam_mini.checkpoint.reader import COMMON_KEY, Checkpoint
-from megatron_adam_mini.plan.manifest import STATE_PREFIX
+from megatron_adam_mini.plan.manifest import STATE_PREFIX, format_of
 
 
 def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
         report["versions"]["adam_mini_format"] = identity["format"]
         report["versions"]["adam_mini_rules"] = identity["partition"]["rule_version"]
         report["adam_mini"] = {
-            "layout": identity["layout"],
+            "layout": format_of(identity),
             "saved_from": identity["saved_from"],
             "preset": identity["partition"]["preset"],
             "value_as_block": identity["partition"]["value_as_block"],

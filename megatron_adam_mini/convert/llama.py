@@ -59,7 +59,7 @@ _ORDER = (
 
 
 @dataclass(frozen=True)
-class Part:
+class HuggingFaceParameter:
     """A Hugging Face parameter within a Megatron one.
 
     Attributes:
@@ -99,7 +99,7 @@ def read_llama(checkpoint: Checkpoint) -> Llama:
     return Llama(state, args, heads_of(args), blocks)
 
 
-def parts_of(key: str, num_rows: int, heads: HeadGeometry) -> tuple[Part, ...]:
+def parts_of(key: str, num_rows: int, heads: HeadGeometry) -> tuple[HuggingFaceParameter, ...]:
     """Return what a parameter of Megatron is made of.
 
     Args:
@@ -111,7 +111,7 @@ def parts_of(key: str, num_rows: int, heads: HeadGeometry) -> tuple[Part, ...]:
         UnreadableError: Llama has no such parameter.
     """
     if key in _OUTER:
-        return (Part(_OUTER[key], np.arange(num_rows)),)
+        return (HuggingFaceParameter(_OUTER[key], np.arange(num_rows)),)
     match = _LAYER.match(key)
     names = _WITHIN.get(match[2]) if match else None
     if match is None or names is None:
@@ -124,10 +124,12 @@ def parts_of(key: str, num_rows: int, heads: HeadGeometry) -> tuple[Part, ...]:
         rows = _qkv_rows(heads, num_rows)
     else:
         rows = np.split(np.arange(num_rows), len(names))
-    return tuple(Part(prefix + name, r) for name, r in zip(names, rows, strict=True))
+    return tuple(
+        HuggingFaceParameter(prefix + name, r) for name, r in zip(names, rows, strict=True)
+    )
 
 
-def order_of(name: str) -> tuple[int, int, int]:
+def sort_key_of(name: str) -> tuple[int, int, int]:
     """Return a sort key that gives the order of ``named_parameters()``."""
     place = next(i for i, part in enumerate(_ORDER) if part in name)
     match = re.match(r"model\.layers\.(\d+)\.", name)

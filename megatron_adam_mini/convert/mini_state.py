@@ -19,6 +19,7 @@ from megatron_adam_mini.plan.manifest import (
     STATE_PREFIX,
     StoredRule,
     config_of,
+    format_of,
     format_problem,
     state_key,
     stored_rules,
@@ -63,9 +64,9 @@ def find_mini_state(checkpoint: Checkpoint) -> MiniState:
     problem = format_problem(identity)
     if problem:
         raise UnreadableError(f"{checkpoint.folder} {problem}")
-    if identity["layout"] != MODEL_SPACE:
+    if format_of(identity) != MODEL_SPACE:
         raise UnreadableError(
-            f"{checkpoint.folder} holds Adam-mini's state as {identity['layout']!r}, flat buckets "
+            f"{checkpoint.folder} holds Adam-mini's state as {format_of(identity)!r}, flat buckets "
             "whose contents depend on the layout. Load it in its own run and save it again with "
             "--dist-ckpt-optim-fully-reshardable."
         )

@@ -70,7 +70,7 @@ def _convert_parameter(
         for offset, window in source.windows(source.tensors[state_key("v_element", parameter.key)]):
             add("exp_avg_sq", offset, window)
         return
-    rows = source.whole(state_key("v_row", parameter.key))
+    rows = source.read(state_key("v_row", parameter.key))
     narrow = (1,) * (len(parameter.shape) - 1)
     # The boxes of m, so that the three tensors of a parameter have one grid.
     for chunk_offset, window in source.windows(source.tensors[state_key("exp_avg", parameter.key)]):

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from megatron_adam_mini.checkpoint.errors import UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint
-from megatron_adam_mini.convert.llama import Part, order_of, parts_of, read_llama
+from megatron_adam_mini.convert.llama import HuggingFaceParameter, parts_of, read_llama, sort_key_of
 from megatron_adam_mini.convert.mini_state import MiniState
 from megatron_adam_mini.convert.parameters import StoredParameter
 from megatron_adam_mini.convert.progress import bytes_bar
-from megatron_adam_mini.convert.public_state import state_of
+from megatron_adam_mini.convert.public_state import entry_of
 from megatron_adam_mini.plan.manifest import are_unions, state_key
 from megatron_adam_mini.plan.partition import IntArray, ParameterBlocks
 
@@ -39,17 +39,17 @@ def public_content(source: Checkpoint) -> dict[str, Any]:
     total = sum(source.tensors[state_key("param", p.key)].num_bytes for p in state.parameters)
     with bytes_bar(total, "Adam-mini -> public") as progress:
         for parameter in state.parameters:
-            main = source.whole(state_key("param", parameter.key))
-            exp_avg = source.whole(state_key("exp_avg", parameter.key))
+            main = source.read(state_key("param", parameter.key))
+            exp_avg = source.read(state_key("exp_avg", parameter.key))
             v, labels = _v_of_rows(source, state, parameter, blocks[parameter.key])
             for part in parts_of(parameter.key, parameter.shape[0], heads):
                 rows = _without_padding(part, llama.args)
                 place = torch.from_numpy(rows)
                 vmean = _vmean(part.name, v[rows], labels[rows], parameter, heads.head_dim)
                 weights[part.name] = main[place]
-                states[part.name] = state_of(part.name, exp_avg[place], vmean, state.step)
+                states[part.name] = entry_of(part.name, exp_avg[place], vmean, state.step)
             progress.update(main.nbytes)
-    names = sorted(weights, key=order_of)
+    names = sorted(weights, key=sort_key_of)
     model = {name: weights[name] for name in names}
     if _OUTPUT not in model and _EMBEDDING in model:  # tied: one parameter under two names
         model[_OUTPUT] = model[_EMBEDDING]
@@ -68,10 +68,10 @@ def _v_of_rows(
 ) -> tuple[IntArray, IntArray]:
     """Return v of each row (the mean where every element has its own) and the row's block."""
     if parameter.key in state.elementwise:
-        values = source.whole(state_key("v_element", parameter.key)).double()
+        values = source.read(state_key("v_element", parameter.key)).double()
         rows = values.reshape(len(values), -1).mean(dim=1)
         return rows.numpy(), np.arange(len(values))
-    rows = source.whole(state_key("v_row", parameter.key))
+    rows = source.read(state_key("v_row", parameter.key))
     assert blocks.pattern is not None  # v is per row, see mini_state
     return rows.double().numpy(), blocks.pattern.block_of_rows()
 
@@ -100,7 +100,7 @@ def _vmean(
     return torch.from_numpy(means.astype(np.float32))
 
 
-def _without_padding(part: Part, args: Any) -> IntArray:
+def _without_padding(part: HuggingFaceParameter, args: Any) -> IntArray:
     size = getattr(args, "vocab_size", None)
     if part.name in (_EMBEDDING, _OUTPUT) and size:
         return part.rows[:size]

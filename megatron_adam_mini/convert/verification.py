@@ -17,13 +17,14 @@ from megatron_adam_mini.adam_rules import MAIN_PARAM, PLAIN_MAIN_PARAM, adam_key
 from megatron_adam_mini.checkpoint.chunks import ChunkReader, StoredChunk
 from megatron_adam_mini.checkpoint.errors import CorruptError, UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint, StoredTensor, tiling_problem
-from megatron_adam_mini.convert.adam_state import unsound
+from megatron_adam_mini.convert.adam_state import count_unsound
 from megatron_adam_mini.convert.mini_state import MiniState, find_mini_state, stored_blocks
 from megatron_adam_mini.convert.parameters import StoredParameter, name_of, parameter_of
 from megatron_adam_mini.convert.progress import bytes_bar
 from megatron_adam_mini.plan.manifest import (
     FLAT_BUCKETS,
     config_of,
+    format_of,
     manifest_hash,
     state_key,
 )
@@ -139,7 +140,7 @@ def _check_masters(checkpoint: Checkpoint, broken: set[str], findings: Findings)
         count = 0
         for offset, window in checkpoint.windows(stored):
             lead = window.reshape((1,) * len(layer) + tuple(window.shape))
-            count += unsound(checkpoint, model_key, (*layer, *offset), lead)
+            count += count_unsound(checkpoint, model_key, (*layer, *offset), lead)
         if count:
             findings.problems.append(
                 f"{key}: rounded to the weights' type, {count} of {math.prod(stored.shape)} main "
@@ -166,7 +167,7 @@ def _check_adam_mini(checkpoint: Checkpoint, broken: set[str], findings: Finding
     step = checkpoint.optimizer.get("step")
     if not isinstance(step, int) or step < 0:
         findings.problems.append(f"The optimizer's step is {step!r}; it must be 0 or more.")
-    if identity.get("layout") == FLAT_BUCKETS:
+    if format_of(identity) == FLAT_BUCKETS:
         findings.notes.append(f"Flat buckets ({FLAT_BUCKETS}): blocks are not checked.")
         return
     try:
@@ -179,7 +180,7 @@ def _check_adam_mini(checkpoint: Checkpoint, broken: set[str], findings: Finding
     for parameter in listed:
         key = state_key("v_row", parameter.key)
         if key in checkpoint.tensors and key not in broken:
-            _check_blocks(checkpoint, state, parameter, checkpoint.whole(key), findings)
+            _check_blocks(checkpoint, state, parameter, checkpoint.read(key), findings)
 
 
 def _parameters_in_manifest(state: MiniState, findings: Findings) -> list[StoredParameter]:

@@ -65,7 +65,7 @@ def wrap_load_common(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def load(checkpoint_dir: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if checkpoint_dir is not None and _check_asked():
+        if checkpoint_dir is not None and _checks_files():
             entry = Checkpoint(Path(checkpoint_dir)).objects.get(COMMON_KEY)
             if entry is not None:  # else a file of its own, which Megatron reads safely
                 refuse_foreign_classes(entry)
@@ -120,7 +120,7 @@ def check_share(folder: Path, rank: int, size: int) -> None:
             raise ValueError(f"{key}: {problem}")
 
 
-def _check_asked() -> bool:
+def _checks_files() -> bool:
     """Return whether this run checks files, as far as Megatron's arguments tell already."""
     training = sys.modules.get("megatron.training.global_vars")
     args = getattr(training, "_GLOBAL_ARGS", None)

@@ -146,7 +146,7 @@ def identity_of(
     """
     return {
         "format": FORMAT_VERSION,
-        "layout": checkpoint_format,  # the key's name in all checkpoints there are
+        "layout": checkpoint_format,  # read with format_of; all checkpoints there are call it so
         "partition": partition_fields(config),
         "manifest_hash": manifest["hash"],
         "rules": {e["key"]: [e["rule"], e["blocks"]] for e in manifest["parameters"]},
@@ -162,6 +162,12 @@ def config_of(identity: Mapping[str, Any]) -> AdamMiniConfig:
         value_as_block=partition["value_as_block"],
         rules=tuple((pattern, rule) for pattern, rule in partition["overrides"]),
     )
+
+
+def format_of(identity: Mapping[str, Any]) -> str:
+    """Return a checkpoint's format: ``MODEL_SPACE`` or ``FLAT_BUCKETS``."""
+    checkpoint_format: str = identity["layout"]
+    return checkpoint_format
 
 
 def format_problem(identity: Mapping[str, Any]) -> str | None:
