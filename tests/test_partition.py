@@ -308,6 +308,10 @@ def test_manifest_hash_does_not_depend_on_vocabulary_padding(preset):
     assert short["elements"] != long["elements"]
 
 
+def test_manifest_hash_is_that_of_the_checkpoints_there_are():
+    assert manifest(model(1))["hash"] == "ac12142e2bd992a2"
+
+
 def test_manifest_hash_depends_on_rules_names_and_shapes():
     variants = [
         manifest(model(1)),
