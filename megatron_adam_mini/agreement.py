@@ -13,7 +13,7 @@ from typing import Any
 from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_adam_mini.config import short_hash
+from megatron_adam_mini.plan.manifest import short_hash
 
 
 @dataclass(frozen=True)

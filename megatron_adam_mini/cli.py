@@ -1,6 +1,7 @@
 """``megatron-adam-mini``: plan memory; look at checkpoints, check them, convert them.
 
-No GPU, no Megatron. Imports ``config`` and, once a command runs, ``convert`` or ``estimate``.
+No GPU, no Megatron. Imports ``config``, ``partition_flags`` and, once a command runs, ``convert``
+or ``estimate``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_adam_mini import __version__
-from megatron_adam_mini.config import PRESETS, AdamMiniConfig, read_rules
+from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.partition_flags import RUN_PREFIX, add_partition_flags, partition_config
 
 _CODES = """exit codes:
   0  done, and nothing wrong was found
@@ -118,10 +120,7 @@ def _add_convert(commands: Any) -> None:
         "will do), which gives everything that the file does not hold",
     )
     group = parser.add_argument_group("partition, for --to adam-mini (as the flags of a run)")
-    group.add_argument("--preset", choices=PRESETS, default=AdamMiniConfig.preset)
-    group.add_argument("--value-as-block", action="store_true")
-    group.add_argument("--full-v", nargs="+", default=[], metavar="PATTERN")
-    group.add_argument("--rules", metavar="FILE")
+    add_partition_flags(group)
 
 
 def _add_memory(commands: Any) -> None:
@@ -135,10 +134,7 @@ def _add_memory(commands: Any) -> None:
     )
     add_flags(parser)
     group = parser.add_argument_group("partition (as the flags of a run)")
-    group.add_argument("--adam-mini-preset", choices=PRESETS, default=AdamMiniConfig.preset)
-    group.add_argument("--adam-mini-value-as-block", action="store_true")
-    group.add_argument("--adam-mini-full-v", nargs="+", default=[], metavar="PATTERN")
-    group.add_argument("--adam-mini-rules", metavar="FILE")
+    add_partition_flags(group, prefix=RUN_PREFIX)
 
 
 _CKPT = "iteration folder (iter_0000010), or the folder of --save (its latest iteration)"
@@ -151,10 +147,10 @@ def _open(path: Path) -> Any:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from megatron_adam_mini.convert.inspection import in_words, inspect
+    from megatron_adam_mini.convert.inspection import as_text, inspect
 
     report = inspect(_open(args.checkpoint))
-    _say(json.dumps(report, default=str) if args.json else in_words(report))
+    _say(json.dumps(report, default=str) if args.json else as_text(report))
     return 0
 
 
@@ -177,12 +173,7 @@ def _verify(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from megatron_adam_mini.convert import conversions
 
-    config = AdamMiniConfig(
-        preset=args.preset,
-        value_as_block=args.value_as_block,
-        full_v=tuple(args.full_v),
-        rules=read_rules(args.rules) if args.rules else (),
-    )
+    config = partition_config(args)
     if args.to != "adam-mini" and config != AdamMiniConfig():
         raise ValueError("--preset, --value-as-block, --full-v and --rules need --to adam-mini.")
     if (args.like is None) != (args.source_kind is None):
@@ -204,12 +195,7 @@ def _memory(args: argparse.Namespace) -> int:
 
     if args.every_rank and not args.json:
         raise ValueError("--every-rank is for programs to read; add --json.")
-    options = AdamMiniConfig(
-        preset=args.adam_mini_preset,
-        value_as_block=args.adam_mini_value_as_block,
-        full_v=tuple(args.adam_mini_full_v),
-        rules=read_rules(args.adam_mini_rules) if args.adam_mini_rules else (),
-    )
+    options = partition_config(args, prefix=RUN_PREFIX)
     report = memory_report(model_of(args), parallel_of(args), options, every_rank=args.every_rank)
     _say(json.dumps(report) if args.json else in_words(report))
     return 0

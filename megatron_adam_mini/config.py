@@ -6,21 +6,8 @@ Data flow: command line or ``OptimizerConfig`` -> **AdamMiniConfig** -> partitio
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
-
-#: Raised whenever the same model and config would be cut into other blocks than before.
-RULE_VERSION = 1
-
-#: Raised when older code could not read the checkpoints that newer code writes.
-FORMAT_VERSION = 2
-
-#: Keys of Adam-mini's state in checkpoints start with it.
-STATE_PREFIX = "optimizer.adam_mini."
 
 #: How the table of roles is filled in; see ``partition.rule_for``.
 PRESETS = ("paper", "first", "tensor")
@@ -111,38 +98,10 @@ class AdamMiniConfig:
         """Return all ``(pattern, rule)`` pairs in the order in which they are tried."""
         return tuple((pattern, "element") for pattern in self.full_v) + self.rules
 
-    def partition_fields(self) -> dict[str, Any]:
-        """Return the part of the config that decides which elements share a second moment."""
-        return {
-            "rule_version": RULE_VERSION,
-            "preset": self.preset,
-            "value_as_block": self.value_as_block,
-            "overrides": [list(pair) for pair in self.overrides()],
-        }
-
     def step_fields(self) -> dict[str, Any]:
         """Return what must be equal on all ranks beyond the partition."""
         names = ("exp_avg_dtype", "stochastic_rounding", "param_remainders", "single_phase")
         return {name: getattr(self, name) for name in names}
-
-    def partition_hash(self) -> str:
-        """Return a short hash of :meth:`partition_fields`, equal wherever the rules are equal."""
-        return short_hash(self.partition_fields())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields as plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> AdamMiniConfig:
-        """Build a config from a mapping; unknown keys raise ``ValueError``."""
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(
-                f"Adam-mini options {unknown} are not known; allowed: {', '.join(sorted(known))}."
-            )
-        return cls(**values)
 
 
 def check_adam_values(
@@ -163,30 +122,6 @@ def check_adam_values(
         raise ValueError(f"eps={eps} is not allowed; it must be > 0 (the usual value is 1e-8).")
     if not weight_decay >= 0.0:
         raise ValueError(f"weight_decay={weight_decay} is not allowed; it must be >= 0.")
-
-
-def read_rules(path: str | Path) -> tuple[tuple[str, str], ...]:
-    """Read ``{"pattern": "rule", ...}`` from a JSON file, keeping its order.
-
-    Raises:
-        ValueError: the file does not exist, is no JSON object of strings, or is empty.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"Adam-mini rules file {str(path)!r} cannot be read: {error}") from error
-    if not isinstance(content, dict) or not content:
-        raise ValueError(
-            f"Adam-mini rules file {str(path)!r} must hold a JSON object that maps name patterns "
-            f"to one of {', '.join(RULES)}, and at least one of them."
-        )
-    return tuple((str(pattern), str(rule)) for pattern, rule in content.items())
-
-
-def short_hash(value: Any) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 of a JSON-serialisable value."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.gather import slices_of, weights_of
+from tests.gather import Part, slices_of, weights_of
 from tests.megatron_job import Job, Trainer, global_names
 from tests.ranks import run_ranks
 from tests.test_checkpoint import load, metadata_of, model_state
@@ -102,6 +102,16 @@ def load_and_train(job: Job, folder: str, steps: int) -> Any:
     for step in range(job.steps, job.steps + steps):
         trainer.step(step)
     return state, weights_of(trainer), trainer.losses
+
+
+def load_each(job: Job, folders: list[str]) -> list[list[Part]]:
+    """Load checkpoints one after the other; return the state after each, moved in between."""
+    trainer, found = Trainer(job), []
+    for folder in folders:
+        load(trainer, folder)
+        found.append(slices_of(trainer))
+        trainer.step(job.steps)
+    return found
 
 
 def _prepare_stock_adam(trainer: Trainer) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +11,8 @@ import torch
 
 from megatron_adam_mini.checkpoint.reader import Checkpoint
 from megatron_adam_mini.config import AdamMiniConfig
-from megatron_adam_mini.mcore.checkpoint_identity import partition_of_checkpoint
-from megatron_adam_mini.plan.partition import ParameterInfo, manifest_of, partition_parameter
+from megatron_adam_mini.plan.manifest import manifest_of, partition_fields, partition_of_checkpoint
+from megatron_adam_mini.plan.partition import ParameterInfo, partition_parameter
 from tests.gather import Part, nearest_bfloat16, slices_of, weights_of, whole_tensors
 from tests.megatron_job import Job, Trainer, global_names
 from tests.ranks import RankError, run_ranks
@@ -311,15 +310,13 @@ def test_checkpoints_whose_manifest_has_names_are_still_read() -> None:
     )
     blocks = [partition_parameter(info, config)]
     manifest = manifest_of([blocks[0].manifest_entry()], config)
-    optimizer: Any = SimpleNamespace(
-        engine=SimpleNamespace(config=config, parameters=blocks), manifest=manifest
-    )
-    saved = {"format": 1, "partition": config.partition_fields(), "manifest_hash": "another"}
+    saved = {"format": 1, "partition": partition_fields(config), "manifest_hash": "another"}
     for key in (info.name, info.key):
-        rules = {key: ["tensor", 1]}
-        assert partition_of_checkpoint(optimizer, {**saved, "rules": rules}) == blocks
+        identity = {**saved, "rules": {key: ["tensor", 1]}}
+        assert partition_of_checkpoint(identity, manifest, config, blocks) == blocks
+    identity = {**saved, "rules": {"other": ["tensor", 1]}}
     with pytest.raises(ValueError, match="run lacks it"):
-        partition_of_checkpoint(optimizer, {**saved, "rules": {"other": ["tensor", 1]}})
+        partition_of_checkpoint(identity, manifest, config, blocks)
 
 
 def test_patterns_of_another_implementation_count_by_what_they_did(tmp_path: Path) -> None:
@@ -450,8 +447,8 @@ def test_megatron_writes_fully_reshardable_state_as_it_holds_it(tmp_path: Path) 
         held = whole_tensors([r[0] for r in ranks], key, job)
         # The buffer begins with the output layer, whose bucket nothing precedes.
         first, last = "output_layer.weight", "embedding.word_embeddings.weight"
-        assert torch.equal(checkpoint.whole(f"optimizer.state.{key}.{first}"), held[first])
-        if not torch.equal(checkpoint.whole(f"optimizer.state.{key}.{last}"), held[last]):
+        assert torch.equal(checkpoint.read(f"optimizer.state.{key}.{first}"), held[first])
+        if not torch.equal(checkpoint.read(f"optimizer.state.{key}.{last}"), held[last]):
             raise UpstreamError(f"{key} of {last}")
 
 

@@ -27,6 +27,8 @@ DIM = JOB.hidden // JOB.heads
 
 #: Two float32 models and two optimizers that sum in other orders, after one step.
 TOLERANCE = {"rtol": 2e-4, "atol": 2e-6}
+#: One float32 loss from the same weights and tokens, computed by two implementations of a model.
+LOSS_TOLERANCE = 1e-5
 
 
 class Attention(nn.Module):
@@ -186,7 +188,7 @@ def test_the_public_optimizer_takes_megatrons_next_step(template, tmp_path):
     loss = public_step(model, optimizer, JOB.steps)
     result = tmp_path / "next"
     (losses,) = run_ranks(1, megatron_step, JOB, str(template), str(result))
-    assert losses[0] == pytest.approx(loss, rel=1e-5)
+    assert losses[0] == pytest.approx(loss, rel=LOSS_TOLERANCE)
     after = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     compare(public_file(result, tmp_path / "next.pt"), after)
 
@@ -204,7 +206,7 @@ def test_megatron_takes_the_public_optimizers_next_step(template, tmp_path):
     loss = public_step(model, optimizer, JOB.steps)
     result = tmp_path / "next"
     losses = run_ranks(2, megatron_step, replace(JOB, tp=2), str(tmp_path / "x"), str(result))
-    assert losses[0][0] == pytest.approx(loss, rel=1e-5)
+    assert losses[0][0] == pytest.approx(loss, rel=LOSS_TOLERANCE)
     after = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     compare(public_file(result, tmp_path / "next.pt"), after)
 

@@ -107,7 +107,7 @@ def tracker(folder: Path) -> str:
 def everything(folder: Path) -> dict[str, Any]:
     """Return all tensors of a checkpoint, and the state of the schedule."""
     checkpoint = Checkpoint(folder)
-    found: dict[str, Any] = {key: checkpoint.whole(key) for key in sorted(checkpoint.tensors)}
+    found: dict[str, Any] = {key: checkpoint.read(key) for key in sorted(checkpoint.tensors)}
     found["schedule"] = checkpoint.common["opt_param_scheduler"]
     found["groups"] = checkpoint.optimizer["param_groups"]
     found["step"] = checkpoint.optimizer["step"]

@@ -17,6 +17,9 @@ from megatron_adam_mini.checkpoint.chunks import StoredChunk
 from megatron_adam_mini.checkpoint.reader import Checkpoint, StoredTensor, tiling_problem
 from megatron_adam_mini.checkpoint.writer import CheckpointWriter
 from megatron_adam_mini.cli import main
+from megatron_adam_mini.convert.parameters import name_of, parameter_of
+from megatron_adam_mini.plan.manifest import manifest_hash
+from megatron_adam_mini.plan.roles import role_of
 from tests.adam_checkpoints import MINI, saved
 
 M_KEY = "optimizer.adam_mini.exp_avg.decoder.layers.1.mlp.linear_fc2.weight"
@@ -219,6 +222,26 @@ def test_a_manifest_that_does_not_fit_is_found(change, words, folder, capsys):
     optimizer = {**source.optimizer, "adam_mini": common}
     result = rewritten(folder, lambda _, v: v, {**source.common, "optimizer": optimizer})
     assert any(words in p for p in problems(result, capsys))
+
+
+def test_a_manifest_with_the_names_of_a_run_is_good(folder, capsys):
+    """As the first checkpoints have it; what was saved since then has keys."""
+    source = Checkpoint(folder)
+    identity = json.loads(json.dumps(source.optimizer["adam_mini"]))
+    names = {key: name_of(key, local=True) for key in identity["rules"]}
+    assert any(key != name for key, name in names.items())
+    identity["format"] = 1
+    identity["rules"] = {names[key]: rule for key, rule in identity["rules"].items()}
+    shapes = {names[key]: parameter_of(source, key).shape for key in names}
+    parameters = [
+        (name, shapes[name], role_of(name, len(shapes[name])), rule)
+        for name, (rule, _) in identity["rules"].items()
+    ]
+    identity["manifest_hash"] = manifest_hash(identity["partition"], parameters)
+    optimizer = {**source.optimizer, "adam_mini": identity}
+    content = {**source.content, "adam_mini": identity}
+    common = {**source.common, "optimizer": optimizer, "content_metadata": content}
+    assert problems(rewritten(folder, lambda _, value: value, common), capsys) == []
 
 
 @pytest.mark.parametrize(

@@ -172,14 +172,14 @@ class ChunkReader:
 
         Yields:
             Index of the box in the whole tensor of the key, and its values. The checksum is known
-            after the last one only: who writes what it reads must be able to take it back.
+            after the last one only: a caller that writes what it reads must be able to undo that.
         """
         header = self._header()
         if not header.contiguous:
-            whole = self._as_stored()
+            tensor = self._as_stored()
             for offset, shape in boxes_of(self.chunk.shape):
                 part = tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))
-                yield self._shift(offset), whole[part].contiguous()
+                yield self._shift(offset), tensor[part].contiguous()
             return
         try:
             with self._zip.open(header.member) as stream:

@@ -34,7 +34,7 @@ TRACKER_FILE = "latest_checkpointed_iteration.txt"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint: whole shape, dtype, and where its boxes are."""
+    """One tensor of a checkpoint: shape, dtype, and where its boxes are."""
 
     key: str
     shape: tuple[int, ...]
@@ -43,7 +43,7 @@ class StoredTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the whole tensor."""
+        """Bytes of all its elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -136,8 +136,8 @@ class Checkpoint:
             )
         return found
 
-    def whole(self, key: str) -> Tensor:
-        """Return a whole tensor with its checksums checked; for small ones."""
+    def read(self, key: str) -> Tensor:
+        """Return a tensor at once, its checksums checked; for what fits into memory."""
         tensor = self.tensors[key]
         problem = tiling_problem(tensor)
         if problem:

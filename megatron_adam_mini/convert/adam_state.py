@@ -13,9 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_adam_mini.adam_rules import (
+    ADAM_PREFIX,
+    MAIN_PARAM,
+    PLAIN_MAIN_PARAM,
+    UNSOUND_CAUSE,
+    adam_key,
+    steps_of,
+    steps_problem,
+)
 from megatron_adam_mini.checkpoint.errors import CorruptError, UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint, tiling_problem
-from megatron_adam_mini.convert.keys import ADAM_PREFIX, PREFIX, keys_by_kind
+from megatron_adam_mini.convert.parameters import keys_by_kind
+from megatron_adam_mini.plan.manifest import STATE_PREFIX
 from megatron_adam_mini.rounding import is_rounded
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,8 +49,11 @@ class AdamState:
 
     def keys(self, model_key: str) -> tuple[str, str, str]:
         """Return the keys of main parameter, m and v."""
-        moments = (f"{ADAM_PREFIX}{kind}.{model_key}" for kind in ("exp_avg", "exp_avg_sq"))
-        return (self.main_keys[model_key], *moments)  # type: ignore[return-value]
+        return (
+            self.main_keys[model_key],
+            adam_key("exp_avg", model_key),
+            adam_key("exp_avg_sq", model_key),
+        )
 
 
 def find_adam_state(checkpoint: Checkpoint) -> AdamState:
@@ -59,12 +72,16 @@ def find_adam_state(checkpoint: Checkpoint) -> AdamState:
             f"state is {sorted(kinds) or 'missing'}. Save it without --no-save-optim, with "
             "--optimizer adam."
         )
-    main = {key: f"{ADAM_PREFIX}param.{key}" for key in kinds.get("param", [])}
-    main |= {key: f"{ADAM_PREFIX}fp32_param.{key}" for key in kinds.get("fp32_param", [])}
-    known = set(kinds) - {"param", "fp32_param", "exp_avg", "exp_avg_sq"}
-    if known:
+    main = {
+        key: adam_key(kind, key)
+        for kind in (MAIN_PARAM, PLAIN_MAIN_PARAM)
+        for key in kinds.get(kind, [])
+    }
+    unknown = set(kinds) - {MAIN_PARAM, PLAIN_MAIN_PARAM, "exp_avg", "exp_avg_sq"}
+    if unknown:
         raise UnreadableError(
-            f"{checkpoint.folder} holds optimizer state {sorted(known)}, which Adam does not have."
+            f"{checkpoint.folder} holds optimizer state {sorted(unknown)}, which Adam does not "
+            "have."
         )
     for key in model_keys:
         weight = checkpoint.tensors.get(key)
@@ -78,15 +95,20 @@ def find_adam_state(checkpoint: Checkpoint) -> AdamState:
                 f"{checkpoint.folder}: {kind} and exp_avg do not agree about {odd!r}."
             )
     inner = checkpoint.optimizer.get("optimizer", {})
-    groups = inner.get("param_groups", [])
-    state = AdamState(tuple(model_keys), main, _step(checkpoint, inner, groups), groups)
+    steps = steps_of(inner)
+    problem = steps_problem(steps)
+    if problem:
+        raise CorruptError(f"{checkpoint.folder} {problem}")
+    state = AdamState(tuple(model_keys), main, steps[0], inner.get("param_groups", []))
     for key in model_keys:
         for stored in state.keys(key):
             _check_entry(checkpoint, key, stored)
     return state
 
 
-def unsound(checkpoint: Checkpoint, model_key: str, offset: tuple[int, ...], main: Tensor) -> int:
+def count_unsound(
+    checkpoint: Checkpoint, model_key: str, offset: tuple[int, ...], main: Tensor
+) -> int:
     """Return in how many elements main parameters, rounded, differ from the stored weights.
 
     Args:
@@ -109,16 +131,13 @@ def refuse_unsound(checkpoint: Checkpoint, key: str, count: int, numel: int) -> 
         raise CorruptError(
             f"{checkpoint.folder}: {key} is not the state of the stored model: rounded to the "
             f"weight's type, {count} of {numel} main parameters in one box differ from the weights."
-            " Megatron-Core 0.16.1 to 0.19.2 write wrong values with "
-            "--dist-ckpt-optim-fully-reshardable when a bucket is padded before the last one. "
-            "Save again from the run without that flag and load the result in an Adam-mini run, or "
-            "start from the weights alone with --no-load-optim."
+            f" {UNSOUND_CAUSE}"
         )
 
 
 def _refuse_other_formats(checkpoint: Checkpoint) -> None:
     optimizer = checkpoint.optimizer
-    if "adam_mini" in optimizer or any(key.startswith(PREFIX) for key in checkpoint.tensors):
+    if "adam_mini" in optimizer or any(key.startswith(STATE_PREFIX) for key in checkpoint.tensors):
         raise UnreadableError(f"{checkpoint.folder} holds the state of Adam-mini already.")
     sharding = checkpoint.content.get("distrib_optim_sharding_type")
     flat = any(
@@ -154,16 +173,3 @@ def _check_entry(checkpoint: Checkpoint, model_key: str, key: str) -> None:
     problem = tiling_problem(tensor)
     if problem:
         raise CorruptError(f"{checkpoint.folder}: {problem}")
-
-
-def _step(checkpoint: Checkpoint, inner: dict[str, Any], groups: list[dict[str, Any]]) -> int:
-    steps = {float(group["step"]) for group in groups if group.get("step") is not None}
-    common = inner.get("state", {}).get("common_step")
-    if common is not None:
-        steps.add(float(common))
-    if len(steps) != 1:
-        raise CorruptError(
-            f"{checkpoint.folder}: the parameter groups name the steps {sorted(steps)}; one number "
-            "is needed."
-        )
-    return int(steps.pop())

@@ -1,4 +1,4 @@
-"""The four conversions, from path to path: whole or not at all.
+"""The four conversions, from path to path: complete or not at all.
 
 Imports the modules of this folder; ``cli`` and scripts call it.
 """

@@ -15,49 +15,28 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from megatron_adam_mini.adam_rules import ADAM_ONLY, ADAM_PREFIX
 from megatron_adam_mini.checkpoint.errors import UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint, StoredTensor
 from megatron_adam_mini.checkpoint.writer import CheckpointWriter
 from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.convert.adam_state import (
     AdamState,
+    count_unsound,
     find_adam_state,
     refuse_unsound,
-    unsound,
 )
-from megatron_adam_mini.convert.keys import (
-    ADAM_PREFIX,
-    PREFIX,
-    Parameter,
-    args_of,
-    blocks_of,
-    fold,
-    identity_of,
-)
-from megatron_adam_mini.convert.progress import Progress
+from megatron_adam_mini.convert.keys import args_of, blocks_of
+from megatron_adam_mini.convert.parameters import StoredParameter, fold
+from megatron_adam_mini.convert.progress import bytes_bar
+from megatron_adam_mini.plan.manifest import MODEL_SPACE, identity_of, manifest_of, state_key
 from megatron_adam_mini.plan.partition import ParameterBlocks
 
-#: Options of torch's and Transformer Engine's Adam that Adam-mini does not have.
-ADAM_ONLY: dict[str, Any] = {
-    "amsgrad": False,
-    "maximize": False,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
-    "decoupled_weight_decay": True,
-    "bias_correction": True,
-}
 
-
-def convert_from_adam(
-    source: Checkpoint, writer: CheckpointWriter, config: AdamMiniConfig
-) -> dict[str, Any]:
+def convert_from_adam(source: Checkpoint, writer: CheckpointWriter, config: AdamMiniConfig) -> None:
     """Write ``source`` with the state of Adam-mini instead of Adam's.
-
-    Returns:
-        The identity of the new state.
 
     Raises:
         UnreadableError: no state of Adam, or one that cannot be converted.
@@ -67,48 +46,47 @@ def convert_from_adam(
     args = args_of(source)
     parameters = {key: list(fold(key, source.tensors[key].shape)) for key in state.model_keys}
     blocks = blocks_of([p for ps in parameters.values() for p in ps], args, config)
-    identity = identity_of(blocks, config, args, "adam")
+    identity = _identity(blocks, config, args)
     total = sum(source.tensors[k].num_bytes for key in state.model_keys for k in state.keys(key))
-    with Progress(total, "Adam -> Adam-mini") as progress:
+    with bytes_bar(total, "Adam -> Adam-mini") as progress:
         for layers in parameters.values():
             _convert_key(source, writer, state, layers, blocks, progress)
         writer.copy([k for k in source.tensors if not k.startswith(ADAM_PREFIX)])
         writer.copy(list(source.objects))
     writer.finish(_common(source, state, identity))
-    return identity
 
 
 def _convert_key(
     source: Checkpoint,
     writer: CheckpointWriter,
     state: AdamState,
-    layers: list[Parameter],
+    layers: list[StoredParameter],
     blocks: dict[str, ParameterBlocks],
-    progress: Progress,
+    progress: tqdm,
 ) -> None:
     model_key = layers[0].model_key
     main_key, m_key, v_key = (source.tensors[key] for key in state.keys(model_key))
     for kind, stored in (("param", main_key), ("exp_avg", m_key)):
         for offset, window in source.windows(stored):
             if kind == "param":
-                count = unsound(source, model_key, offset, window)
+                count = count_unsound(source, model_key, offset, window)
                 refuse_unsound(source, stored.key, count, window.numel())
             for layer, rest, values in by_layer(layers, offset, window):
-                writer.add(f"{PREFIX}{kind}.{layer.key}", layer.shape, rest, values.float())
-            progress.advance(window.nbytes)
+                writer.add(state_key(kind, layer.key), layer.shape, rest, values.float())
+            progress.update(window.nbytes)
     for number, sums in _convert_v(source, writer, v_key, layers, blocks, progress).items():
         parameter = layers[number]
         rows = means_of_blocks(blocks[parameter.key], sums)
-        writer.add(f"{PREFIX}v_row.{parameter.key}", parameter.shape[:1], (0,), rows)
+        writer.add(state_key("v_row", parameter.key), parameter.shape[:1], (0,), rows)
 
 
 def _convert_v(
     source: Checkpoint,
     writer: CheckpointWriter,
     stored: StoredTensor,
-    layers: list[Parameter],
+    layers: list[StoredParameter],
     blocks: dict[str, ParameterBlocks],
-    progress: Progress,
+    progress: tqdm,
 ) -> dict[int, Tensor]:
     """Write v that stays per element; return sums over rows, by layer, of the rest."""
     sums: dict[int, Tensor] = {
@@ -119,12 +97,12 @@ def _convert_v(
     for offset, window in source.windows(stored):
         for layer, rest, values in by_layer(layers, offset, window):
             if blocks[layer.key].pattern is None:
-                writer.add(f"{PREFIX}v_element.{layer.key}", layer.shape, rest, values.float())
+                writer.add(state_key("v_element", layer.key), layer.shape, rest, values.float())
             else:
                 of_rows = values.double().reshape(len(values), -1).sum(dim=1)
                 row_sums = sums[layer.layer[0] if layer.layer else 0]
                 row_sums[rest[0] : rest[0] + len(values)] += of_rows
-        progress.advance(window.nbytes)
+        progress.update(window.nbytes)
     return sums
 
 
@@ -147,14 +125,33 @@ def means_of_blocks(blocks: ParameterBlocks, sums: Tensor) -> Tensor:
 
 
 def by_layer(
-    layers: list[Parameter], offset: tuple[int, ...], window: Tensor
-) -> list[tuple[Parameter, tuple[int, ...], Tensor]]:
+    layers: list[StoredParameter], offset: tuple[int, ...], window: Tensor
+) -> list[tuple[StoredParameter, tuple[int, ...], Tensor]]:
     """Cut a box of a model key's tensor into boxes of its layers: layer, offset, values."""
     if not layers[0].layer:
         return [(layers[0], offset, window)]
     return [
         (layers[offset[0] + index], offset[1:], part) for index, part in enumerate(window.unbind(0))
     ]
+
+
+def _identity(
+    blocks: dict[str, ParameterBlocks], config: AdamMiniConfig, args: Any
+) -> dict[str, Any]:
+    """Return what the new checkpoint says of its state; ``args`` are of the run that saved."""
+    sizes = {
+        "tensor": "tensor_model_parallel_size",
+        "pipeline": "pipeline_model_parallel_size",
+        "context": "context_parallel_size",
+        "data": "data_parallel_size",
+    }
+    known = {key: getattr(args, name, None) for key, name in sizes.items()}
+    return identity_of(
+        manifest_of([b.manifest_entry() for b in blocks.values()], config),
+        config,
+        checkpoint_format=MODEL_SPACE,
+        saved_from={**{key: size for key, size in known.items() if size}, "converted_from": "adam"},
+    )
 
 
 def _common(source: Checkpoint, state: AdamState, identity: dict[str, Any]) -> dict[str, Any]:

@@ -18,14 +18,13 @@ from megatron_adam_mini.checkpoint.errors import CorruptError, UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint
 from megatron_adam_mini.checkpoint.writer import CheckpointWriter
 from megatron_adam_mini.convert.from_adam import means_of_blocks
-from megatron_adam_mini.convert.keys import PREFIX, Parameter
-from megatron_adam_mini.convert.llama import Part, parts_of, read_llama
+from megatron_adam_mini.convert.llama import HuggingFaceParameter, parts_of, read_llama
 from megatron_adam_mini.convert.mini_state import MiniState
-from megatron_adam_mini.convert.progress import Progress
+from megatron_adam_mini.convert.parameters import StoredParameter
+from megatron_adam_mini.convert.progress import bytes_bar
 from megatron_adam_mini.convert.public_state import PublicFile, PublicParameter
+from megatron_adam_mini.plan.manifest import STATE_PREFIX, VOCABULARY_ROLES, are_unions, state_key
 from megatron_adam_mini.plan.partition import ParameterBlocks
-
-_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def read_public_file(path: Path) -> PublicFile:
@@ -53,21 +52,23 @@ def convert_from_public(file: PublicFile, template: Checkpoint, writer: Checkpoi
     written = {p.model_key for p in state.parameters}
     used: set[str] = set()
     steps = set()
-    total = sum(template.tensors[f"{PREFIX}param.{p.key}"].num_bytes for p in state.parameters)
-    with Progress(total, "public -> Adam-mini") as progress:
+    total = sum(template.tensors[state_key("param", p.key)].num_bytes for p in state.parameters)
+    with bytes_bar(total, "public -> Adam-mini") as progress:
         for parameter in state.parameters:
             parts = parts_of(parameter.key, parameter.shape[0], heads)
             used |= {part.name for part in parts}
             found = [file.parameter(part.name, heads.head_dim) for part in parts]
             steps |= {part.step for part in found}
             _write(template, writer, parameter, blocks[parameter.key], parts, found)
-            progress.advance(4 * int(np.prod(parameter.shape)))
+            progress.update(4 * int(np.prod(parameter.shape)))
         unused = sorted(set(file.names) - {name.lower() for name in used})
         if unused:
             raise UnreadableError(f"The file has parameters that the template lacks: {unused[:5]}.")
         if len(steps) != 1:
             raise CorruptError(f"The file's parameters took different steps: {sorted(steps)}.")
-        writer.copy([k for k in template.tensors if not k.startswith(PREFIX) and k not in written])
+        writer.copy(
+            [k for k in template.tensors if not k.startswith(STATE_PREFIX) and k not in written]
+        )
         writer.copy(list(template.objects))
     writer.finish(_common(template, state, file, steps.pop()))
 
@@ -75,9 +76,9 @@ def convert_from_public(file: PublicFile, template: Checkpoint, writer: Checkpoi
 def _write(
     template: Checkpoint,
     writer: CheckpointWriter,
-    parameter: Parameter,
+    parameter: StoredParameter,
     blocks: ParameterBlocks,
-    parts: tuple[Part, ...],
+    parts: tuple[HuggingFaceParameter, ...],
     found: list[PublicParameter],
 ) -> None:
     """Write weights, main parameters, m and v of one parameter."""
@@ -90,7 +91,7 @@ def _write(
     first = 0
     for part, values in zip(parts, found, strict=True):
         rows = part.rows
-        if parameter.key in _VOCABULARY and len(values.weight) <= len(rows):
+        if blocks.info.role in VOCABULARY_ROLES and len(values.weight) <= len(rows):
             rows = rows[: len(values.weight)]  # the rest is Megatron's padding
         if len(values.weight) != len(rows) or values.weight.shape[1:] != parameter.shape[1:]:
             raise UnreadableError(
@@ -106,13 +107,13 @@ def _write(
     _refuse_finer(parameter, parts, blocks, labels)
     width = int(np.prod(parameter.shape[1:]))
     rows_v = means_of_blocks(blocks, v * width)
-    writer.add(f"{PREFIX}v_row.{parameter.key}", parameter.shape[:1], (0,), rows_v)
+    writer.add(state_key("v_row", parameter.key), parameter.shape[:1], (0,), rows_v)
     weight = tensors["param"].to(template.tensors[parameter.model_key].dtype)
     lead = (1,) * len(parameter.layer)
     for offset, size in boxes_of(parameter.shape):
         box = tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))
-        for kind, whole in tensors.items():
-            writer.add(f"{PREFIX}{kind}.{parameter.key}", parameter.shape, offset, whole[box])
+        for kind, tensor in tensors.items():
+            writer.add(state_key(kind, parameter.key), parameter.shape, offset, tensor[box])
         writer.add(
             parameter.model_key,
             parameter.model_shape,
@@ -122,7 +123,10 @@ def _write(
 
 
 def _refuse_finer(
-    parameter: Parameter, parts: tuple[Part, ...], blocks: ParameterBlocks, labels: Any
+    parameter: StoredParameter,
+    parts: tuple[HuggingFaceParameter, ...],
+    blocks: ParameterBlocks,
+    labels: Any,
 ) -> None:
     """Refuse a partition that needs more numbers than the file has.
 
@@ -131,9 +135,7 @@ def _refuse_finer(
     """
     if blocks.pattern is not None:
         stored = labels >= 0  # without the vocabulary's padding
-        ours = blocks.pattern.block_of_rows()[stored]
-        pairs = np.unique(np.stack([labels[stored], ours]), axis=1)
-        if pairs.shape[1] == len(np.unique(labels[stored])):
+        if are_unions(blocks.pattern.block_of_rows()[stored], labels[stored]):
             return
     raise UnreadableError(
         f"{parameter.key!r}: the file has {int(labels.max()) + 1} second moments for "

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from megatron_adam_mini.adam_rules import ADAM_PREFIX, steps_of
 from megatron_adam_mini.checkpoint.reader import COMMON_KEY, Checkpoint
-from megatron_adam_mini.convert.keys import ADAM_PREFIX, PREFIX
-from megatron_adam_mini.convert.progress import size
-
-_SHOWN = 12
+from megatron_adam_mini.plan.manifest import STATE_PREFIX, format_of
 
 
 def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return a report of plain values: step, layout, rules, blocks, bytes by kind, the rest."""
+    """Return a report of plain values: step, format, rules, blocks, bytes by kind, the rest."""
     common, optimizer = checkpoint.common, checkpoint.optimizer
     identity = optimizer.get("adam_mini")
     chunks = [chunk for tensor in checkpoint.tensors.values() for chunk in tensor.chunks]
@@ -39,7 +37,7 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
         report["versions"]["adam_mini_format"] = identity["format"]
         report["versions"]["adam_mini_rules"] = identity["partition"]["rule_version"]
         report["adam_mini"] = {
-            "layout": identity["layout"],
+            "layout": format_of(identity),
             "saved_from": identity["saved_from"],
             "preset": identity["partition"]["preset"],
             "value_as_block": identity["partition"]["value_as_block"],
@@ -50,14 +48,14 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
             "elements": sum(
                 math.prod(t.shape)
                 for key, t in checkpoint.tensors.items()
-                if key.startswith((f"{PREFIX}param.", f"{PREFIX}bucket.param."))
+                if key.startswith((f"{STATE_PREFIX}param.", f"{STATE_PREFIX}bucket.param."))
             ),
             "rules": rules,
         }
     return report
 
 
-def in_words(report: dict[str, Any]) -> str:
+def as_text(report: dict[str, Any]) -> str:
     """Return the report for people."""
     lines = [
         report["checkpoint"],
@@ -76,7 +74,7 @@ def in_words(report: dict[str, Any]) -> str:
             f"{mini['parameters']} parameters",
         ]
     for kind, count in report["bytes"].items():
-        lines.append(f"  {kind:<13} {size(count)} ({count:,} bytes)")
+        lines.append(f"  {kind:<13} {_size(count)} ({count:,} bytes)")
     lines.append(
         f"  stored as     {report['tensors']} tensors in {report['chunks']} chunks, "
         f"{report['objects']} objects, {report['files']} files"
@@ -98,18 +96,15 @@ def _step(optimizer: dict[str, Any]) -> int | None:
     if "step" in optimizer:
         return int(optimizer["step"])
     inner = optimizer.get("optimizer")
-    inner = inner if isinstance(inner, dict) else {}
-    common = inner.get("state", {}).get("common_step")
-    found = [g["step"] for g in inner.get("param_groups", []) if g.get("step") is not None]
-    found += [] if common is None else [common]
-    return int(found[0]) if found else None
+    steps = steps_of(inner) if isinstance(inner, dict) else []
+    return steps[0] if len(steps) == 1 else None
 
 
 def _bytes_by_kind(checkpoint: Checkpoint) -> dict[str, int]:
     found: dict[str, int] = {}
     for key, tensor in checkpoint.tensors.items():
         kind = "model"
-        for prefix in (f"{PREFIX}bucket.", PREFIX, ADAM_PREFIX):
+        for prefix in (f"{STATE_PREFIX}bucket.", STATE_PREFIX, ADAM_PREFIX):
             if key.startswith(prefix):
                 kind = key.removeprefix(prefix).partition(".")[0]
                 break
@@ -121,6 +116,14 @@ def _bytes_by_kind(checkpoint: Checkpoint) -> dict[str, int]:
         chunk.length for key, chunk in checkpoint.objects.items() if key != COMMON_KEY
     )
     return {kind: count for kind, count in found.items() if count}
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
 
 
 def _or_dash(value: Any) -> Any:

@@ -19,8 +19,8 @@ import numpy as np
 
 from megatron_adam_mini.checkpoint.errors import UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint
-from megatron_adam_mini.convert.keys import args_of, heads_of, stored_blocks
-from megatron_adam_mini.convert.mini_state import MiniState, find_mini_state
+from megatron_adam_mini.convert.keys import args_of, heads_of
+from megatron_adam_mini.convert.mini_state import MiniState, find_mini_state, stored_blocks
 from megatron_adam_mini.plan.partition import HeadGeometry, IntArray, ParameterBlocks
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.*)$")
@@ -59,7 +59,7 @@ _ORDER = (
 
 
 @dataclass(frozen=True)
-class Part:
+class HuggingFaceParameter:
     """A Hugging Face parameter within a Megatron one.
 
     Attributes:
@@ -95,11 +95,11 @@ def read_llama(checkpoint: Checkpoint) -> Llama:
             "The Megatron model was made with --rotary-interleaved; Hugging Face's Llama rotates "
             "halves of a head, and its rows lie in another order."
         )
-    blocks = stored_blocks(state.parameters, args, state.identity)
+    blocks = {p.key: stored_blocks(state, p, args) for p in state.parameters}
     return Llama(state, args, heads_of(args), blocks)
 
 
-def parts_of(key: str, num_rows: int, heads: HeadGeometry) -> tuple[Part, ...]:
+def parts_of(key: str, num_rows: int, heads: HeadGeometry) -> tuple[HuggingFaceParameter, ...]:
     """Return what a parameter of Megatron is made of.
 
     Args:
@@ -111,7 +111,7 @@ def parts_of(key: str, num_rows: int, heads: HeadGeometry) -> tuple[Part, ...]:
         UnreadableError: Llama has no such parameter.
     """
     if key in _OUTER:
-        return (Part(_OUTER[key], np.arange(num_rows)),)
+        return (HuggingFaceParameter(_OUTER[key], np.arange(num_rows)),)
     match = _LAYER.match(key)
     names = _WITHIN.get(match[2]) if match else None
     if match is None or names is None:
@@ -124,10 +124,12 @@ def parts_of(key: str, num_rows: int, heads: HeadGeometry) -> tuple[Part, ...]:
         rows = _qkv_rows(heads, num_rows)
     else:
         rows = np.split(np.arange(num_rows), len(names))
-    return tuple(Part(prefix + name, r) for name, r in zip(names, rows, strict=True))
+    return tuple(
+        HuggingFaceParameter(prefix + name, r) for name, r in zip(names, rows, strict=True)
+    )
 
 
-def order_of(name: str) -> tuple[int, int, int]:
+def sort_key_of(name: str) -> tuple[int, int, int]:
     """Return a sort key that gives the order of ``named_parameters()``."""
     place = next(i for i, part in enumerate(_ORDER) if part in name)
     match = re.match(r"model\.layers\.(\d+)\.", name)

@@ -7,8 +7,24 @@ from typing import Any
 
 from megatron_adam_mini.checkpoint.errors import CorruptError, UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint
-from megatron_adam_mini.config import FORMAT_VERSION
-from megatron_adam_mini.convert.keys import PREFIX, Parameter, keys_by_kind, parameter_of
+from megatron_adam_mini.convert.keys import info_of
+from megatron_adam_mini.convert.parameters import (
+    StoredParameter,
+    keys_by_kind,
+    name_of,
+    parameter_of,
+)
+from megatron_adam_mini.plan.manifest import (
+    MODEL_SPACE,
+    STATE_PREFIX,
+    StoredRule,
+    config_of,
+    format_of,
+    format_problem,
+    state_key,
+    stored_rules,
+)
+from megatron_adam_mini.plan.partition import ParameterBlocks, partition_by_rule
 
 
 @dataclass(frozen=True)
@@ -17,6 +33,7 @@ class MiniState:
 
     Attributes:
         identity: what it says of itself.
+        rules: what it says of its parameters, by folded key.
         parameters: in stored order.
         elementwise: folded keys of parameters with one second moment per element.
         step: steps taken.
@@ -24,7 +41,8 @@ class MiniState:
     """
 
     identity: dict[str, Any]
-    parameters: tuple[Parameter, ...]
+    rules: dict[str, StoredRule]
+    parameters: tuple[StoredParameter, ...]
     elementwise: frozenset[str]
     step: int
     param_groups: list[dict[str, Any]]
@@ -43,19 +61,17 @@ def find_mini_state(checkpoint: Checkpoint) -> MiniState:
             f"{checkpoint.folder} holds no state of Adam-mini; it was saved by another optimizer, "
             "or with --no-save-optim."
         )
-    if identity["format"] > FORMAT_VERSION:
+    problem = format_problem(identity)
+    if problem:
+        raise UnreadableError(f"{checkpoint.folder} {problem}")
+    if format_of(identity) != MODEL_SPACE:
         raise UnreadableError(
-            f"{checkpoint.folder} has Adam-mini format {identity['format']}, this release reads up "
-            f"to {FORMAT_VERSION}. Install a newer megatron-adam-mini."
-        )
-    if identity["layout"] != "model_space":
-        raise UnreadableError(
-            f"{checkpoint.folder} holds Adam-mini's state as {identity['layout']!r}, flat buckets "
+            f"{checkpoint.folder} holds Adam-mini's state as {format_of(identity)!r}, flat buckets "
             "whose contents depend on the layout. Load it in its own run and save it again with "
             "--dist-ckpt-optim-fully-reshardable."
         )
-    kinds = {kind: set(keys) for kind, keys in keys_by_kind(checkpoint, PREFIX).items()}
-    ordered = keys_by_kind(checkpoint, PREFIX).get("param", [])
+    kinds = {kind: set(keys) for kind, keys in keys_by_kind(checkpoint, STATE_PREFIX).items()}
+    ordered = keys_by_kind(checkpoint, STATE_PREFIX).get("param", [])
     rows, elements = kinds.get("v_row", set()), kinds.get("v_element", set())
     for kind, keys in (("exp_avg", kinds.get("exp_avg", set())), ("v", rows | elements)):
         if keys != set(ordered):
@@ -70,6 +86,7 @@ def find_mini_state(checkpoint: Checkpoint) -> MiniState:
         _check_shapes(checkpoint, parameter, parameter.key in rows)
     return MiniState(
         identity=identity,
+        rules=stored_rules(identity, {name_of(key, local=True): key for key in ordered}),
         parameters=parameters,
         elementwise=frozenset(elements),
         step=int(checkpoint.optimizer["step"]),
@@ -77,10 +94,23 @@ def find_mini_state(checkpoint: Checkpoint) -> MiniState:
     )
 
 
-def _check_shapes(checkpoint: Checkpoint, parameter: Parameter, by_row: bool) -> None:
+def stored_blocks(state: MiniState, parameter: StoredParameter, args: Any) -> ParameterBlocks:
+    """Cut a parameter into the blocks that its v in the checkpoint has.
+
+    Raises:
+        CorruptError: the checkpoint's manifest lacks it.
+        ValueError: a rule that does not apply.
+    """
+    if parameter.key not in state.rules:
+        raise CorruptError(f"{parameter.key!r} has state, but is not in the manifest.")
+    info = info_of(parameter, parameter.key, args)
+    return partition_by_rule(info, state.rules[parameter.key].rule, config_of(state.identity))
+
+
+def _check_shapes(checkpoint: Checkpoint, parameter: StoredParameter, by_row: bool) -> None:
     v = ("v_row", parameter.shape[:1]) if by_row else ("v_element", parameter.shape)
     for kind, shape in (("param", parameter.shape), ("exp_avg", parameter.shape), v):
-        found = checkpoint.tensors[f"{PREFIX}{kind}.{parameter.key}"].shape
+        found = checkpoint.tensors[state_key(kind, parameter.key)].shape
         if found != shape:
             raise CorruptError(
                 f"{checkpoint.folder}: {kind} of {parameter.key!r} has shape {list(found)}, the "

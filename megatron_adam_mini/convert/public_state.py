@@ -123,7 +123,7 @@ class PublicFile:
         return PublicParameter(weight, m, v, labels, int(state["step"]))
 
 
-def state_of(name: str, exp_avg: Tensor, vmean: Tensor, step: int) -> dict[str, Any]:
+def entry_of(name: str, exp_avg: Tensor, vmean: Tensor, step: int) -> dict[str, Any]:
     """Return one entry of ``optimizer.state_dict()["state"]`` as the package writes it.
 
     Args:

@@ -9,14 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from tqdm import tqdm
 
+from megatron_adam_mini.adam_rules import ADAM_ONLY, adam_key
 from megatron_adam_mini.checkpoint.errors import CorruptError
 from megatron_adam_mini.checkpoint.reader import Checkpoint, tiling_problem
 from megatron_adam_mini.checkpoint.writer import CheckpointWriter
-from megatron_adam_mini.convert.from_adam import ADAM_ONLY
-from megatron_adam_mini.convert.keys import ADAM_PREFIX, PREFIX, Parameter
 from megatron_adam_mini.convert.mini_state import MiniState, find_mini_state
-from megatron_adam_mini.convert.progress import Progress
+from megatron_adam_mini.convert.parameters import StoredParameter
+from megatron_adam_mini.convert.progress import bytes_bar
+from megatron_adam_mini.plan.manifest import STATE_PREFIX, state_key
 
 
 def convert_to_adam(source: Checkpoint, writer: CheckpointWriter) -> None:
@@ -28,14 +30,14 @@ def convert_to_adam(source: Checkpoint, writer: CheckpointWriter) -> None:
     """
     state = find_mini_state(source)
     total = sum(
-        source.tensors[f"{PREFIX}{kind}.{p.key}"].num_bytes
+        source.tensors[state_key(kind, p.key)].num_bytes
         for p in state.parameters
         for kind in ("param", "exp_avg", "exp_avg")
     )
-    with Progress(total, "Adam-mini -> Adam") as progress:
+    with bytes_bar(total, "Adam-mini -> Adam") as progress:
         for parameter in state.parameters:
             _convert_parameter(source, writer, state, parameter, progress)
-        writer.copy([key for key in source.tensors if not key.startswith(PREFIX)])
+        writer.copy([key for key in source.tensors if not key.startswith(STATE_PREFIX)])
         writer.copy(list(source.objects))
     writer.finish(_common(source, state))
 
@@ -44,34 +46,34 @@ def _convert_parameter(
     source: Checkpoint,
     writer: CheckpointWriter,
     state: MiniState,
-    parameter: Parameter,
-    progress: Progress,
+    parameter: StoredParameter,
+    progress: tqdm,
 ) -> None:
     def add(kind: str, offset: tuple[int, ...], values: Tensor) -> None:
         lead = (1,) * len(parameter.layer)
         writer.add(
-            f"{ADAM_PREFIX}{kind}.{parameter.model_key}",
+            adam_key(kind, parameter.model_key),
             parameter.model_shape,
             (*parameter.layer, *offset),
             values.reshape(lead + tuple(values.shape)),
         )
-        progress.advance(values.nbytes)
+        progress.update(values.nbytes)
 
     for kind in ("param", "exp_avg"):
-        stored = source.tensors[f"{PREFIX}{kind}.{parameter.key}"]
+        stored = source.tensors[state_key(kind, parameter.key)]
         problem = tiling_problem(stored)
         if problem:
             raise CorruptError(f"{source.folder}: {problem}")
         for offset, window in source.windows(stored):
             add(kind, offset, window)
     if parameter.key in state.elementwise:
-        for offset, window in source.windows(source.tensors[f"{PREFIX}v_element.{parameter.key}"]):
+        for offset, window in source.windows(source.tensors[state_key("v_element", parameter.key)]):
             add("exp_avg_sq", offset, window)
         return
-    rows = source.whole(f"{PREFIX}v_row.{parameter.key}")
+    rows = source.read(state_key("v_row", parameter.key))
     narrow = (1,) * (len(parameter.shape) - 1)
     # The boxes of m, so that the three tensors of a parameter have one grid.
-    for chunk_offset, window in source.windows(source.tensors[f"{PREFIX}exp_avg.{parameter.key}"]):
+    for chunk_offset, window in source.windows(source.tensors[state_key("exp_avg", parameter.key)]):
         first, count = chunk_offset[0], len(window)
         values = rows[first : first + count].reshape(count, *narrow).expand(window.shape)
         add("exp_avg_sq", chunk_offset, values.contiguous())

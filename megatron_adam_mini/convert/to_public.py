@@ -14,11 +14,12 @@ from torch import Tensor
 
 from megatron_adam_mini.checkpoint.errors import UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint
-from megatron_adam_mini.convert.keys import PREFIX, Parameter
-from megatron_adam_mini.convert.llama import Part, order_of, parts_of, read_llama
+from megatron_adam_mini.convert.llama import HuggingFaceParameter, parts_of, read_llama, sort_key_of
 from megatron_adam_mini.convert.mini_state import MiniState
-from megatron_adam_mini.convert.progress import Progress
-from megatron_adam_mini.convert.public_state import state_of
+from megatron_adam_mini.convert.parameters import StoredParameter
+from megatron_adam_mini.convert.progress import bytes_bar
+from megatron_adam_mini.convert.public_state import entry_of
+from megatron_adam_mini.plan.manifest import are_unions, state_key
 from megatron_adam_mini.plan.partition import IntArray, ParameterBlocks
 
 _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
@@ -35,20 +36,20 @@ def public_content(source: Checkpoint) -> dict[str, Any]:
     state, heads, blocks = llama.state, llama.heads, llama.blocks
     weights: dict[str, Tensor] = {}
     states: dict[str, dict[str, Any]] = {}
-    total = sum(source.tensors[f"{PREFIX}param.{p.key}"].num_bytes for p in state.parameters)
-    with Progress(total, "Adam-mini -> public") as progress:
+    total = sum(source.tensors[state_key("param", p.key)].num_bytes for p in state.parameters)
+    with bytes_bar(total, "Adam-mini -> public") as progress:
         for parameter in state.parameters:
-            main = source.whole(f"{PREFIX}param.{parameter.key}")
-            exp_avg = source.whole(f"{PREFIX}exp_avg.{parameter.key}")
+            main = source.read(state_key("param", parameter.key))
+            exp_avg = source.read(state_key("exp_avg", parameter.key))
             v, labels = _v_of_rows(source, state, parameter, blocks[parameter.key])
             for part in parts_of(parameter.key, parameter.shape[0], heads):
                 rows = _without_padding(part, llama.args)
                 place = torch.from_numpy(rows)
                 vmean = _vmean(part.name, v[rows], labels[rows], parameter, heads.head_dim)
                 weights[part.name] = main[place]
-                states[part.name] = state_of(part.name, exp_avg[place], vmean, state.step)
-            progress.advance(main.nbytes)
-    names = sorted(weights, key=order_of)
+                states[part.name] = entry_of(part.name, exp_avg[place], vmean, state.step)
+            progress.update(main.nbytes)
+    names = sorted(weights, key=sort_key_of)
     model = {name: weights[name] for name in names}
     if _OUTPUT not in model and _EMBEDDING in model:  # tied: one parameter under two names
         model[_OUTPUT] = model[_EMBEDDING]
@@ -63,19 +64,21 @@ def public_content(source: Checkpoint) -> dict[str, Any]:
 
 
 def _v_of_rows(
-    source: Checkpoint, state: MiniState, parameter: Parameter, blocks: ParameterBlocks
+    source: Checkpoint, state: MiniState, parameter: StoredParameter, blocks: ParameterBlocks
 ) -> tuple[IntArray, IntArray]:
     """Return v of each row (the mean where every element has its own) and the row's block."""
     if parameter.key in state.elementwise:
-        values = source.whole(f"{PREFIX}v_element.{parameter.key}").double()
+        values = source.read(state_key("v_element", parameter.key)).double()
         rows = values.reshape(len(values), -1).mean(dim=1)
         return rows.numpy(), np.arange(len(values))
-    rows = source.whole(f"{PREFIX}v_row.{parameter.key}")
+    rows = source.read(state_key("v_row", parameter.key))
     assert blocks.pattern is not None  # v is per row, see mini_state
     return rows.double().numpy(), blocks.pattern.block_of_rows()
 
 
-def _vmean(name: str, v: Any, labels: IntArray, parameter: Parameter, head_dim: int) -> Tensor:
+def _vmean(
+    name: str, v: Any, labels: IntArray, parameter: StoredParameter, head_dim: int
+) -> Tensor:
     """Return the package's v of one parameter, float32, shape ``(blocks,)``.
 
     Raises:
@@ -87,8 +90,7 @@ def _vmean(name: str, v: Any, labels: IntArray, parameter: Parameter, head_dim: 
         public = np.zeros(len(v), dtype=np.int64)  # Value: the package with wv_names emptied
     else:
         public = np.arange(len(v))
-    pairs = np.unique(np.stack([labels, public]), axis=1)
-    if pairs.shape[1] != len(np.unique(labels)):
+    if not are_unions(public, labels):
         raise UnreadableError(
             f"{name!r}: the checkpoint has {len(np.unique(labels))} blocks where the public "
             f"package has {int(public.max()) + 1}, and one of them spans several of the package's. "
@@ -98,7 +100,7 @@ def _vmean(name: str, v: Any, labels: IntArray, parameter: Parameter, head_dim: 
     return torch.from_numpy(means.astype(np.float32))
 
 
-def _without_padding(part: Part, args: Any) -> IntArray:
+def _without_padding(part: HuggingFaceParameter, args: Any) -> IntArray:
     size = getattr(args, "vocab_size", None)
     if part.name in (_EMBEDDING, _OUTPUT) and size:
         return part.rows[:size]

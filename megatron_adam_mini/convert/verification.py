@@ -13,28 +13,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_adam_mini.adam_rules import MAIN_PARAM, PLAIN_MAIN_PARAM, adam_key
 from megatron_adam_mini.checkpoint.chunks import ChunkReader, StoredChunk
 from megatron_adam_mini.checkpoint.errors import CorruptError, UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint, StoredTensor, tiling_problem
-from megatron_adam_mini.config import short_hash
-from megatron_adam_mini.convert.adam_state import unsound
-from megatron_adam_mini.convert.keys import (
-    ADAM_PREFIX,
-    PREFIX,
-    Parameter,
+from megatron_adam_mini.convert.adam_state import count_unsound
+from megatron_adam_mini.convert.mini_state import MiniState, find_mini_state, stored_blocks
+from megatron_adam_mini.convert.parameters import StoredParameter, name_of, parameter_of
+from megatron_adam_mini.convert.progress import bytes_bar
+from megatron_adam_mini.plan.manifest import (
+    FLAT_BUCKETS,
     config_of,
-    name_of,
-    parameter_of,
-    stored_blocks,
-    stored_name,
+    format_of,
+    manifest_hash,
+    state_key,
 )
-from megatron_adam_mini.convert.mini_state import MiniState, find_mini_state
-from megatron_adam_mini.convert.progress import Progress
 from megatron_adam_mini.plan.partition import ParameterInfo, rule_for
 from megatron_adam_mini.plan.roles import role_of
 
-_V = (f"{PREFIX}v_row.", f"{PREFIX}v_element.", f"{ADAM_PREFIX}exp_avg_sq.")
-_MAIN = (f"{PREFIX}param.", f"{ADAM_PREFIX}param.", f"{ADAM_PREFIX}fp32_param.")
+#: How keys of v and of main parameters start, whichever optimizer wrote them.
+_V = (state_key("v_row", ""), state_key("v_element", ""), adam_key("exp_avg_sq", ""))
+_MAIN = (
+    state_key("param", ""),
+    adam_key(MAIN_PARAM, ""),
+    adam_key(PLAIN_MAIN_PARAM, ""),
+)
 
 
 @dataclass
@@ -72,7 +75,7 @@ def verify(checkpoint: Checkpoint) -> Findings:
         "elements": sum(math.prod(t.shape) for t in checkpoint.tensors.values()),
     }
     broken = set()
-    with Progress(sum(chunk.length for chunk in chunks), "verify") as progress:
+    with bytes_bar(sum(chunk.length for chunk in chunks), "verify") as progress:
         for tensor in checkpoint.tensors.values():
             before = len(findings.problems)
             problem = tiling_problem(tensor)
@@ -80,7 +83,7 @@ def verify(checkpoint: Checkpoint) -> Findings:
                 findings.problems.append(problem)
             for chunk in tensor.chunks:
                 _check_tensor_chunk(tensor, chunk, findings)
-                progress.advance(chunk.length)
+                progress.update(chunk.length)
             if len(findings.problems) > before:
                 broken.add(tensor.key)
         for chunk in checkpoint.objects.values():
@@ -89,7 +92,7 @@ def verify(checkpoint: Checkpoint) -> Findings:
                     reader.check_members()
             except CorruptError as error:
                 findings.problems.append(str(error))
-            progress.advance(chunk.length)
+            progress.update(chunk.length)
     referenced = {chunk.path.name for chunk in chunks}
     for path in sorted(checkpoint.folder.glob("*.distcp")):
         if path.name not in referenced:
@@ -137,7 +140,7 @@ def _check_masters(checkpoint: Checkpoint, broken: set[str], findings: Findings)
         count = 0
         for offset, window in checkpoint.windows(stored):
             lead = window.reshape((1,) * len(layer) + tuple(window.shape))
-            count += unsound(checkpoint, model_key, (*layer, *offset), lead)
+            count += count_unsound(checkpoint, model_key, (*layer, *offset), lead)
         if count:
             findings.problems.append(
                 f"{key}: rounded to the weights' type, {count} of {math.prod(stored.shape)} main "
@@ -164,42 +167,41 @@ def _check_adam_mini(checkpoint: Checkpoint, broken: set[str], findings: Finding
     step = checkpoint.optimizer.get("step")
     if not isinstance(step, int) or step < 0:
         findings.problems.append(f"The optimizer's step is {step!r}; it must be 0 or more.")
-    if identity.get("layout") == "dp_reshardable":
-        findings.notes.append("Flat buckets (dp_reshardable): blocks are not checked.")
+    if format_of(identity) == FLAT_BUCKETS:
+        findings.notes.append(f"Flat buckets ({FLAT_BUCKETS}): blocks are not checked.")
         return
     try:
         state = find_mini_state(checkpoint)
     except (CorruptError, UnreadableError) as error:
         findings.problems.append(str(error))
         return
-    names = _names(state, findings)
-    _check_manifest(state, names, findings)
-    for parameter, name in names.items():
-        key = f"{PREFIX}v_row.{parameter.key}"
+    listed = _parameters_in_manifest(state, findings)
+    _check_manifest(state, listed, findings)
+    for parameter in listed:
+        key = state_key("v_row", parameter.key)
         if key in checkpoint.tensors and key not in broken:
-            _check_blocks(checkpoint, state, parameter, name, checkpoint.whole(key), findings)
+            _check_blocks(checkpoint, state, parameter, checkpoint.read(key), findings)
 
 
-def _names(state: MiniState, findings: Findings) -> dict[Parameter, str]:
-    """Map parameters to their names in the manifest, which must have the same parameters."""
-    found = {}
+def _parameters_in_manifest(state: MiniState, findings: Findings) -> list[StoredParameter]:
+    """Return the parameters that the manifest has; it must have all of them, and no other."""
     for parameter in state.parameters:
-        name = stored_name(parameter, state.identity)
-        if name is None:
+        if parameter.key not in state.rules:
             findings.problems.append(f"{parameter.key} has state, but is not in the manifest.")
-        else:
-            found[parameter] = name
-    for name in sorted(set(state.identity["rules"]) - set(found.values())):
+    without_state = state.rules.keys() - {parameter.key for parameter in state.parameters}
+    for name in sorted(state.rules[key].name for key in without_state):
         findings.problems.append(f"{name} is in the manifest, but has no state.")
-    return found
+    return [parameter for parameter in state.parameters if parameter.key in state.rules]
 
 
-def _check_manifest(state: MiniState, names: dict[Parameter, str], findings: Findings) -> None:
-    config, rules = config_of(state.identity), state.identity["rules"]
-    hashed = []
-    for parameter, name in names.items():
+def _check_manifest(
+    state: MiniState, parameters: list[StoredParameter], findings: Findings
+) -> None:
+    """Check that the options make the rules, and names, shapes and rules the hash."""
+    config, hashed = config_of(state.identity), []
+    for parameter in parameters:
+        name, rule, _ = state.rules[parameter.key]
         role = role_of(name, len(parameter.shape))
-        rule = rules[name][0]
         # Options select by the names of the run that saved, either implementation's.
         made = [
             rule_for(ParameterInfo(name=called, shape=parameter.shape, role=role), config)
@@ -211,8 +213,8 @@ def _check_manifest(state: MiniState, names: dict[Parameter, str], findings: Fin
             )
         if (rule == "element") != (parameter.key in state.elementwise):
             findings.problems.append(f"{name}: rule {rule!r}, but v is stored otherwise.")
-        hashed.append([name, list(parameter.shape)[role in ("embedding", "output") :], rule])
-    own = short_hash([state.identity["partition"], sorted(hashed, key=lambda entry: str(entry[0]))])
+        hashed.append((name, parameter.shape, role, rule))
+    own = manifest_hash(state.identity["partition"], hashed)
     if own != state.identity["manifest_hash"]:
         findings.problems.append(
             f"The manifest hash is {state.identity['manifest_hash']}, but names, shapes and rules "
@@ -223,19 +225,18 @@ def _check_manifest(state: MiniState, names: dict[Parameter, str], findings: Fin
 def _check_blocks(
     checkpoint: Checkpoint,
     state: MiniState,
-    parameter: Parameter,
-    name: str,
+    parameter: StoredParameter,
     rows: Tensor,
     findings: Findings,
 ) -> None:
     """Check that rows of one block hold one value, and that there are as many as promised."""
-    rule, promised = state.identity["rules"][name]
+    name, rule, promised = state.rules[parameter.key]
     args = checkpoint.common.get("args")
     if args is None and rule in ("qkv", "head"):
         findings.notes.append(f"{name}: heads not checked, the checkpoint holds no args.")
         return
     try:
-        blocks = stored_blocks([parameter], args, state.identity)[parameter.key]
+        blocks = stored_blocks(state, parameter, args)
     except ValueError as error:
         findings.problems.append(str(error))
         return
@@ -251,6 +252,6 @@ def _check_blocks(
     odd = np.flatnonzero(first[labels].view(np.int32) != values.view(np.int32))
     if len(odd):
         findings.problems.append(
-            f"{PREFIX}v_row.{parameter.key}: row {odd[0]} holds {values[odd[0]]}, other rows of "
-            f"its block {first[labels[odd[0]]]}; {len(odd)} rows differ from their block."
+            f"{state_key('v_row', parameter.key)}: row {odd[0]} holds {values[odd[0]]}, other rows "
+            f"of its block {first[labels[odd[0]]]}; {len(odd)} rows differ from their block."
         )

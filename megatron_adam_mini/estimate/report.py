@@ -20,6 +20,7 @@ from megatron_adam_mini.estimate.memory import (
 )
 from megatron_adam_mini.estimate.models import Model
 from megatron_adam_mini.estimate.parallel import Parallel
+from megatron_adam_mini.plan.manifest import partition_fields
 
 _GB = 10**9
 _SHARES = {"1%": 0.01, "5%": 0.05}
@@ -58,7 +59,7 @@ def memory_report(
     report = {
         "model": vars_of(model),
         "layout": vars_of(parallel),
-        "partition": options.partition_fields(),
+        "partition": partition_fields(options),
         "parameters": planner.num_parameters(),
         "ranks": parallel.world_size,
         "state_shared_by": {"dense": parallel.dense_shards, "expert": parallel.expert_shards},

@@ -19,6 +19,14 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor, distributed
 
+from megatron_adam_mini.adam_rules import (
+    MAIN_PARAM,
+    PLAIN_MAIN_PARAM,
+    UNSOUND_CAUSE,
+    adam_key,
+    steps_of,
+    steps_problem,
+)
 from megatron_adam_mini.mcore.entries import (
     OBJECTS,
     PendingLoad,
@@ -64,10 +72,9 @@ def prepare_load(
             if adam_format == "dp_reshardable":
                 found = [_in_bucket(view, piece, kind, flat)]
             else:
-                name = "fp32_param" if (adam_format, kind) == ("plain", "param") else kind
-                found = entry.elements(
-                    f"optimizer.state.{name}.", flat, piece.begin, piece.end, fold=False
-                )
+                is_plain_param = (adam_format, kind) == ("plain", MAIN_PARAM)
+                prefix = adam_key(PLAIN_MAIN_PARAM if is_plain_param else kind, "")
+                found = entry.elements(prefix, flat, piece.begin, piece.end, fold=False)
             add_entries(pending.asked, f"{kind}.{number}", found)
     if adam_format == "dp_reshardable":
         # Groups and loss scale are objects of each model-parallel part there.
@@ -106,23 +113,16 @@ def common_from_adam(
         example = f" ({wrong[0]!r} on this rank)" if wrong else ""
         raise ValueError(
             f"The checkpoint's Adam state is unsound: main parameters in {int(count)} pieces"
-            f"{example} do not round to the model's weights. Megatron-Core 0.16.1 to "
-            "0.19.2 write such fully_reshardable checkpoints when buckets are padded (upstream "
-            "#5077). Save again from the original run as dp_reshardable (without "
-            "--dist-ckpt-optim-fully-reshardable), or use --no-load-optim."
+            f"{example} do not round to the model's weights. {UNSOUND_CAUSE}"
         )
     source = loaded if pending.adam_format != "dp_reshardable" else loaded[OBJECTS]
     inner = source.get("optimizer", source)
     groups = [dict(group) for group in inner["param_groups"]]
-    steps = {int(group["step"]) for group in groups if group.get("step") is not None}
-    if not steps and "common_step" in inner.get("state", {}):
-        steps = {int(inner["state"]["common_step"])}
-    if len(steps) != 1:
-        raise ValueError(
-            f"The checkpoint's Adam state has the steps {sorted(steps)}; Adam-mini needs exactly "
-            "one, shared by all parameters. Use --no-load-optim."
-        )
-    found = {"step": steps.pop(), "param_groups": groups}
+    steps = steps_of(inner)
+    problem = steps_problem(steps)
+    if problem:
+        raise ValueError(f"The checkpoint {problem}")
+    found = {"step": steps[0], "param_groups": groups}
     return found | ({"grad_scaler": source["grad_scaler"]} if "grad_scaler" in source else {})
 
 

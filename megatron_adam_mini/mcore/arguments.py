@@ -1,21 +1,17 @@
 """Adam-mini's launch flags, next to Megatron's own.
 
-Imports argparse and ``config``; knows Megatron's parser only as an argument.
+Imports argparse, ``config`` and ``partition_flags``; knows Megatron's parser only as an argument.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
-from megatron_adam_mini.config import (
-    BACKENDS,
-    PRESETS,
-    AdamMiniConfig,
-    check_adam_values,
-    read_rules,
-)
+from megatron_adam_mini.config import BACKENDS, AdamMiniConfig, check_adam_values
 from megatron_adam_mini.mcore.preflight import refuse_single_phase, refuse_unsupported
+from megatron_adam_mini.partition_flags import RUN_PREFIX, add_partition_flags, partition_config
 
 OPTIMIZER = "adam_mini"
 
@@ -45,30 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group(
         "Adam-mini", "options of --optimizer adam_mini (arXiv:2406.16793)"
     )
-    group.add_argument(
-        "--adam-mini-preset",
-        choices=PRESETS,
-        default=AdamMiniConfig.preset,
-        help="partition into blocks: 'paper' (head for Q and K, row elsewhere), 'first' (one "
-        "block per tensor outside of attention, embedding and output elementwise), 'tensor'",
-    )
-    group.add_argument(
-        "--adam-mini-value-as-block",
-        action="store_true",
-        help="Value of one layer is one block (advised by the authors for short runs)",
-    )
-    group.add_argument(
-        "--adam-mini-full-v",
-        nargs="+",
-        default=[],
-        metavar="PATTERN",
-        help="keep one second moment per element for parameters whose global name matches",
-    )
-    group.add_argument(
-        "--adam-mini-rules",
-        metavar="FILE",
-        help="JSON object {name pattern: row | head | tensor | element}; first match wins",
-    )
+    add_partition_flags(group, prefix=RUN_PREFIX)
     group.add_argument(
         "--adam-mini-backend", choices=BACKENDS, default=AdamMiniConfig.backend, help="kernels"
     )
@@ -109,11 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def config_from_args(args: argparse.Namespace) -> AdamMiniConfig:
     """Return the options that the flags ask for; bad values raise ``ValueError``."""
-    return AdamMiniConfig(
-        preset=args.adam_mini_preset,
-        value_as_block=args.adam_mini_value_as_block,
-        full_v=tuple(args.adam_mini_full_v),
-        rules=read_rules(args.adam_mini_rules) if args.adam_mini_rules else (),
+    return replace(
+        partition_config(args, prefix=RUN_PREFIX),
         backend=args.adam_mini_backend,
         exp_avg_dtype=_dtype_name(args.exp_avg_dtype),
         stochastic_rounding=args.adam_mini_stochastic_rounding,

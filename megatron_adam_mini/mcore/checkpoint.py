@@ -28,7 +28,6 @@ from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
 from megatron_adam_mini.agreement import on_all_ranks
 from megatron_adam_mini.mcore import adam_import
-from megatron_adam_mini.mcore.checkpoint_identity import identity_of, partition_of_checkpoint
 from megatron_adam_mini.mcore.entries import (
     SHARDS,
     PendingLoad,
@@ -37,7 +36,6 @@ from megatron_adam_mini.mcore.entries import (
     add_entries,
     bucket_shards,
     copy_if_shared,
-    kind_key,
     refuse_flat_buckets,
     rows_from_v,
     sums_over_segments,
@@ -45,6 +43,15 @@ from megatron_adam_mini.mcore.entries import (
     v_from_rows,
 )
 from megatron_adam_mini.mcore.model_space import copy_back
+from megatron_adam_mini.plan.manifest import (
+    FLAT_BUCKETS,
+    MODEL_SPACE,
+    format_of,
+    identity_of,
+    partition_of_checkpoint,
+    state_key,
+)
+from megatron_adam_mini.plan.partition import ParameterBlocks
 
 ONLY_TORCH_DIST = (
     "Adam-mini's state is saved in torch_dist checkpoints only, where every rank writes what it "
@@ -57,34 +64,39 @@ def state_to_save(
 ) -> dict[str, Any]:
     """Return this rank's part of the optimizer state, as views wherever that is safe."""
     wanted = (metadata or {}).get("distrib_optim_sharding_type")
-    checkpoint_format = "dp_reshardable" if wanted == "dp_reshardable" else "model_space"
-    identity = identity_of(view, checkpoint_format)
+    checkpoint_format = FLAT_BUCKETS if wanted == FLAT_BUCKETS else MODEL_SPACE
+    identity = identity_of(
+        view.manifest,
+        view.inner.config,
+        checkpoint_format=checkpoint_format,
+        saved_from=view.sizes,
+    )
     if metadata is not None:
         metadata["adam_mini"] = identity
-        if checkpoint_format == "model_space":
+        if checkpoint_format == MODEL_SPACE:
             # What Megatron asks before it lets a run with other TP or PP sizes load the state.
             metadata["distrib_optim_sharding_type"] = "fully_reshardable"
     shards: Shards = {}
     for number, piece, entry in view.pieces(model_state):
         span = piece.begin, piece.end
-        if checkpoint_format == "model_space":
+        if checkpoint_format == MODEL_SPACE:
             for kind, flat in view.state_of(piece).as_float32(piece.window).items():
-                boxes = entry.elements(kind_key(kind), copy_if_shared(flat), *span)
+                boxes = entry.elements(state_key(kind, ""), copy_if_shared(flat), *span)
                 add_entries(shards, f"{kind}.{number}", boxes)
         if piece.is_elementwise:
             values = view.inner.v_of_elements(piece).clone()
-            boxes = entry.elements(kind_key("v_element"), values, *span)
+            boxes = entry.elements(state_key("v_element", ""), values, *span)
             add_entries(shards, f"v_element.{number}", boxes)
         else:
             boxes = entry.rows(
-                kind_key("v_row"),
+                state_key("v_row", ""),
                 rows_from_v(view, piece),
                 *span,
                 loading=False,
                 tp_rank=tp_rank_of_rows(view, piece),
             )
             add_entries(shards, f"v_row.{number}", boxes)
-    if checkpoint_format == "dp_reshardable":
+    if checkpoint_format == FLAT_BUCKETS:
         shards |= bucket_shards(view, None)
     state: dict[str, Any] = {
         "adam_mini": identity,
@@ -122,18 +134,20 @@ def _prepare_load(
     if metadata is not None and saved is None:
         return adam_import.prepare_load(view, model_state, metadata)
     pending = PendingLoad(checked=saved is not None)
-    checkpoint_format, sources = "model_space", view.blocks
+    checkpoint_format, sources = MODEL_SPACE, view.blocks
     if saved is not None:
-        checkpoint_format = saved["layout"]
+        checkpoint_format = format_of(saved)
         refuse_flat_buckets(view, checkpoint_format)
-        sources = partition_of_checkpoint(view, saved)
+        sources = _blocks_of_checkpoint(view, saved)
         pending.average = sources != view.blocks
     for number, piece, entry in view.pieces(model_state):
         span = piece.begin, piece.end
-        if checkpoint_format == "model_space":
+        if checkpoint_format == MODEL_SPACE:
             for kind, flat in pending.floats_of(view.state_of(piece), piece.window).items():
                 add_entries(
-                    pending.asked, f"{kind}.{number}", entry.elements(kind_key(kind), flat, *span)
+                    pending.asked,
+                    f"{kind}.{number}",
+                    entry.elements(state_key(kind, ""), flat, *span),
                 )
         if sources[piece.parameter].pattern is None:
             values = view.inner.v_of_elements(piece)
@@ -141,17 +155,21 @@ def _prepare_load(
                 values = pending.elements[number] = torch.empty(
                     piece.end - piece.begin, device=view.inner.device
                 )
-            boxes = entry.elements(kind_key("v_element"), values, *span)
+            boxes = entry.elements(state_key("v_element", ""), values, *span)
             add_entries(pending.asked, f"v_element.{number}", boxes)
         else:
             width = view.blocks[piece.parameter].info.row_numel
             touched = -(-piece.end // width) - piece.begin // width
             rows = pending.rows[number] = torch.empty(touched, device=view.inner.device)
             boxes = entry.rows(
-                kind_key("v_row"), rows, *span, loading=True, tp_rank=tp_rank_of_rows(view, piece)
+                state_key("v_row", ""),
+                rows,
+                *span,
+                loading=True,
+                tp_rank=tp_rank_of_rows(view, piece),
             )
             add_entries(pending.asked, f"v_row.{number}", boxes)
-    if checkpoint_format == "dp_reshardable":
+    if checkpoint_format == FLAT_BUCKETS:
         pending.asked |= bucket_shards(view, pending)
     return pending
 
@@ -184,13 +202,17 @@ def finish_load(view: StateView, pending: PendingLoad, loaded: Mapping[str, Any]
         state.store(window, values)
 
 
+def _blocks_of_checkpoint(view: StateView, saved: Mapping[str, Any]) -> list[ParameterBlocks]:
+    return partition_of_checkpoint(saved, view.manifest, view.inner.config, view.blocks)
+
+
 def _refuse_surprise(view: StateView, saved: Mapping[str, Any]) -> None:
     """Refuse state that was asked for without the metadata that says what it is, and is otherwise.
 
     Raises:
         ValueError: another partition or format, also one that a load with metadata would convert.
     """
-    if partition_of_checkpoint(view, saved) != view.blocks:
+    if _blocks_of_checkpoint(view, saved) != view.blocks:
         raise ValueError(
             "The checkpoint's Adam-mini state has another partition, and can be converted only if "
             "sharded_state_dict gets the checkpoint's content metadata: pass "

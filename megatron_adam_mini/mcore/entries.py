@@ -20,11 +20,11 @@ from megatron.core.dist_checkpointing.mapping import (
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_adam_mini.config import STATE_PREFIX
 from megatron_adam_mini.mcore.model_space import ModelEntry, entries_by_parameter
 from megatron_adam_mini.mcore.slices import ShardedBuffer
 from megatron_adam_mini.optimizer import AdamMini
 from megatron_adam_mini.plan.layout import row_parallel
+from megatron_adam_mini.plan.manifest import FLAT_BUCKETS, STATE_PREFIX
 from megatron_adam_mini.plan.partition import ParameterBlocks
 from megatron_adam_mini.plan.step_plan import Piece, Window
 from megatron_adam_mini.state import BufferState
@@ -133,11 +133,6 @@ class PendingLoad:
         }
 
 
-def kind_key(name: str) -> str:
-    """Return the prefix of a kind's keys in Adam-mini's own formats."""
-    return f"{STATE_PREFIX}{name}."
-
-
 def add_entries(shards: Shards, name: str, found: list[ShardedTensor]) -> None:
     """Add entries under a name, unless there are none: an empty dict would become common state."""
     if found:
@@ -213,7 +208,7 @@ def refuse_flat_buckets(view: StateView, checkpoint_format: str) -> None:
     Raises:
         ValueError: ``dp_reshardable`` without the distributed optimizer.
     """
-    if checkpoint_format == "dp_reshardable" and view.replica is None:
+    if checkpoint_format == FLAT_BUCKETS and view.replica is None:
         raise ValueError(
             "The checkpoint's optimizer state is dp_reshardable: flat buckets of the distributed "
             "optimizer, which this run does not use. Add --use-distributed-optimizer, or save with "

@@ -31,11 +31,8 @@ from megatron_adam_mini.mcore.param_info import collect_parameters
 from megatron_adam_mini.mcore.preflight import refuse_single_phase, refuse_unsupported
 from megatron_adam_mini.mcore.slices import dense_buffers, sharded_buffers, whole_parameters
 from megatron_adam_mini.optimizer import AdamMini
-from megatron_adam_mini.plan.partition import (
-    manifest_of,
-    partition_parameter,
-    unmatched_patterns,
-)
+from megatron_adam_mini.plan.manifest import manifest_of, partition_fields
+from megatron_adam_mini.plan.partition import partition_parameter, unmatched_patterns
 from megatron_adam_mini.plan.step_plan import DomainLayout, StepPlan, plan_step
 from megatron_adam_mini.state import Buffer, check_remainders
 
@@ -136,7 +133,7 @@ def _plan(
     record = PlanRecord(
         stage=f"pipeline stage {groups.pp.rank()}",
         # The partition, and what would let ranks drift apart or wait for each other.
-        rules={**options.partition_fields(), "backend": backend, **options.step_fields()},
+        rules={**partition_fields(options), "backend": backend, **options.step_fields()},
         layout=plan.shared_part(),
         matched=patterns.difference(unmatched_patterns(names, options)),
     )

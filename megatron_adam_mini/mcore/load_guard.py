@@ -27,9 +27,9 @@ from megatron_adam_mini.agreement import on_all_ranks
 from megatron_adam_mini.checkpoint.chunks import ChunkReader, StoredChunk
 from megatron_adam_mini.checkpoint.errors import UnreadableError
 from megatron_adam_mini.checkpoint.reader import COMMON_KEY, Checkpoint, tiling_problem
-from megatron_adam_mini.config import STATE_PREFIX
 from megatron_adam_mini.mcore.arguments import OPTIMIZER
 from megatron_adam_mini.mcore.entries import MARK
+from megatron_adam_mini.plan.manifest import STATE_PREFIX
 
 
 def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,7 +65,7 @@ def wrap_load_common(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def load(checkpoint_dir: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if checkpoint_dir is not None and _check_asked():
+        if checkpoint_dir is not None and _checks_files():
             entry = Checkpoint(Path(checkpoint_dir)).objects.get(COMMON_KEY)
             if entry is not None:  # else a file of its own, which Megatron reads safely
                 refuse_foreign_classes(entry)
@@ -120,7 +120,7 @@ def check_share(folder: Path, rank: int, size: int) -> None:
             raise ValueError(f"{key}: {problem}")
 
 
-def _check_asked() -> bool:
+def _checks_files() -> bool:
     """Return whether this run checks files, as far as Megatron's arguments tell already."""
     training = sys.modules.get("megatron.training.global_vars")
     args = getattr(training, "_GLOBAL_ARGS", None)

@@ -3,7 +3,8 @@
 Imports numpy and ``config`` only. No torch, no Megatron: the whole partition of a
 400-billion-parameter model can be planned on a laptop.
 
-Data flow: mcore/param_info collects :class:`ParameterInfo` -> **partition** -> layout.
+Data flow: mcore/param_info collects :class:`ParameterInfo` -> **partition** -> layout,
+manifest.
 
 Vocabulary: a *row* is an index of dimension 0 of the whole tensor, the tensor-parallel shards
 stacked in rank order when dimension 0 is the one that is split. A *row segment* is a run of
@@ -24,9 +25,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_adam_mini.config import AdamMiniConfig, short_hash
+from megatron_adam_mini.config import AdamMiniConfig
 
 IntArray = NDArray[np.int64]
+
+#: Increment whenever the same model and config would be cut into other blocks than before.
+RULE_VERSION = 1
 
 #: role -> rule, for each preset. ``qkv`` is resolved further by :func:`qkv_pattern`.
 #: A role that is not in the table gets one second moment per element and is listed as such.
@@ -374,44 +378,3 @@ def unmatched_patterns(names: Sequence[str], config: AdamMiniConfig) -> list[str
         for pattern, _ in config.overrides()
         if not any(fnmatchcase(name, pattern) for name in names)
     ]
-
-
-def is_coarsening(fine: ParameterBlocks, coarse: ParameterBlocks) -> bool:
-    """Return whether every block of ``coarse`` is a union of blocks of ``fine``.
-
-    Then v of ``coarse`` is exactly the mean of v of ``fine``, weighted by elements, because the
-    mean of a mean is linear.
-    """
-    if fine.pattern is None:
-        return True
-    if coarse.pattern is None:
-        return False
-    labels = np.stack([fine.pattern.block_of_rows(), coarse.pattern.block_of_rows()])
-    return bool(np.unique(labels, axis=1).shape[1] == fine.num_blocks)
-
-
-def manifest_of(entries: Sequence[dict[str, Any]], config: AdamMiniConfig) -> dict[str, Any]:
-    """Return the manifest of a whole model: what is one block, and what that costs.
-
-    Args:
-        entries: :meth:`ParameterBlocks.manifest_entry` of every parameter, once each.
-        config: the options that produced them.
-
-    Returns:
-        A JSON-serialisable dict; ``hash`` depends on checkpoint keys, shapes and rules only, never
-        on how the model is laid out over ranks (so not on the vocabulary's padding either, which
-        Megatron chooses by tensor-parallel size), nor on what its modules call their parameters.
-    """
-    ordered = sorted(entries, key=lambda entry: str(entry["key"]))
-    hashed = [
-        [e["key"], e["shape"][e["role"] in ("embedding", "output") :], e["rule"]] for e in ordered
-    ]
-    return {
-        **config.partition_fields(),
-        "parameters": ordered,
-        "elements": sum(entry["elements"] for entry in ordered),
-        "blocks": sum(entry["blocks"] for entry in ordered),
-        "v_bytes": sum(entry["v_bytes"] for entry in ordered),
-        "elementwise_unknown": [e["name"] for e in ordered if e["role"] == "unknown"],
-        "hash": short_hash([config.partition_fields(), hashed]),
-    }

@@ -1,0 +1,69 @@
+"""How Megatron's own Adam stores its state, and what that state must fulfil to be used.
+
+Standard library only. Used by mcore/adam_import (when a run loads such a checkpoint) and by
+convert (which reads and writes them without Megatron).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+#: Keys of state in the model's coordinates start with it.
+ADAM_PREFIX = "optimizer.state."
+
+#: Kinds of main parameters: the distributed optimizer's, and the plain optimizer's, which stores
+#: none for weights that are float32 anyway.
+MAIN_PARAM, PLAIN_MAIN_PARAM = "param", "fp32_param"
+
+#: Options of torch's and Transformer Engine's Adam that Adam-mini does not have.
+ADAM_ONLY: dict[str, Any] = {
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "decoupled_weight_decay": True,
+    "bias_correction": True,
+}
+
+#: Where main parameters come from that, rounded, are not the weights; and what to do.
+UNSOUND_CAUSE = (
+    "Megatron-Core 0.16.1 to 0.19.2 write such fully_reshardable checkpoints when a bucket other "
+    "than the last is padded at its end (upstream #5077). Save again from the original run as "
+    "dp_reshardable (without --dist-ckpt-optim-fully-reshardable) and load that in an Adam-mini "
+    "run, or start from the weights alone with --no-load-optim."
+)
+
+
+def adam_key(kind: str, model_key: str) -> str:
+    """Return the key of one tensor of Adam's state, in the model's coordinates.
+
+    Args:
+        kind: ``exp_avg``, ``exp_avg_sq`` or one of the two above.
+        model_key: Megatron's key of the parameter.
+    """
+    return f"{ADAM_PREFIX}{kind}.{model_key}"
+
+
+def steps_of(state: Mapping[str, Any]) -> list[int]:
+    """Return the numbers of steps that Adam's state names, each once; sound state has one.
+
+    Args:
+        state: an optimizer's ``state_dict``. Transformer Engine's Adam and the distributed
+            optimizer count in the parameter groups, the plain one in the state.
+    """
+    found = [group.get("step") for group in state.get("param_groups", [])]
+    found.append(state.get("state", {}).get("common_step"))
+    return sorted({int(step) for step in found if step is not None})
+
+
+def steps_problem(steps: list[int]) -> str | None:
+    """Say what is wrong unless there is one number of steps; ``None`` if nothing."""
+    if len(steps) == 1:
+        return None
+    return (
+        f"has Adam's state of the steps {steps}; Adam-mini needs exactly one, shared by all "
+        "parameters. Start from the weights alone with --no-load-optim."
+    )

@@ -1,0 +1,324 @@
+"""What is one block, as checkpoints and users see it: the manifest, its hash, the state's identity.
+
+Imports numpy, ``config`` and ``partition``. Data flow: partition -> **manifest** -> mcore (saves,
+loads) and convert (the same without Megatron).
+
+The *manifest* lists every parameter of the model with its rule and its number of blocks. The
+*identity* is what each checkpoint says of Adam-mini's state in it; by it a run decides whether it
+may load the state, and into which blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.plan.partition import (
+    RULE_VERSION,
+    IntArray,
+    ParameterBlocks,
+    partition_by_rule,
+)
+
+#: Increment when older code could not read the checkpoints that newer code writes.
+FORMAT_VERSION = 2
+
+#: Keys of Adam-mini's state in checkpoints start with it.
+STATE_PREFIX = "optimizer.adam_mini."
+
+#: Formats of the state: tensors in the model's coordinates; flat buckets, which belong to a layout.
+MODEL_SPACE, FLAT_BUCKETS = "model_space", "dp_reshardable"
+
+#: Weights with a row per token, which Megatron pads by an amount that depends on the layout.
+VOCABULARY_ROLES = ("embedding", "output")
+
+
+class StoredRule(NamedTuple):
+    """What a checkpoint says of one parameter.
+
+    Attributes:
+        name: what the checkpoint's manifest calls it.
+        rule: how it is cut into blocks.
+        num_blocks: blocks of the whole tensor.
+    """
+
+    name: str
+    rule: str
+    num_blocks: int
+
+
+def state_key(kind: str, key: str) -> str:
+    """Return the key of one tensor of Adam-mini's state in a checkpoint.
+
+    Args:
+        kind: ``param``, ``exp_avg``, ``v_row`` or ``v_element``.
+        key: of the parameter, with its layer's number in it.
+    """
+    return f"{STATE_PREFIX}{kind}.{key}"
+
+
+# The manifest.
+
+
+def manifest_of(entries: Sequence[dict[str, Any]], config: AdamMiniConfig) -> dict[str, Any]:
+    """Return the manifest of a whole model: what is one block, and what that costs.
+
+    Args:
+        entries: :meth:`ParameterBlocks.manifest_entry` of every parameter, once each.
+        config: the options that produced them.
+
+    Returns:
+        A JSON-serialisable dict; for ``hash`` see :func:`manifest_hash`.
+    """
+    ordered = sorted(entries, key=lambda entry: str(entry["key"]))
+    partition = partition_fields(config)
+    return {
+        **partition,
+        "parameters": ordered,
+        "elements": sum(entry["elements"] for entry in ordered),
+        "blocks": sum(entry["blocks"] for entry in ordered),
+        "v_bytes": sum(entry["v_bytes"] for entry in ordered),
+        "elementwise_unknown": [e["name"] for e in ordered if e["role"] == "unknown"],
+        "hash": manifest_hash(
+            partition, ((e["key"], e["shape"], e["role"], e["rule"]) for e in ordered)
+        ),
+    }
+
+
+def manifest_hash(
+    partition: Mapping[str, Any], parameters: Iterable[tuple[str, Sequence[int], str, str]]
+) -> str:
+    """Return a short hash of a manifest.
+
+    It depends on checkpoint keys, shapes and rules only, never on how the model is laid out over
+    ranks (so not on the vocabulary's padding either, which Megatron chooses by tensor-parallel
+    size), nor on what its modules call their parameters.
+
+    Args:
+        partition: :func:`partition_fields`.
+        parameters: key, shape of the whole tensor, role and rule of each.
+    """
+    hashed = [
+        [key, list(shape)[role in VOCABULARY_ROLES :], rule]
+        for key, shape, role, rule in sorted(parameters, key=lambda parameter: parameter[0])
+    ]
+    return short_hash([partition, hashed])
+
+
+def short_hash(value: Any) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of a JSON-serialisable value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# The identity of Adam-mini's state in a checkpoint.
+
+
+def partition_fields(config: AdamMiniConfig) -> dict[str, Any]:
+    """Return the part of the config that decides which elements share a second moment."""
+    return {
+        "rule_version": RULE_VERSION,
+        "preset": config.preset,
+        "value_as_block": config.value_as_block,
+        "overrides": [list(pair) for pair in config.overrides()],
+    }
+
+
+def identity_of(
+    manifest: Mapping[str, Any],
+    config: AdamMiniConfig,
+    *,
+    checkpoint_format: str,
+    saved_from: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return what a checkpoint says of its Adam-mini state; plain values only.
+
+    Args:
+        manifest: of the whole model.
+        config: the options that produced it.
+        checkpoint_format: ``MODEL_SPACE`` or ``FLAT_BUCKETS``.
+        saved_from: sizes of the layout, for people.
+    """
+    return {
+        "format": FORMAT_VERSION,
+        "layout": checkpoint_format,  # read with format_of; all checkpoints there are call it so
+        "partition": partition_fields(config),
+        "manifest_hash": manifest["hash"],
+        "rules": {e["key"]: [e["rule"], e["blocks"]] for e in manifest["parameters"]},
+        "saved_from": saved_from,
+    }
+
+
+def config_of(identity: Mapping[str, Any]) -> AdamMiniConfig:
+    """Return a config with the partition that a checkpoint's identity names."""
+    partition = identity["partition"]
+    return AdamMiniConfig(
+        preset=partition["preset"],
+        value_as_block=partition["value_as_block"],
+        rules=tuple((pattern, rule) for pattern, rule in partition["overrides"]),
+    )
+
+
+def format_of(identity: Mapping[str, Any]) -> str:
+    """Return a checkpoint's format: ``MODEL_SPACE`` or ``FLAT_BUCKETS``."""
+    checkpoint_format: str = identity["layout"]
+    return checkpoint_format
+
+
+def format_problem(identity: Mapping[str, Any]) -> str | None:
+    """Say what is wrong if newer code wrote a checkpoint; ``None`` if this release can read it."""
+    if identity["format"] <= FORMAT_VERSION:
+        return None
+    return (
+        f"has Adam-mini format {identity['format']}, this release reads up to {FORMAT_VERSION}. "
+        "Install a newer megatron-adam-mini."
+    )
+
+
+def stored_rules(identity: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, StoredRule]:
+    """Return what a checkpoint says of its parameters, by checkpoint key.
+
+    Args:
+        identity: the checkpoint's.
+        keys: name in the running model -> checkpoint key. The first checkpoints had names, and
+            implementations of a model name their parameters differently.
+    """
+    return {
+        keys.get(name, name): StoredRule(name, rule, num_blocks)
+        for name, (rule, num_blocks) in identity["rules"].items()
+    }
+
+
+# Another run's partition.
+
+
+def are_unions(coarse: IntArray, fine: IntArray) -> bool:
+    """Return whether every block of ``coarse`` is a union of blocks of ``fine``.
+
+    Args:
+        coarse: block of each row.
+        fine: block of each row, of the same rows.
+    """
+    pairs = np.unique(np.stack([fine, coarse]), axis=1)
+    return bool(pairs.shape[1] == len(np.unique(fine)))
+
+
+def is_coarsening(fine: ParameterBlocks, coarse: ParameterBlocks) -> bool:
+    """Return whether every block of ``coarse`` is a union of blocks of ``fine``.
+
+    Then v of ``coarse`` is exactly the mean of v of ``fine``, weighted by elements, because the
+    mean of a mean is linear.
+    """
+    if fine.pattern is None:
+        return True
+    if coarse.pattern is None:
+        return False
+    return are_unions(coarse.pattern.block_of_rows(), fine.pattern.block_of_rows())
+
+
+def partition_of_checkpoint(
+    identity: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    config: AdamMiniConfig,
+    parameters: Sequence[ParameterBlocks],
+) -> list[ParameterBlocks]:
+    """Return the blocks that a checkpoint's v belongs to, or refuse.
+
+    Args:
+        identity: the checkpoint's.
+        manifest: this run's, of the whole model.
+        config: this run's.
+        parameters: this rank's, cut into this run's blocks.
+
+    Returns:
+        The same parameters in the same order, cut into the checkpoint's blocks.
+
+    Raises:
+        ValueError: another format, or another partition that is not to be, or cannot be, converted.
+    """
+    problem = format_problem(identity)
+    if problem:
+        raise ValueError(f"The checkpoint {problem}")
+    if (
+        identity["partition"] == partition_fields(config)
+        and identity["manifest_hash"] == manifest["hash"]
+    ):
+        return list(parameters)
+    ours = {
+        entry["key"]: StoredRule(entry["name"], entry["rule"], entry["blocks"])
+        for entry in manifest["parameters"]
+    }
+    theirs = stored_rules(identity, {rule.name: key for key, rule in ours.items()})
+    difference = _difference(identity, manifest, config, theirs, ours)
+    if ours.keys() != theirs.keys() or identity["partition"]["rule_version"] != RULE_VERSION:
+        raise ValueError(
+            f"The checkpoint's Adam-mini state does not fit this model: {difference}. Load it with "
+            "the model and release that wrote it, or start fresh with --no-load-optim."
+        )
+    # The stored rules, not the stored patterns: those select by the names of the run that saved.
+    saved_config = config_of(identity)
+    sources = [
+        partition_by_rule(blocks.info, theirs[blocks.info.key].rule, saved_config)
+        for blocks in parameters
+    ]
+    finer = [
+        blocks.info.name
+        for source, blocks in zip(sources, parameters, strict=True)
+        if not is_coarsening(source, blocks)
+    ]
+    if finer:
+        raise ValueError(
+            f"The checkpoint's Adam-mini state has another partition: {difference}. It cannot be "
+            f"converted, because this run's blocks are finer or cut otherwise ({finer[0]}, and "
+            f"{len(finer) - 1} more on this rank). Use the checkpoint's options or --no-load-optim."
+        )
+    if sources != list(parameters) and not config.convert_partition:
+        raise ValueError(
+            f"The checkpoint's Adam-mini state has another partition: {difference}. Use the "
+            "checkpoint's options; or, as this run's blocks are unions of the checkpoint's, add "
+            "--adam-mini-convert-partition to average v over them, which is exact."
+        )
+    return sources
+
+
+def _difference(
+    identity: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    config: AdamMiniConfig,
+    theirs: Mapping[str, StoredRule],
+    ours: Mapping[str, StoredRule],
+) -> str:
+    """Say how a checkpoint's partition differs from this run's."""
+
+    def rule(found: StoredRule | None) -> str | None:
+        # Block counts of vocabulary matrices depend on padding, which is not a difference.
+        return None if found is None else found.rule
+
+    def described(found: StoredRule | None) -> str:
+        return "lacks it" if found is None else f"{found.rule} ({found.num_blocks} blocks)"
+
+    changed = [
+        f"{key}: checkpoint {described(theirs.get(key))}, run {described(ours.get(key))}"
+        for key in sorted(ours.keys() | theirs.keys())
+        if rule(ours.get(key)) != rule(theirs.get(key))
+    ]
+    return (
+        f"partition {_options(identity['partition'])} (manifest {identity['manifest_hash']}) in "
+        f"the checkpoint, {_options(partition_fields(config))} (manifest {manifest['hash']}) in "
+        f"this run; {len(changed)} parameters differ"
+        + (": " + "; ".join(changed[:5]) if changed else "")
+    )
+
+
+def _options(partition: Mapping[str, Any]) -> str:
+    words = [repr(partition["preset"])]
+    if partition["value_as_block"]:
+        words.append("value as block")
+    if partition["overrides"]:
+        words.append(f"rules {partition['overrides']}")
+    return " ".join(words)
