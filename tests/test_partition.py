@@ -21,7 +21,11 @@ from megatron_adam_mini.config import (
     AdamMiniConfig,
     check_adam_values,
     read_rules,
+    short_hash,
 )
+from megatron_adam_mini.estimate.models import MODELS, Model
+from megatron_adam_mini.estimate.parallel import Parallel
+from megatron_adam_mini.estimate.stages import stage_parameters
 from megatron_adam_mini.plan.partition import (
     HeadGeometry,
     ParameterInfo,
@@ -284,6 +288,49 @@ def model(tp: int, padded_vocabulary: int = 16) -> list[ParameterInfo]:
 def manifest(infos: list[ParameterInfo], **options: object) -> dict:
     config = AdamMiniConfig(**options)
     return manifest_of([partition_parameter(i, config).manifest_entry() for i in infos], config)
+
+
+#: Tied embeddings, learned positions, biases, gated attention, Megatron's own layers.
+GPT = Model(
+    num_layers=3,
+    hidden_size=96,
+    num_attention_heads=6,
+    padded_vocab_size=512,
+    max_position_embeddings=64,
+    group_query_attention=True,
+    num_query_groups=3,
+    qk_layernorm=True,
+    attention_output_gate=True,
+    transformer_impl="local",
+)
+PINNED_OPTIONS = {
+    "paper": {},
+    "first": {"preset": "first"},
+    "tensor": {"preset": "tensor"},
+    "value as block": {"value_as_block": True, "full_v": ("*.linear_fc1.*",)},
+}
+#: Hash of the manifest, and of its list of parameters with their roles, names and counts.
+PINNED_MANIFESTS = {
+    ("llama-2-7b", "paper"): ("3ea6cdd21d7dcc79", "647041546bef3c35"),
+    ("llama-2-7b", "first"): ("46b28e0a2a5d2d4d", "15d3435c5a5c2f0b"),
+    ("llama-2-7b", "tensor"): ("fa24d2a21e54f375", "67c8a78d0b0db7bc"),
+    ("llama-2-7b", "value as block"): ("5dfb4e20f22a12ab", "1bec5e32bd53dd23"),
+    ("llama-3-70b", "paper"): ("89ad80d22cb482c3", "2da96d978ebb272f"),
+    ("llama-3-70b", "first"): ("c4c2ebec05613252", "a16e8b5a12af56ca"),
+    ("llama-3-70b", "tensor"): ("3b583f26382e16c7", "d7af53d13ed39f0b"),
+    ("llama-3-70b", "value as block"): ("6e4ab94ea09b2f8b", "c28c0b100c298d11"),
+    ("gpt", "paper"): ("03ef2d5949eef875", "e6cb83ee2aa4c2c8"),
+    ("gpt", "first"): ("d9c2d9f6ff648376", "e1a07af4489fbb9a"),
+    ("gpt", "tensor"): ("0e62edff965289ee", "c0242763ed2db4d5"),
+    ("gpt", "value as block"): ("2bf57b1875400d6f", "f899fa3412c6e50b"),
+}
+
+
+@pytest.mark.parametrize(("name", "options"), PINNED_MANIFESTS)
+def test_manifest_of_dense_models_stays_what_checkpoints_hold(name, options):
+    (infos,) = stage_parameters(GPT if name == "gpt" else MODELS[name], Parallel(), pp_rank=0)
+    found = manifest(infos, **PINNED_OPTIONS[options])
+    assert (found["hash"], short_hash(found["parameters"])) == PINNED_MANIFESTS[name, options]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
