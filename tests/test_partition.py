@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import fields, replace
 from fnmatch import fnmatchcase
 from itertools import groupby
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ from megatron_adam_mini.plan.partition import (
     rule_for,
     unmatched_patterns,
 )
+from megatron_adam_mini.plan.roles import is_expert, role_of
 
 LAYER = "decoder.layers.0."
 
@@ -50,6 +52,20 @@ EXPECTED_RULES = {
     "router": ("element", "element", "tensor"),
     "unknown": ("element", "element", "element"),
 }
+
+#: Tied embeddings, learned positions, biases, gated attention, Megatron's own layers.
+GPT = Model(
+    num_layers=3,
+    hidden_size=96,
+    num_attention_heads=6,
+    padded_vocab_size=512,
+    max_position_embeddings=64,
+    group_query_attention=True,
+    num_query_groups=3,
+    qk_layernorm=True,
+    attention_output_gate=True,
+    transformer_impl="local",
+)
 
 #: (heads, query groups, head size, gated): MHA, GQA, MQA, single head, gated, head size 1.
 GEOMETRIES = [
@@ -208,6 +224,97 @@ def test_unmatched_patterns_equals_brute_force(names, patterns):
     assert unmatched_patterns(names, AdamMiniConfig(full_v=tuple(patterns))) == expected
 
 
+# Head geometry.
+
+#: What Megatron's flags make of heads: (flags as its ``args`` hold them, geometry).
+ARGS_GEOMETRIES = {
+    "no groups, whose default is 1": (
+        {"group_query_attention": False, "num_query_groups": 1, "kv_channels": 8},
+        (8, 8, 8, False),
+    ),
+    "groups": (
+        {"group_query_attention": True, "num_query_groups": 2, "kv_channels": 8},
+        (8, 2, 8, False),
+    ),
+    "groups without a number": (
+        {"group_query_attention": True, "num_query_groups": None, "kv_channels": 8},
+        (8, 8, 8, False),
+    ),
+    "head size of its own": (
+        {"group_query_attention": False, "num_query_groups": 1, "kv_channels": 24},
+        (8, 8, 24, False),
+    ),
+    "head size left open": (
+        {"group_query_attention": False, "num_query_groups": 1, "kv_channels": None},
+        (8, 8, 8, False),
+    ),
+    "gate": (
+        {
+            "group_query_attention": True,
+            "num_query_groups": 4,
+            "kv_channels": 8,
+            "attention_output_gate": True,
+        },
+        (8, 4, 8, True),
+    ),
+    "a release without gate, kv_channels and the switch": (
+        {"num_query_groups": 4},
+        (8, 4, 8, False),
+    ),
+}
+
+
+def geometry_of(source: object) -> tuple[int, int, int, bool]:
+    found = HeadGeometry.of(source)
+    return (found.num_heads, found.num_query_groups, found.head_dim, found.gated)
+
+
+@pytest.mark.parametrize("case", ARGS_GEOMETRIES)
+def test_heads_of_the_args_in_a_checkpoint(case):
+    flags, expected = ARGS_GEOMETRIES[case]
+    args = SimpleNamespace(num_attention_heads=8, hidden_size=64, **flags)
+    assert geometry_of(args) == expected
+
+
+@pytest.mark.parametrize(("groups", "expected"), [(8, 8), (2, 2), (None, 8)])
+def test_heads_of_megatrons_config(groups, expected):
+    # It has no group_query_attention, and fills in what is left open.
+    config = SimpleNamespace(
+        num_attention_heads=8,
+        num_query_groups=groups,
+        kv_channels=24,
+        hidden_size=64,
+        attention_output_gate=True,
+    )
+    assert geometry_of(config) == (8, expected, 24, True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, (6, 6, 16, False)),
+        ({"kv_channels": 8}, (6, 6, 8, False)),
+        ({"group_query_attention": True, "num_query_groups": 3}, (6, 3, 16, False)),
+        # The default of Megatron's flag is 1.
+        ({"group_query_attention": True}, (6, 1, 16, False)),
+        ({"attention_output_gate": True}, (6, 6, 16, True)),
+    ],
+)
+def test_heads_of_an_estimated_model(flags, expected):
+    plain = replace(GPT, group_query_attention=False, num_query_groups=None)
+    found = replace(plain, **{"attention_output_gate": False} | flags)
+    assert geometry_of(found) == expected == geometry_of(SimpleNamespace(**vars(found)))
+
+
+@pytest.mark.parametrize("name", ["num_attention_heads", "num_query_groups", "hidden_size"])
+def test_heads_of_a_source_that_lacks_something(name):
+    given = {"num_attention_heads": 8, "num_query_groups": 2, "hidden_size": 64}
+    del given[name]
+    with pytest.raises(AttributeError) as caught:
+        HeadGeometry.of(SimpleNamespace(**given))
+    assert caught.value.name == name
+
+
 # Fused Query, Key, Value.
 
 
@@ -254,6 +361,48 @@ def test_qkv_may_be_given_any_rule_by_name(rule, num_blocks):
     assert partition_parameter(qkv_info(4, 2, 3, False), config).num_blocks == num_blocks
 
 
+# Roles.
+
+ROLES = {
+    # (name within a layer, dimensions): role
+    ("self_attention.linear_qkv.weight", 2): "qkv",
+    ("self_attention.linear_qkv.bias", 1): "bias",
+    ("self_attention.linear_qkv.layer_norm_weight", 1): "norm",
+    ("self_attention.linear_proj.weight", 2): "attention_projection",
+    ("self_attention.q_layernorm.weight", 1): "norm",
+    ("mlp.linear_fc1.weight", 2): "mlp",
+    ("mlp.linear_fc2.weight", 2): "mlp",
+    ("mlp.router.weight", 2): "router",
+    # One module for each expert.
+    ("mlp.experts.local_experts.3.linear_fc1.weight", 2): "mlp",
+    ("mlp.experts.local_experts.31.linear_fc2.weight", 2): "mlp",
+    ("mlp.experts.local_experts.0.linear_fc2.bias", 1): "bias",
+    # Grouped GEMM.
+    ("mlp.experts.linear_fc1.weight0", 2): "mlp",
+    ("mlp.experts.linear_fc2.weight17", 2): "mlp",
+    ("mlp.experts.linear_fc1.bias17", 1): "bias",
+    # Before 0.17, all experts in one weight whose neurons are columns.
+    ("mlp.experts.weight1", 2): "unknown",
+    ("mlp.shared_experts.linear_fc1.weight", 2): "mlp",
+    ("mlp.shared_experts.linear_fc2.weight", 2): "mlp",
+    ("mlp.shared_experts.gate_weight", 2): "unknown",
+    # Numbers mean an expert's only within experts.
+    ("mlp.linear_fc1.weight0", 2): "unknown",
+    ("self_attention.linear_q_proj.weight", 2): "unknown",
+    ("mixer.conv1d.weight", 3): "unknown",
+}
+
+
+@pytest.mark.parametrize(("name", "num_dimensions"), ROLES)
+def test_role_of_a_name(name, num_dimensions):
+    assert role_of(LAYER + name, num_dimensions) == ROLES[name, num_dimensions]
+
+
+@pytest.mark.parametrize("name", [name for name, _ in ROLES])
+def test_experts_are_those_that_some_tokens_are_sent_to(name):
+    assert is_expert(LAYER + name) == ("mlp.experts." in name)
+
+
 # Manifest.
 
 
@@ -290,19 +439,6 @@ def manifest(infos: list[ParameterInfo], **options: object) -> dict:
     return manifest_of([partition_parameter(i, config).manifest_entry() for i in infos], config)
 
 
-#: Tied embeddings, learned positions, biases, gated attention, Megatron's own layers.
-GPT = Model(
-    num_layers=3,
-    hidden_size=96,
-    num_attention_heads=6,
-    padded_vocab_size=512,
-    max_position_embeddings=64,
-    group_query_attention=True,
-    num_query_groups=3,
-    qk_layernorm=True,
-    attention_output_gate=True,
-    transformer_impl="local",
-)
 PINNED_OPTIONS = {
     "paper": {},
     "first": {"preset": "first"},

@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import Module, Parameter
 
 from megatron_adam_mini.plan.partition import HeadGeometry, ParameterInfo
-from megatron_adam_mini.plan.roles import role_of
+from megatron_adam_mini.plan.roles import is_expert
 
 _LAYER = re.compile(r"layers\.\d+$")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,29 +71,18 @@ def _describe(
         name = key = "embedding.word_embeddings.weight"
     expert = not getattr(param, "allreduce", True)
     group = expert_tp_group if expert else tp_group
-    split = bool(getattr(param, "tensor_model_parallel", False)) and group.size() > 1
-    role = role_of(name, param.ndim)
-    return ParameterInfo(
-        name=name,
+    split = getattr(param, "tensor_model_parallel", False)
+    return ParameterInfo.of(
+        name,
+        tuple(param.shape),
+        lambda: HeadGeometry.of(config),
         key=key,
-        shape=tuple(param.shape),
-        role=role,
         tp_dim=int(param.partition_dim) if split else None,  # type: ignore[attr-defined]
-        tp_size=group.size() if split else 1,
-        tp_rank=group.rank() if split else 0,
-        heads=_heads(config) if role == "qkv" else None,
+        tp_size=group.size(),
+        tp_rank=group.rank(),
         expert=expert,
         in_norm=param_is_not_shared(param)
         and _is_not_tp_duplicate(param, tp_group, expert_tp_group),
-    )
-
-
-def _heads(config: Any) -> HeadGeometry:
-    return HeadGeometry(
-        num_heads=config.num_attention_heads,
-        num_query_groups=config.num_query_groups or config.num_attention_heads,
-        head_dim=config.kv_channels,
-        gated=bool(getattr(config, "attention_output_gate", False)),
     )
 
 
@@ -104,7 +93,7 @@ def _refuse_unsupported(name: str, param: Parameter) -> None:
             "updates plain float32, bfloat16 and float16 parameters. Train without quantized "
             "parameters (no --fp8-param-gather, no --fp4-param-gather)."
         )
-    if not getattr(param, "allreduce", True) or ".experts." in name:
+    if not getattr(param, "allreduce", True) or is_expert(name):
         raise NotImplementedError(
             f"Parameter {name!r} belongs to an expert; mixture-of-experts models are not "
             "supported yet. Use --optimizer adam for them."
