@@ -1,7 +1,8 @@
 """Description of a model -> facts about every parameter that a rank will hold, in Megatron's order.
 
 Imports ``partition``, ``parallel`` and ``models``. They are what ``mcore/param_info``
-finds in the real model: names, shapes, roles, how they are split (a test compares the two).
+finds in the real model: names, shapes, roles, how they are split (``tests/test_memory.py`` lets
+Megatron build the model, and compares).
 
 Mixture-of-experts models can be described although the optimizer does not train them yet: a
 weight of an expert follows the rule of the same weight of a dense MLP.
