@@ -6,6 +6,7 @@ to ``OptimizerConfig`` and to the DDP config, whichever has the attribute.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 #: attribute -> (flag, why it is refused, what to do instead)
@@ -105,6 +106,29 @@ def refuse_unsupported(*sources: Any) -> None:
                 "--no-decoupled-weight-decay the decay would enter the gradient after its block "
                 "sums were taken. Remedy: drop the flag."
             )
+
+
+def refuse_keywords(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Check keyword arguments of a release that nobody knows here yet.
+
+    Args:
+        given: those that a caller passed; ``None`` asks for nothing.
+        defaults: those that Megatron's own functions have, which ask for nothing either.
+
+    Raises:
+        NotImplementedError: names what would be ignored.
+    """
+    ignored = [
+        f"{name}={value!r}"
+        for name, value in given.items()
+        if value is not None and (name not in defaults or value != defaults[name])
+    ]
+    if ignored:
+        raise NotImplementedError(
+            f"--optimizer adam_mini does not support {', '.join(ignored)}, which it was given and "
+            "does not know. Remedy: leave it out, or use a release of Megatron-Core that Adam-mini "
+            "was tested with."
+        )
 
 
 def refuse_single_phase(clip_grad: float, *, loss_scaled: bool, skip_threshold: float) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,7 @@ from megatron_adam_mini.mcore.compat import warn_if_untested
 from megatron_adam_mini.mcore.factory import build_optimizer
 from megatron_adam_mini.mcore.load_guard import wrap_load, wrap_load_common
 from megatron_adam_mini.mcore.metrics import wrap_training_log
+from megatron_adam_mini.mcore.preflight import refuse_keywords
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +131,12 @@ def _optional_module(name: str) -> Any:
 
 
 def _wrap_factory(original: Callable[..., Any]) -> Callable[..., Any]:
+    defaults = {
+        name: parameter.default
+        for function in (mcore_optimizer.get_megatron_optimizer, original)
+        for name, parameter in inspect.signature(function).parameters.items()
+    }
+
     @functools.wraps(original)
     def get_emerging_optimizer(
         config: Any,
@@ -139,6 +147,7 @@ def _wrap_factory(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         if config.optimizer != OPTIMIZER:
             return original(config, model_chunks, config_overrides, pg_collection, **kwargs)
+        refuse_keywords(kwargs, defaults)
         return build_optimizer(config, model_chunks, config_overrides, pg_collection)
 
     return get_emerging_optimizer
