@@ -1,7 +1,7 @@
 """Megatron model chunks -> facts about every trainable parameter.
 
-Imports megatron.core (for its duplicate filter) and ``partition``. Data flow: model chunks
--> **ParameterInfo** -> partition.
+Imports megatron.core, ``compat`` and ``partition``. Data flow: model chunks -> **ParameterInfo**
+-> partition.
 
 What a parameter is follows from its name, its number of dimensions and the config of the module
 that owns it, never from shapes. Names that are not listed here have role ``unknown``.
@@ -9,17 +9,16 @@ that owns it, never from shapes. Names that are not listed here have role ``unkn
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch.distributed import ProcessGroup
 from torch.nn import Module, Parameter
 
+from megatron_adam_mini.mcore import compat
 from megatron_adam_mini.plan.partition import HeadGeometry, ParameterInfo
 from megatron_adam_mini.plan.roles import is_expert
 
@@ -82,7 +81,7 @@ def _describe(
         tp_rank=group.rank(),
         expert=expert,
         in_norm=param_is_not_shared(param)
-        and _is_not_tp_duplicate(param, tp_group, expert_tp_group),
+        and compat.is_not_tp_duplicate(param, tp_group, expert_tp_group),
     )
 
 
@@ -98,28 +97,16 @@ def _refuse_unsupported(name: str, param: Parameter) -> None:
             f"Parameter {name!r} belongs to an expert; mixture-of-experts models are not "
             "supported yet. Use --optimizer adam for them."
         )
-    if getattr(param, "grad_norm_group", None) is not None or ".mtp." in f".{name}":
+    if compat.has_norm_of_its_own(param) or ".mtp." in f".{name}":
         raise NotImplementedError(
             f"Parameter {name!r} belongs to multi-token prediction, which is not supported yet. "
             "Train without --mtp-num-layers, or use --optimizer adam."
         )
-    if getattr(param, "is_gtp_weight_remat", False):
+    if compat.is_sharded_by_gtp(param):
         raise NotImplementedError(
             f"Parameter {name!r} is sharded by generalized tensor parallelism, which is not "
             "supported. Set its weight-remat sizes to 1."
         )
-
-
-def _is_not_tp_duplicate(
-    param: Parameter, tp_group: ProcessGroup, expert_tp_group: ProcessGroup
-) -> bool:
-    groups: dict[str, Any] = {"tp_group": tp_group, "expert_tp_group": expert_tp_group}
-    known = inspect.signature(param_is_not_tensor_parallel_duplicate).parameters
-    return bool(
-        param_is_not_tensor_parallel_duplicate(
-            param, **{key: value for key, value in groups.items() if key in known}
-        )
-    )
 
 
 def _global_prefixes(chunk: Module) -> dict[str, str]:
@@ -141,9 +128,7 @@ def _stored_prefixes(chunk: Module) -> dict[str, str]:
     return {
         f"{name}.{old}": f"{name}.{new}"
         for name, module in chunk.named_modules()
-        for old, new in getattr(
-            getattr(module, "submodules_config", None), "sharded_state_dict_keys_map", {}
-        ).items()
+        for old, new in compat.stored_prefixes(module).items()
     }
 
 

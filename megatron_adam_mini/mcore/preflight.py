@@ -1,11 +1,12 @@
 """Combinations that Adam-mini does not support are refused at start-up, with the reason.
 
-Imports nothing but the standard library. The same table is applied to command-line arguments,
+Imports the standard library only. The same table is applied to command-line arguments,
 to ``OptimizerConfig`` and to the DDP config, whichever has the attribute.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -131,8 +132,15 @@ def refuse_keywords(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
         )
 
 
-def refuse_single_phase(clip_grad: float, *, loss_scaled: bool, skip_threshold: float) -> None:
+def refuse_single_phase(
+    clip_grad: float, *, loss_scaled: bool, skip_threshold: float = math.inf
+) -> None:
     """Check that nothing in the step waits for the gradient norm.
+
+    Args:
+        clip_grad: norm to clip to; 0 or less: none.
+        loss_scaled: whether gradients are scaled, and non-finite ones expected.
+        skip_threshold: norm above which steps are skipped; only configs have it.
 
     Raises:
         ValueError: names what does.
@@ -140,7 +148,7 @@ def refuse_single_phase(clip_grad: float, *, loss_scaled: bool, skip_threshold: 
     waits = {
         f"--clip-grad {clip_grad}": clip_grad > 0.0,
         "a loss scale (--fp16 or --loss-scale)": loss_scaled,
-        f"grad_norm_skip_threshold {skip_threshold}": skip_threshold < float("inf"),
+        f"grad_norm_skip_threshold {skip_threshold}": skip_threshold < math.inf,
     }
     found = [name for name, applies in waits.items() if applies]
     if found:
