@@ -24,10 +24,10 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one rank of a pipeline stage plans with.
+    """Parameters and buckets of one rank of a pipeline stage.
 
     Attributes:
-        parameters: of all its virtual stages; placements index into them.
+        parameters: those of all its virtual stages, which placements refer to by index.
         dense: buckets that the data-parallel group shares.
         expert: buckets that the expert-data-parallel group shares.
     """

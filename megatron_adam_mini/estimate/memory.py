@@ -34,7 +34,7 @@ class StateFormat:
     """Bytes per number of an optimizer's state.
 
     Attributes:
-        label: for people.
+        label: name in the report.
         main_param: of the main parameter; 2 for the 16 bits that bf16 lacks of float32.
         exp_avg: of m.
         exp_avg_sq: of v.
@@ -59,13 +59,13 @@ FORMATS = {
     ),
 }
 
-#: Data-parallel sizes beyond this are not looked at.
+#: Larger data-parallel sizes are not tried.
 MAX_SHARING = 2**16
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """What the ranks of one pipeline stage hold.
+    """What the ranks of one pipeline stage allocate.
 
     Attributes:
         num_parameters: elements of the parameters of one rank.
@@ -112,7 +112,7 @@ class Planner:
         self.options = options
         self.layers = stage_layers(parallel, model.num_layers)
         self._blocks: dict[Hashable, list[list[ParameterBlocks]]] = {}
-        #: Stages and ranks that hold equal parameters have equal numbers.
+        #: Numbers of stages and ranks by what they hold; see ``_number``.
         self._numbers: dict[Hashable, int] = {}
         self._number_of: dict[tuple[int, int, int], int] = {}
         names = [
@@ -201,7 +201,7 @@ class Planner:
         return self._blocks[key]
 
     def _number(self, stage: int, tp_rank: int, expert_tp_rank: int) -> int:
-        """Number what decides how many segments the slices of a rank have, up to the buckets."""
+        """Return a number; where it is equal, equal buckets have slices with equal segments."""
         place = (stage, tp_rank, expert_tp_rank)
         if place not in self._number_of:
             chunks = self._stage_blocks(*place)

@@ -101,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def config_from_args(args: argparse.Namespace) -> AdamMiniConfig:
-    """Return the options that the flags ask for; bad values raise ``ValueError``."""
+    """Return the options that the flags select; bad values raise ``ValueError``."""
     return AdamMiniConfig(
         preset=args.adam_mini_preset,
         value_as_block=args.adam_mini_value_as_block,

@@ -62,8 +62,8 @@ TRAINING_LOG = Hook("megatron.training.training", "training_log")
 
 
 def warn_if_untested() -> None:
-    """Warn, once per registration, when Megatron-Core is a release that nobody tested."""
-    # Megatron-Core adds the commit of the git folder around it, whosever that is: 0.19.2+c943483.
+    """Warn, once per registration, when this release of Megatron-Core was not tested."""
+    # Megatron-Core adds the commit of the git folder around it, whichever that is: 0.19.2+c943483.
     if MCORE_VERSION.partition("+")[0] not in TESTED_VERSIONS:
         logger.warning(
             "megatron-adam-mini was tested with megatron-core %s, but this is %s. Run "
@@ -138,7 +138,7 @@ def grad_norm_skip_threshold(config: Any) -> float:
 
 
 def factory_defaults(factory: Callable[..., Any]) -> dict[str, Any]:
-    """Return the defaults of what a caller may ask of the optimizer, by keyword.
+    """Return the defaults of the keyword arguments with which optimizers are built.
 
     No release passes more than four arguments to :data:`FACTORY`; ``get_megatron_optimizer`` takes
     two more.
@@ -191,7 +191,7 @@ def is_not_tp_duplicate(
 ) -> bool:
     """Return whether this rank's copy of a parameter counts in sums over tensor parallelism.
 
-    ``param_is_not_tensor_parallel_duplicate`` knows the group of experts since 0.19.
+    ``param_is_not_tensor_parallel_duplicate`` takes the group of experts since 0.19.
     """
     groups: dict[str, Any] = {"tp_group": tp_group, "expert_tp_group": expert_tp_group}
     known = inspect.signature(param_is_not_tensor_parallel_duplicate).parameters

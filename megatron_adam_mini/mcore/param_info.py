@@ -4,7 +4,7 @@ Imports megatron.core, ``compat`` and ``partition``. Data flow: model chunks -> 
 -> partition.
 
 What a parameter is follows from its name, its number of dimensions and the config of the module
-that owns it, never from shapes. Names that are not listed here have role ``unknown``.
+that owns it, never from shapes. Names that ``plan/roles`` does not list have the role ``unknown``.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _global_name(name: str, renamed: dict[str, str]) -> str:
 
 
 def _nearest_config(name: str, modules: dict[str, Module]) -> Any:
-    """Return the config of the closest module around a parameter that knows about heads."""
+    """Return the config of the closest module around a parameter that has attention heads."""
     path = name.rpartition(".")[0]
     while path:
         config = getattr(modules.get(path), "config", None)

@@ -110,11 +110,11 @@ def refuse_unsupported(*sources: Any) -> None:
 
 
 def refuse_keywords(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Check keyword arguments of a release that nobody knows here yet.
+    """Check keyword arguments that this package does not read.
 
     Args:
-        given: those that a caller passed; ``None`` asks for nothing.
-        defaults: those that Megatron's own functions have, which ask for nothing either.
+        given: those that a caller passed. ``None`` and Megatron's defaults change nothing.
+        defaults: Megatron's defaults, by keyword.
 
     Raises:
         NotImplementedError: names what would be ignored.

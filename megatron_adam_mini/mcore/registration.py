@@ -1,15 +1,16 @@
-"""Adam-mini behind Megatron's names: what its functions do beside their own work, and the undo.
+"""Adam-mini behind Megatron's names: which of its functions are wrapped, and how to undo it.
 
-Imports what it wraps around them, and ``compat``, which says where they are and since when. Eight
-functions are replaced, those of megatron.training only if it is there:
+Imports ``compat``, which names the functions and their releases, and what is wrapped around them.
+Eight functions are replaced, those of megatron.training only if it is installed:
 
-* the factory builds Adam-mini when the config names it;
-* three functions that read checkpoints look for damage and foreign code before anything is read;
-* the parser of arguments gets the flags;
-* the check of arguments looks at ours, then lets Megatron validate as for Adam. For any other name
-  it would turn the distributed optimizer into the layer-wise one;
-* the optimizer's config carries the options along;
-* the logs get Adam-mini's metrics.
+* the factory of optimizers builds Adam-mini if the config names it;
+* before each of three functions reads a checkpoint, its files are checked for damage and foreign
+  code;
+* Adam-mini's flags are added to the parser;
+* Adam-mini's flags are validated, then Megatron validates all others as for Adam: with any other
+  name it would replace the distributed optimizer by the layer-wise one;
+* the options are attached to the optimizer's config;
+* Adam-mini's metrics are added to the logs.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Registration:
         """Restore what was replaced; harmless when called again.
 
         Raises:
-            RuntimeError: somebody wrapped a function after us, so restoring would drop theirs.
+            RuntimeError: a function was wrapped again since; restoring it would drop that wrapper.
         """
         for module, name, _, wrapper in self._replaced:
             if getattr(module, name) is not wrapper:
