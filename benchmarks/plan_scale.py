@@ -39,7 +39,13 @@ from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.estimate.buckets import plan_stage, stage_blocks
 from megatron_adam_mini.estimate.models import MODELS
 from megatron_adam_mini.estimate.parallel import Parallel
-from megatron_adam_mini.plan.layout import BucketLayout, cut_boundaries, segment_slice, slice_size
+from megatron_adam_mini.plan.layout import (
+    BucketLayout,
+    BufferLayout,
+    cut_boundaries,
+    segment_slice,
+    slice_size,
+)
 from megatron_adam_mini.plan.partition import ParameterBlocks
 from megatron_adam_mini.plan.reduction import plan_reduction
 
@@ -173,15 +179,15 @@ def plan(case: Case) -> Result:
     stage_plan = plan_stage(model, parallel, chunks, pp_rank=stage)
     parameters = stage_plan.parameters
     domains = [
-        Domain(stage_plan.dense, parallel.dense_shards, parallel.tp),
-        Domain(stage_plan.expert, parallel.expert_shards, parallel.etp),
+        Domain(_buckets(stage_plan.dense), parallel.dense_shards, parallel.tp),
+        Domain(_buckets(stage_plan.expert), parallel.expert_shards, parallel.etp),
     ]
     described = time.perf_counter()
     middle = _plan_rank(domains, parameters, 0.5, instances)
     ended = time.perf_counter()
     places = min(_RANKS, parallel.dense_shards)
     balances = [_second_moments(domain, parameters) for domain in domains]
-    buckets = stage_plan.dense + stage_plan.expert
+    buckets = stage_plan.buckets
     return Result(
         seconds=ended - started,
         seconds_added=ended - described,
@@ -194,6 +200,10 @@ def plan(case: Case) -> Result:
             key=lambda added: added.bytes,
         ),
     )
+
+
+def _buckets(buffers: list[BufferLayout]) -> list[BucketLayout]:
+    return [bucket for buffer in buffers for bucket in buffer.buckets]
 
 
 def _plan_rank(

@@ -260,15 +260,15 @@ def build_with_odd_heads() -> None:
     """One rank believes in another number of query groups."""
     from dataclasses import replace
 
-    from megatron_adam_mini.mcore import param_info
+    from megatron_adam_mini.plan.partition import HeadGeometry
 
-    original = param_info._heads
+    original = HeadGeometry.of
 
     def heads(config: Any) -> Any:
         found = original(config)
         return replace(found, num_query_groups=3) if rank() == ODD else found
 
-    param_info._heads = heads
+    HeadGeometry.of = heads
     build(Job(tp=2, **TINY))
 
 

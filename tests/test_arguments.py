@@ -430,6 +430,45 @@ def test_registration_is_idempotent_and_reversible():
     assert facts == dict.fromkeys(facts, True)
 
 
+def keyword_outcomes(given: Sequence[dict[str, Any]]) -> list[tuple[str, str] | None]:
+    """Build Adam-mini as a caller does that passes more than the tested release."""
+    from types import SimpleNamespace
+
+    from megatron.core import optimizer
+
+    from megatron_adam_mini.mcore import registration
+
+    registration.build_optimizer = lambda *_: None
+    megatron_adam_mini.register()
+    config = SimpleNamespace(optimizer="adam_mini")
+    build = optimizer._get_megatron_emerging_optimizer
+    return [error_of(build, config=config, model_chunks=[], **more) for more in given]
+
+
+def test_keywords_that_would_be_dropped_in_silence_are_refused():
+    harmless = [
+        {},
+        {"config_overrides": {}, "pg_collection": None},
+        {"dump_param_to_param_group_map": None, "something_new": None},
+        # The default of get_megatron_optimizer.
+        {"use_gloo_process_groups": True},
+    ]
+    refused = [
+        {"default_skip_embedding_weight_decay": True},
+        {"something_new": 0, "use_gloo_process_groups": False},
+    ]
+    found = only(run_ranks(1, keyword_outcomes, harmless + refused))
+    assert found[: len(harmless)] == [None] * len(harmless)
+    text = (
+        "--optimizer adam_mini does not support {}, which it was given and does not know. Remedy: "
+        "leave it out, or use a release of Megatron-Core that Adam-mini was tested with."
+    )
+    assert found[len(harmless) :] == [
+        ("NotImplementedError", text.format("default_skip_embedding_weight_decay=True")),
+        ("NotImplementedError", text.format("something_new=0, use_gloo_process_groups=False")),
+    ]
+
+
 def warnings_at_registration(version: str | None) -> list[str]:
     import logging
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import multiprocessing
 import re
-from dataclasses import replace
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,18 +22,18 @@ from megatron_adam_mini import cli
 from megatron_adam_mini.collectives import DomainGroups
 from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.estimate.buckets import plan_stage, stage_blocks
-from megatron_adam_mini.estimate.flags import vars_of
+from megatron_adam_mini.estimate.flags import add_flags, model_of, parallel_of, vars_of
 from megatron_adam_mini.estimate.memory import FORMATS, KINDS, Planner, Sharing, largest_rank
 from megatron_adam_mini.estimate.models import MODELS, Model
-from megatron_adam_mini.estimate.parallel import Parallel, stage_layers
-from megatron_adam_mini.estimate.stages import stage_parameters
+from megatron_adam_mini.estimate.parallel import Parallel, flag, stage_layers
 from megatron_adam_mini.optimizer import AdamMini
-from megatron_adam_mini.plan.layout import BufferLayout
+from megatron_adam_mini.plan.layout import slice_size, state_starts
 from megatron_adam_mini.plan.step_plan import DomainLayout, plan_step
 from tests.megatron_job import Job, Trainer
+from tests.meta_megatron import ranks_of
 from tests.ranks import run_ranks
 
-# Real runs.
+# Real runs: one for each form of the state. Layouts are covered without memory, below.
 
 LLAMA = Job(bf16=True)
 #: Options of a run, by the command's name for what they make of the state.
@@ -40,7 +44,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adam_mini_remainders_bf16_m": {"param_remainders": True, "exp_avg_dtype": "bf16"},
 }
 RUNS = {
-    "tp1": (LLAMA, 1, "adam_mini"),
     "tp2-pp2-dp2, overlap, small buckets": (
         replace(LLAMA, tp=2, pp=2, layers=4, overlap=True, bucket_size=3000),
         8,
@@ -75,34 +78,20 @@ RUNS = {
         6,
         "adam_mini_remainders_bf16_m",
     ),
-    "two instances, full v of fc1": (
-        replace(LLAMA, instances=2, adam_mini={"full_v": ("*fc1.weight",)}),
-        4,
-        "adam_mini",
-    ),
 }
 
 
 def allocated(job: Job) -> dict[str, Any]:
     """Return what this rank holds, counted from the tensors."""
     from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    from megatron_adam_mini.mcore.param_info import collect_parameters
 
     trainer = Trainer(job)
     buffers = [buffer for chunk in trainer.chunks for buffer in chunk.buffers]
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    infos = collect_parameters(trainer.chunks, tp_group=groups.tp, expert_tp_group=groups.tp)
     found = {
         "bytes": {
             "weights": sum(buffer.param_data.nbytes for buffer in buffers),
             "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
         },
-        "buckets": [bucket.grad_data.numel() for buffer in buffers for bucket in buffer.buckets],
-        # The key is where Megatron's checkpoints have the parameter, which is no matter of memory.
-        "infos": [replace(info, key="") for info in infos.values()],
-        "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
         "pp_rank": parallel_state.get_pipeline_model_parallel_rank(),
     }
     if job.optimizer == "adam_mini":
@@ -131,7 +120,6 @@ def flags_of(job: Job, world: int) -> list[str]:
         *("--transformer-impl", "local"),
         *("--tensor-model-parallel-size", job.tp, "--pipeline-model-parallel-size", job.pp),
         *("--context-parallel-size", job.cp, "--data-parallel-size", data),
-        *("--num-distributed-optimizer-instances", job.instances),
     ]
     switches = {
         "--swiglu": job.swiglu,
@@ -149,8 +137,6 @@ def flags_of(job: Job, world: int) -> list[str]:
         flags += ["--ddp-bucket-size", job.bucket_size]
     if job.vpp:
         flags += ["--num-virtual-stages-per-pipeline-rank", job.vpp]
-    if "full_v" in job.adam_mini:
-        flags += ["--adam-mini-full-v", *job.adam_mini["full_v"]]
     return [str(flag) for flag in flags]
 
 
@@ -167,16 +153,6 @@ def test_every_byte_of_a_real_run(case: str, capsys: Any) -> None:
     ranks = run_ranks(world, allocated, replace(job, adam_mini=options))
     report = run_cli(capsys, *flags_of(job, world))
     assert report["every_rank"][form] == [rank["bytes"] for rank in ranks]
-
-    model = Model(**report["model"])
-    layout = Parallel(**report["layout"])
-    for rank in ranks:
-        place = {"pp_rank": rank["pp_rank"], "tp_rank": rank["tp_rank"]}
-        described = stage_parameters(model, layout, **place)
-        assert [info for chunk in described for info in chunk] == rank["infos"]
-        blocks = stage_blocks(model, layout, AdamMiniConfig(), **place)
-        plan = plan_stage(model, layout, blocks, pp_rank=rank["pp_rank"])
-        assert [bucket.numel for bucket in plan.dense] == rank["buckets"]
 
     # The summary is the maximum over ranks.
     totals = [sum(rank["bytes"].values()) for rank in ranks]
@@ -197,126 +173,145 @@ def test_every_byte_of_megatrons_adam(capsys: Any) -> None:
     assert report["every_rank"]["adam"] == [rank["bytes"] for rank in ranks]
 
 
-# Parameters of models that cannot be trained here, against Megatron's own modules.
+# Every rank of any layout, against what Megatron builds of the same flags without memory.
 
+LLAMA_FLAGS = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 8 --padded-vocab-size 256 --swiglu "
+    "--disable-bias-linear --normalization RMSNorm --position-embedding-type rope "
+    "--untie-embeddings-and-output-weights"
+)
+MIXTRAL = "--model mixtral-8x7b-like --num-layers 8"
+GPT_FLAGS = (
+    "--num-layers 4 --hidden-size 96 --num-attention-heads 8 --vocab-size 250 "
+    "--max-position-embeddings 24"
+)
+MOE_FLAGS = "--num-experts 8 --moe-ffn-hidden-size 32 --moe-layer-freq [0]+[1]*3"
+SHARED_FLAGS = "--moe-shared-expert-intermediate-size 48 --moe-shared-expert-gate"
+LATENT_FLAGS = (
+    "--multi-latent-attention --kv-lora-rank 24 --qk-head-dim 16 --qk-pos-emb-head-dim 8 "
+    "--v-head-dim 12"
+)
+COUNTED = "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split"
+TP, PP, CP, DP = (
+    f"--{kind}-parallel-size" for kind in ("tensor-model", "pipeline-model", "context", "data")
+)
+EP, ETP = "--expert-model-parallel-size", "--expert-tensor-parallel-size"
+OVERLAP = "--overlap-grad-reduce"
+#: Where there are more ranks than this, that many are looked at.
+MOST_RANKS = 8
 
-def parameters_of(kind: str) -> list[tuple[str, tuple[int, ...], Any, bool]]:
-    """Return name, shape, split dimension and expert flag of a model's parameters."""
-    import megatron.core.models.gpt.gpt_layer_specs as specs
-    from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.identity_op import IdentityOp
-    from megatron.core.transformer.transformer_config import MLATransformerConfig
+ON_META = {
+    "7b": "--model llama-2-7b",
+    "7b, buckets by default": f"--model llama-2-7b {TP} 2 {DP} 3 {OVERLAP}",
+    "8b": f"--model llama-3-8b {TP} 4 {DP} 2",
+    "70b": f"--model llama-3-70b {TP} 8 {PP} 4 {DP} 8 {OVERLAP}",
+    "405b": f"--model llama-3-405b {TP} 8 {PP} 16 {DP} 8 {OVERLAP} {COUNTED}",
+    "405b, heads cut by tp": f"--model llama-3-405b {TP} 8 {PP} 16 {DP} 2 {COUNTED} "
+    "--num-query-groups 1",
+    "mixtral, experts beside dense": f"{MIXTRAL} {TP} 2 {DP} 4 {OVERLAP}",
+    "mixtral, ep8 etp1": f"{MIXTRAL} {TP} 4 {ETP} 1 {EP} 8 {DP} 16 {OVERLAP}",
+    "mixtral, ep4 etp2 pp2": f"{MIXTRAL} {TP} 2 {ETP} 2 {EP} 4 {PP} 2 {DP} 8",
+    "deepseek": f"--model deepseek-v3-like {TP} 8 {PP} 16 {ETP} 1 {EP} 64 {DP} 16 {OVERLAP} "
+    "--decoder-first-pipeline-num-layers 3 --decoder-last-pipeline-num-layers 2",
+    "llama": LLAMA_FLAGS,
+    "llama, small buckets": f"{LLAMA_FLAGS} {TP} 2 {PP} 2 {DP} 2 {OVERLAP} --ddp-bucket-size 3000",
+    "llama, number of buckets": f"{LLAMA_FLAGS} {DP} 3 {OVERLAP} --ddp-num-buckets 5",
+    "llama, several instances, cp": f"{LLAMA_FLAGS} {CP} 2 {DP} 4 "
+    "--num-distributed-optimizer-instances 2",
+    "llama, vpp, busbw, bf16 gradients": f"{LLAMA_FLAGS} {PP} 2 {DP} 3 --grad-reduce-in-bf16 "
+    f"--num-virtual-stages-per-pipeline-rank 2 --ddp-pad-buckets-for-high-nccl-busbw {OVERLAP}",
+    "llama, vpp by layers, counted": f"{LLAMA_FLAGS} --num-layers 6 {PP} 2 {DP} 2 {COUNTED} "
+    "--num-layers-per-virtual-pipeline-stage 2",
+    "gpt": f"{GPT_FLAGS} {TP} 2",
+    "gpt, tied over stages": f"{GPT_FLAGS} {TP} 2 {PP} 4 {DP} 2 {OVERLAP} --ddp-bucket-size 9000",
+    "gpt, tied over virtual stages": f"{GPT_FLAGS} {PP} 2 {DP} 2 "
+    "--num-virtual-stages-per-pipeline-rank 2",
+    "gpt, gate, norms of q and k": f"{GPT_FLAGS} {TP} 4 --group-query-attention "
+    "--attention-output-gate --qk-layernorm --kv-channels 20",
+    "gpt, uneven stages": f"{GPT_FLAGS} --num-layers 5 {PP} 2 --add-qkv-bias "
+    "--decoder-first-pipeline-num-layers 2",
+    "gpt, sizes by default": f"{GPT_FLAGS} --swiglu --untie-embeddings-and-output-weights "
+    "--make-vocab-size-divisible-by 20",
+    "experts": f"{LLAMA_FLAGS} {MOE_FLAGS} {SHARED_FLAGS} {TP} 2 {EP} 2 {ETP} 1 {DP} 5",
+    "experts with biases": f"{GPT_FLAGS} {MOE_FLAGS} {TP} 2 {ETP} 1 {EP} 4 {PP} 2 {DP} 4",
+    "experts in every other layer": f"{LLAMA_FLAGS} {EP} 2 {DP} 2 --num-experts 4 "
+    "--moe-layer-freq 2",
+    "latent attention": f"{LLAMA_FLAGS} {LATENT_FLAGS} {TP} 2 {DP} 2",
+    "latent attention, low rank, norms": f"{LLAMA_FLAGS} {LATENT_FLAGS} --q-lora-rank 48 "
+    f"--qk-layernorm {TP} 2",
+}
 
-    expert_parallel = 2 if kind == "experts" else 1
-    parallel_state.initialize_model_parallel(
-        2, expert_model_parallel_size=expert_parallel, expert_tensor_parallel_size=1
-    )
-    model_parallel_cuda_manual_seed(7)
-    common = {
-        "num_layers": 2,
-        "hidden_size": 64,
-        "num_attention_heads": 8,
-        "tensor_model_parallel_size": 2,
-        "use_cpu_initialization": True,
-        "gradient_accumulation_fusion": False,
-    }
-    if kind == "experts":
-        config = TransformerConfig(
-            **common,
-            add_bias_linear=False,
-            gated_linear_unit=True,
-            activation_func=torch.nn.functional.silu,
-            normalization="RMSNorm",
-            num_moe_experts=4,
-            moe_ffn_hidden_size=32,
-            moe_layer_freq=[0, 1],
-            moe_shared_expert_intermediate_size=48,
-            moe_shared_expert_gate=True,
-            expert_model_parallel_size=expert_parallel,
-            expert_tensor_parallel_size=1,
-        )
-    elif kind == "latent attention":
-        config = MLATransformerConfig(
-            **common,
-            add_bias_linear=False,
-            normalization="RMSNorm",
-            multi_latent_attention=True,
-            qk_layernorm=True,
-            q_lora_rank=48,
-            kv_lora_rank=24,
-            qk_head_dim=16,
-            qk_pos_emb_head_dim=8,
-            v_head_dim=12,
-        )
-    else:
-        config = TransformerConfig(**common, qk_layernorm=True)
-    spec = specs.get_gpt_decoder_block_spec(
-        config, use_transformer_engine=False, normalization=config.normalization
-    )
-    if kind == "latent attention":
-        # Megatron's own attention for the CPU cannot be built for it; it has no parameters.
-        for layer in spec.layer_specs:
-            layer.submodules.self_attention.submodules.core_attention = IdentityOp
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=spec,
-        vocab_size=128,
-        max_sequence_length=16,
-        share_embeddings_and_output_weights=False,
-        position_embedding_type="learned_absolute" if kind == "learned positions" else "rope",
-    )
-    return [
-        (
-            name,
-            tuple(param.shape),
-            param.partition_dim if getattr(param, "tensor_model_parallel", False) else None,
-            not getattr(param, "allreduce", True),
-        )
-        for name, param in model.named_parameters()
-    ]
-
-
-DESCRIBED = {
-    "experts": [
-        *("--swiglu", "--disable-bias-linear", "--normalization", "RMSNorm"),
-        *("--num-experts", "4", "--moe-ffn-hidden-size", "32", "--moe-layer-freq", "[0]+[1]*1"),
-        *("--moe-shared-expert-intermediate-size", "48", "--moe-shared-expert-gate"),
-        *("--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"),
-        # Megatron's command line has a smaller default for SwiGLU than its TransformerConfig.
-        *("--ffn-hidden-size", "256"),
-        *("--position-embedding-type", "rope"),
-    ],
-    "latent attention": [
-        *("--disable-bias-linear", "--normalization", "RMSNorm", "--multi-latent-attention"),
-        *("--qk-layernorm", "--q-lora-rank", "48", "--kv-lora-rank", "24", "--qk-head-dim", "16"),
-        *("--qk-pos-emb-head-dim", "8", "--v-head-dim", "12", "--position-embedding-type", "rope"),
-    ],
-    "learned positions": ["--qk-layernorm", "--max-position-embeddings", "16"],
+#: Options of the partition of some of them.
+META_OPTIONS: dict[str, dict[str, Any]] = {
+    "8b": {"preset": "tensor"},
+    "405b, heads cut by tp": {"value_as_block": True},
+    "llama, several instances, cp": {"full_v": ("*fc1.weight",)},
+    "gpt, gate, norms of q and k": {"preset": "first"},
 }
 
 
-@pytest.mark.parametrize("kind", DESCRIBED)
-def test_described_parameters_are_the_models_own(kind: str, capsys: Any) -> None:
-    real = run_ranks(2, parameters_of, kind)
-    report = run_cli(
-        capsys,
-        *("--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "8"),
-        *("--padded-vocab-size", "128", "--untie-embeddings-and-output-weights"),
-        *("--transformer-impl", "local", "--tensor-model-parallel-size", "2"),
-        *DESCRIBED[kind],
-    )
-    model, layout = Model(**report["model"]), Parallel(**report["layout"])
-    for rank in range(2):
-        chunks = stage_parameters(
-            model, layout, pp_rank=0, tp_rank=rank, expert_tp_rank=rank % layout.etp
+@pytest.fixture(scope="module")
+def megatron() -> Iterator[Executor]:
+    """A process that stands for one rank after the other, Megatron imported once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preload"])
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as executor:
+        yield executor
+
+
+def megatrons_flags(model: Model, layout: Parallel) -> list[str]:
+    """Spell a description for Megatron's own parser; what has Megatron's default is left out."""
+    given = []
+    for description, kind in ((model, Model), (layout, Parallel)):
+        for field in fields(kind):
+            value = getattr(description, field.name)
+            if value == field.default or field.name == "data_parallel_size":
+                continue
+            name = {"add_bias_linear": "--disable-bias-linear"}.get(field.name, flag(field.name))
+            given += [name] if isinstance(value, bool) else [name, str(value)]
+    positions = model.max_position_embeddings or 8
+    return [*given, "--seq-length", "8", "--max-position-embeddings", str(positions)]
+
+
+@pytest.mark.parametrize("case", ON_META)
+def test_every_rank_is_what_megatron_builds(case: str, megatron: Executor) -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    args = parser.parse_args(ON_META[case].split())
+    model, layout = replace(model_of(args), transformer_impl="local"), parallel_of(args)
+    options = AdamMiniConfig(**META_OPTIONS.get(case, {}))
+    world = layout.world_size
+    ranks = sorted({world * i // MOST_RANKS + i % 2 for i in range(MOST_RANKS)} | {world - 1})
+    ranks = [rank for rank in ranks if rank < world]
+    found = megatron.submit(ranks_of, megatrons_flags(model, layout), world, ranks).result()
+    stages = Planner(model, layout, options).stages(layout)
+    for rank, held in zip(ranks, found, strict=True):
+        chunks = stage_blocks(
+            model,
+            layout,
+            options,
+            pp_rank=held.pp_rank,
+            tp_rank=held.tp_rank,
+            expert_tp_rank=held.expert_tp_rank,
         )
-        described = [(i.name, i.shape, i.tp_dim, i.expert) for chunk in chunks for i in chunk]
-        # With one expert-tensor-parallel rank Megatron marks experts as split, over a group of one.
-        expected = [(n, s, None if ".local_experts." in n else d, e) for n, s, d, e in real[rank]]
-        assert described == expected
+        plan = plan_stage(model, layout, chunks, pp_rank=held.pp_rank)
+        assert [blocks.info for blocks in plan.parameters] == held.parameters
+        assert plan.dense == held.dense
+        assert plan.expert == held.expert
+        # The slices that the rank owns of Megatron's buckets, walked as the optimizer does.
+        owned = [(buffer, held.dense_slice) for buffer in held.dense]
+        owned += [(buffer, held.expert_slice) for buffer in held.expert]
+        sizes = [
+            slice_size(bucket, plan.parameters, number)
+            for buffer, number in owned
+            for bucket in buffer.buckets
+        ]
+        stage, place = stages[held.pp_rank], rank % (world // layout.pp)
+        assert stage.elements[place] == sum(size.num_elements for size in sizes)
+        second_moments = sum(size.num_segments + size.num_elementwise for size in sizes)
+        assert stage.second_moments[place] == second_moments
+        state_numel = sum(state_starts(buffer, number)[1] for buffer, number in owned)
+        assert stage.state_numel[place] == state_numel
 
 
 # Public models.
@@ -360,12 +355,13 @@ def test_llama_2_7b_as_the_optimizer_allocates_it(form: str) -> None:
     meta, options = torch.device("meta"), AdamMiniConfig(**OPTIONS[form])
     model, parallel = MODELS["llama-2-7b"], Parallel()
     plan = plan_stage(model, parallel, stage_blocks(model, parallel, options, pp_rank=0), pp_rank=0)
-    (bucket,) = plan.dense
+    (buffer,) = plan.dense
+    (bucket,) = buffer.buckets
     flat = SimpleNamespace(
         grad=torch.empty(bucket.numel, device=meta),
         weight=torch.empty(bucket.numel, dtype=torch.bfloat16, device=meta),
     )
-    step_plan = plan_step(plan.parameters, [DomainLayout("dense", (BufferLayout((bucket,)),))])
+    step_plan = plan_step(plan.parameters, [DomainLayout("dense", (buffer,))])
     optimizer = AdamMini(
         step_plan, options, [flat], [DomainGroups()], [{}], [0] * len(plan.parameters), device=meta
     )

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import groupby
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,9 @@ from megatron_adam_mini.config import (
     AdamMiniConfig,
     check_adam_values,
 )
+from megatron_adam_mini.estimate.models import MODELS, Model
+from megatron_adam_mini.estimate.parallel import Parallel
+from megatron_adam_mini.estimate.stages import stage_parameters
 from megatron_adam_mini.partition_flags import read_rules
 from megatron_adam_mini.plan.manifest import (
     FORMAT_VERSION,
@@ -30,6 +34,7 @@ from megatron_adam_mini.plan.manifest import (
     identity_of,
     manifest_of,
     partition_fields,
+    short_hash,
     stored_rules,
 )
 from megatron_adam_mini.plan.partition import (
@@ -39,6 +44,7 @@ from megatron_adam_mini.plan.partition import (
     rule_for,
     unmatched_patterns,
 )
+from megatron_adam_mini.plan.roles import is_expert, role_of
 
 LAYER = "decoder.layers.0."
 
@@ -55,6 +61,20 @@ EXPECTED_RULES = {
     "router": ("element", "element", "tensor"),
     "unknown": ("element", "element", "element"),
 }
+
+#: Tied embeddings, learned positions, biases, gated attention, Megatron's own layers.
+GPT = Model(
+    num_layers=3,
+    hidden_size=96,
+    num_attention_heads=6,
+    padded_vocab_size=512,
+    max_position_embeddings=64,
+    group_query_attention=True,
+    num_query_groups=3,
+    qk_layernorm=True,
+    attention_output_gate=True,
+    transformer_impl="local",
+)
 
 #: (heads, query groups, head size, gated): MHA, GQA, MQA, single head, gated, head size 1.
 GEOMETRIES = [
@@ -213,6 +233,97 @@ def test_unmatched_patterns_equals_brute_force(names, patterns):
     assert unmatched_patterns(names, AdamMiniConfig(full_v=tuple(patterns))) == expected
 
 
+# Head geometry.
+
+#: What Megatron's flags make of heads: (flags as its ``args`` hold them, geometry).
+ARGS_GEOMETRIES = {
+    "no groups, whose default is 1": (
+        {"group_query_attention": False, "num_query_groups": 1, "kv_channels": 8},
+        (8, 8, 8, False),
+    ),
+    "groups": (
+        {"group_query_attention": True, "num_query_groups": 2, "kv_channels": 8},
+        (8, 2, 8, False),
+    ),
+    "groups without a number": (
+        {"group_query_attention": True, "num_query_groups": None, "kv_channels": 8},
+        (8, 8, 8, False),
+    ),
+    "head size of its own": (
+        {"group_query_attention": False, "num_query_groups": 1, "kv_channels": 24},
+        (8, 8, 24, False),
+    ),
+    "head size left open": (
+        {"group_query_attention": False, "num_query_groups": 1, "kv_channels": None},
+        (8, 8, 8, False),
+    ),
+    "gate": (
+        {
+            "group_query_attention": True,
+            "num_query_groups": 4,
+            "kv_channels": 8,
+            "attention_output_gate": True,
+        },
+        (8, 4, 8, True),
+    ),
+    "a release without gate, kv_channels and the switch": (
+        {"num_query_groups": 4},
+        (8, 4, 8, False),
+    ),
+}
+
+
+def geometry_of(source: object) -> tuple[int, int, int, bool]:
+    found = HeadGeometry.of(source)
+    return (found.num_heads, found.num_query_groups, found.head_dim, found.gated)
+
+
+@pytest.mark.parametrize("case", ARGS_GEOMETRIES)
+def test_heads_of_the_args_in_a_checkpoint(case):
+    flags, expected = ARGS_GEOMETRIES[case]
+    args = SimpleNamespace(num_attention_heads=8, hidden_size=64, **flags)
+    assert geometry_of(args) == expected
+
+
+@pytest.mark.parametrize(("groups", "expected"), [(8, 8), (2, 2), (None, 8)])
+def test_heads_of_megatrons_config(groups, expected):
+    # It has no group_query_attention, and fills in what is left open.
+    config = SimpleNamespace(
+        num_attention_heads=8,
+        num_query_groups=groups,
+        kv_channels=24,
+        hidden_size=64,
+        attention_output_gate=True,
+    )
+    assert geometry_of(config) == (8, expected, 24, True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, (6, 6, 16, False)),
+        ({"kv_channels": 8}, (6, 6, 8, False)),
+        ({"group_query_attention": True, "num_query_groups": 3}, (6, 3, 16, False)),
+        # The default of Megatron's flag is 1.
+        ({"group_query_attention": True}, (6, 1, 16, False)),
+        ({"attention_output_gate": True}, (6, 6, 16, True)),
+    ],
+)
+def test_heads_of_an_estimated_model(flags, expected):
+    plain = replace(GPT, group_query_attention=False, num_query_groups=None)
+    found = replace(plain, **{"attention_output_gate": False} | flags)
+    assert geometry_of(found) == expected == geometry_of(SimpleNamespace(**vars(found)))
+
+
+@pytest.mark.parametrize("name", ["num_attention_heads", "num_query_groups", "hidden_size"])
+def test_heads_of_a_source_that_lacks_something(name):
+    given = {"num_attention_heads": 8, "num_query_groups": 2, "hidden_size": 64}
+    del given[name]
+    with pytest.raises(AttributeError) as caught:
+        HeadGeometry.of(SimpleNamespace(**given))
+    assert caught.value.name == name
+
+
 # Fused Query, Key, Value.
 
 
@@ -259,6 +370,48 @@ def test_qkv_may_be_given_any_rule_by_name(rule, num_blocks):
     assert partition_parameter(qkv_info(4, 2, 3, False), config).num_blocks == num_blocks
 
 
+# Roles.
+
+ROLES = {
+    # (name within a layer, dimensions): role
+    ("self_attention.linear_qkv.weight", 2): "qkv",
+    ("self_attention.linear_qkv.bias", 1): "bias",
+    ("self_attention.linear_qkv.layer_norm_weight", 1): "norm",
+    ("self_attention.linear_proj.weight", 2): "attention_projection",
+    ("self_attention.q_layernorm.weight", 1): "norm",
+    ("mlp.linear_fc1.weight", 2): "mlp",
+    ("mlp.linear_fc2.weight", 2): "mlp",
+    ("mlp.router.weight", 2): "router",
+    # One module for each expert.
+    ("mlp.experts.local_experts.3.linear_fc1.weight", 2): "mlp",
+    ("mlp.experts.local_experts.31.linear_fc2.weight", 2): "mlp",
+    ("mlp.experts.local_experts.0.linear_fc2.bias", 1): "bias",
+    # Grouped GEMM.
+    ("mlp.experts.linear_fc1.weight0", 2): "mlp",
+    ("mlp.experts.linear_fc2.weight17", 2): "mlp",
+    ("mlp.experts.linear_fc1.bias17", 1): "bias",
+    # Before 0.17, all experts in one weight whose neurons are columns.
+    ("mlp.experts.weight1", 2): "unknown",
+    ("mlp.shared_experts.linear_fc1.weight", 2): "mlp",
+    ("mlp.shared_experts.linear_fc2.weight", 2): "mlp",
+    ("mlp.shared_experts.gate_weight", 2): "unknown",
+    # Numbers mean an expert's only within experts.
+    ("mlp.linear_fc1.weight0", 2): "unknown",
+    ("self_attention.linear_q_proj.weight", 2): "unknown",
+    ("mixer.conv1d.weight", 3): "unknown",
+}
+
+
+@pytest.mark.parametrize(("name", "num_dimensions"), ROLES)
+def test_role_of_a_name(name, num_dimensions):
+    assert role_of(LAYER + name, num_dimensions) == ROLES[name, num_dimensions]
+
+
+@pytest.mark.parametrize("name", [name for name, _ in ROLES])
+def test_experts_are_those_that_some_tokens_are_sent_to(name):
+    assert is_expert(LAYER + name) == ("mlp.experts." in name)
+
+
 # Manifest.
 
 
@@ -293,6 +446,36 @@ def model(tp: int, padded_vocabulary: int = 16) -> list[ParameterInfo]:
 def manifest(infos: list[ParameterInfo], **options: object) -> dict:
     config = AdamMiniConfig(**options)
     return manifest_of([partition_parameter(i, config).manifest_entry() for i in infos], config)
+
+
+PINNED_OPTIONS = {
+    "paper": {},
+    "first": {"preset": "first"},
+    "tensor": {"preset": "tensor"},
+    "value as block": {"value_as_block": True, "full_v": ("*.linear_fc1.*",)},
+}
+#: Hash of the manifest, and of its list of parameters with their roles, names and counts.
+PINNED_MANIFESTS = {
+    ("llama-2-7b", "paper"): ("3ea6cdd21d7dcc79", "647041546bef3c35"),
+    ("llama-2-7b", "first"): ("46b28e0a2a5d2d4d", "15d3435c5a5c2f0b"),
+    ("llama-2-7b", "tensor"): ("fa24d2a21e54f375", "67c8a78d0b0db7bc"),
+    ("llama-2-7b", "value as block"): ("5dfb4e20f22a12ab", "1bec5e32bd53dd23"),
+    ("llama-3-70b", "paper"): ("89ad80d22cb482c3", "2da96d978ebb272f"),
+    ("llama-3-70b", "first"): ("c4c2ebec05613252", "a16e8b5a12af56ca"),
+    ("llama-3-70b", "tensor"): ("3b583f26382e16c7", "d7af53d13ed39f0b"),
+    ("llama-3-70b", "value as block"): ("6e4ab94ea09b2f8b", "c28c0b100c298d11"),
+    ("gpt", "paper"): ("03ef2d5949eef875", "e6cb83ee2aa4c2c8"),
+    ("gpt", "first"): ("d9c2d9f6ff648376", "e1a07af4489fbb9a"),
+    ("gpt", "tensor"): ("0e62edff965289ee", "c0242763ed2db4d5"),
+    ("gpt", "value as block"): ("2bf57b1875400d6f", "f899fa3412c6e50b"),
+}
+
+
+@pytest.mark.parametrize(("name", "options"), PINNED_MANIFESTS)
+def test_manifest_of_dense_models_stays_what_checkpoints_hold(name, options):
+    (infos,) = stage_parameters(GPT if name == "gpt" else MODELS[name], Parallel(), pp_rank=0)
+    found = manifest(infos, **PINNED_OPTIONS[options])
+    assert (found["hash"], short_hash(found["parameters"])) == PINNED_MANIFESTS[name, options]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -19,7 +19,7 @@ from megatron_adam_mini.plan.partition import (
     partition_parameter,
     unmatched_patterns,
 )
-from megatron_adam_mini.plan.roles import role_of
+from megatron_adam_mini.plan.roles import is_expert
 
 
 def args_of(checkpoint: Checkpoint) -> Any:
@@ -44,31 +44,21 @@ def heads_of(args: Any) -> HeadGeometry:
         UnreadableError: an argument is missing.
     """
     try:
-        heads = args.num_attention_heads
-        groups = args.num_query_groups if getattr(args, "group_query_attention", True) else heads
-        dim = getattr(args, "kv_channels", None) or args.hidden_size // heads
+        return HeadGeometry.of(args)
     except AttributeError as error:
         raise UnreadableError(
             f"The checkpoint's args lack {error.name!r}, which says how attention heads lie in "
             "memory. Load it in a run and save it again."
         ) from error
-    return HeadGeometry(
-        num_heads=heads,
-        num_query_groups=groups or heads,
-        head_dim=dim,
-        gated=bool(getattr(args, "attention_output_gate", False)),
-    )
 
 
 def info_of(parameter: StoredParameter, name: str, args: Any) -> ParameterInfo:
     """Return what the partition must know of a parameter; ``args`` say how heads lie in it."""
-    role = role_of(name, len(parameter.shape))
-    return ParameterInfo(
-        name=name,
+    return ParameterInfo.of(
+        name,
+        parameter.shape,
+        lambda: None if args is None else heads_of(args),
         key=parameter.key,
-        shape=parameter.shape,
-        role=role,
-        heads=heads_of(args) if role == "qkv" and args is not None else None,
     )
 
 
@@ -85,7 +75,7 @@ def blocks_of(
     found = {}
     for parameter in parameters:
         name = name_of(parameter.key, local=local)
-        if ".experts." in name:
+        if is_expert(name):
             raise UnreadableError(
                 f"{name!r} belongs to an expert; mixture-of-experts models are not supported yet."
             )

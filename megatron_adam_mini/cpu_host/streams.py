@@ -52,7 +52,7 @@ _current: list[Stream] = [_default]  # the last is in use; ``with`` blocks nest
 
 
 class Event:
-    """A point in time that has passed once it is recorded; it knows when."""
+    """A point in time that has passed once it is recorded, which it keeps."""
 
     def __init__(
         self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False
@@ -78,9 +78,8 @@ class Event:
         """Return the milliseconds from this event to ``end_event``, measured on the host's clock.
 
         Raises:
-            RuntimeError: if either event was made without ``enable_timing`` or was never recorded,
-            as
-                with CUDA.
+            RuntimeError: if either event was made without ``enable_timing``, or was never
+                recorded, as with CUDA.
         """
         if not (self._enable_timing and end_event._enable_timing):
             raise RuntimeError(

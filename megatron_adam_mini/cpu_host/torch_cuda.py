@@ -3,7 +3,7 @@
 Megatron-Core asks ``torch.cuda`` for streams, events, random state and memory numbers. Here each
 question that has a true answer on a CPU gets it (a CPU operation is complete when its call returns,
 so a stream is always idle and an event always passed), and every other public function of
-``torch.cuda`` raises with its own name: a call that nobody thought of must not return something
+``torch.cuda`` raises with its own name: an unforeseen call must not return something
 that merely looks right.
 
 Imports torch only. ``install`` is called once, by ``enable``.
@@ -43,7 +43,7 @@ class _DeviceContext:
 
 @dataclass(frozen=True)
 class _DeviceProperties:
-    """What ``get_device_properties`` tells: this machine's memory and cores."""
+    """What ``get_device_properties`` returns: this machine's memory and cores."""
 
     name: str
     major: int

@@ -15,7 +15,7 @@ from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.estimate.models import Model
 from megatron_adam_mini.estimate.parallel import Parallel
 from megatron_adam_mini.estimate.stages import EMBEDDING, stage_parameters
-from megatron_adam_mini.plan.layout import BucketLayout, Placement
+from megatron_adam_mini.plan.layout import BucketLayout, BufferLayout, Placement
 from megatron_adam_mini.plan.partition import ParameterBlocks, partition_parameter
 
 #: Elements to which a parameter's start is aligned.
@@ -24,17 +24,22 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one rank of a pipeline stage plans with.
+    """Parameters and buckets of one rank of a pipeline stage.
 
     Attributes:
-        parameters: of all its virtual stages; placements index into them.
-        dense: buckets that the data-parallel group shares.
-        expert: buckets that the expert-data-parallel group shares.
+        parameters: those of all its virtual stages, which placements refer to by index.
+        dense: buffers that the data-parallel group shares, one per virtual stage.
+        expert: buffers that the expert-data-parallel group shares.
     """
 
     parameters: list[ParameterBlocks]
-    dense: list[BucketLayout]
-    expert: list[BucketLayout]
+    dense: list[BufferLayout]
+    expert: list[BufferLayout]
+
+    @property
+    def buckets(self) -> list[BucketLayout]:
+        """The buckets of all buffers."""
+        return [bucket for buffer in self.dense + self.expert for bucket in buffer.buckets]
 
 
 def stage_blocks(
@@ -60,22 +65,24 @@ def plan_stage(
     parameters = [blocks for chunk in chunks for blocks in chunk]
     numel = sum(blocks.info.numel for blocks in parameters)
     tied = not model.untie_embeddings_and_output_weights and parallel.pp > 1
-    buckets: dict[bool, list[BucketLayout]] = {False: [], True: []}
+    buffers: dict[bool, list[BufferLayout]] = {False: [], True: []}
     base = 0
     for number, chunk in enumerate(chunks):
         # Later pipeline stages and later virtual stages have one bucket per buffer.
         size = _bucket_size(parallel, numel) if pp_rank == 0 and number == 0 else None
-        for expert, found in buckets.items():
+        for expert, found in buffers.items():
             members = [base + i for i, blocks in enumerate(chunk) if blocks.info.expert == expert]
-            found += _fill(
+            buckets = _fill(
                 [(index, parameters[index]) for index in reversed(members)],
                 bucket_size=size,
                 num_slices=parallel.expert_shards if expert else parallel.dense_shards,
                 pad_for_busbw=parallel.ddp_pad_buckets_for_high_nccl_busbw,
                 tied=tied,
             )
+            if buckets:
+                found.append(BufferLayout(tuple(buckets)))
         base += len(chunk)
-    return StagePlan(parameters, buckets[False], buckets[True])
+    return StagePlan(parameters, buffers[False], buffers[True])
 
 
 def _bucket_size(parallel: Parallel, num_parameters: int) -> int | None:
@@ -107,13 +114,14 @@ def _fill(
     divisor = math.lcm(num_slices, 128, 2**16 if pad_for_busbw else 1)
     found: list[BucketLayout] = []
     placements: list[Placement] = []
-    end = 0
+    offset = end = 0
 
     def close() -> None:
-        nonlocal end
-        found.append(BucketLayout(_padded(end, divisor), num_slices, tuple(placements)))
+        nonlocal offset, end
+        numel = _padded(end, divisor)
+        found.append(BucketLayout(numel, num_slices, tuple(placements), offset))
         placements.clear()
-        end = 0
+        offset, end = offset + numel, 0
 
     for index, blocks in members:
         # Both copies of a tied embedding get a bucket of their own.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from megatron_adam_mini.estimate.models import MODELS, Model
 from megatron_adam_mini.estimate.parallel import Parallel, flag
@@ -94,19 +94,20 @@ def _given(args: argparse.Namespace, kind: type[Model] | type[Parallel]) -> dict
 
 
 def _add_fields(group: Any, kind: type[Model] | type[Parallel]) -> None:
+    hints = get_type_hints(kind)
     for field in fields(kind):
-        name = field.name
+        name, hint = field.name, hints[field.name]
+        (value_type,) = set(get_args(hint) or (hint,)) - {type(None)}
         if name in _NEGATED:
             group.add_argument(
                 _NEGATED[name], dest=name, action="store_false", default=argparse.SUPPRESS
             )
-        elif field.type == "bool":
+        elif value_type is bool:
             group.add_argument(flag(name), action="store_true", default=argparse.SUPPRESS)
         else:
-            number = str(field.type).startswith("int")
             group.add_argument(
                 flag(name),
-                type=int if number else str,
+                type=value_type,
                 default=argparse.SUPPRESS,
-                metavar="N" if number else "NAME",
+                metavar="N" if value_type is int else "NAME",
             )

@@ -5,7 +5,8 @@ Imports numpy, ``layout`` and the modules before it. Numbers of segments come fr
 the number of blocks.
 
 What is counted: Megatron's parameter and gradient buffers with their padding, and the tensors of
-the optimizer's state. Adam's state has no padding; Adam-mini's master and m mirror the slices.
+the optimizer's state. Adam's state has no padding; Adam-mini's master and m mirror the slices, at
+the places of ``layout.state_starts``.
 Ranks are numbered in Megatron's default order, tp-cp-ep-dp-pp.
 """
 
@@ -22,7 +23,7 @@ from megatron_adam_mini.estimate.buckets import plan_stage, stage_blocks
 from megatron_adam_mini.estimate.models import Model
 from megatron_adam_mini.estimate.parallel import Parallel, stage_layers
 from megatron_adam_mini.estimate.stages import stage_parameters
-from megatron_adam_mini.plan.layout import BucketLayout, slice_size
+from megatron_adam_mini.plan.layout import BufferLayout, slice_size, state_starts
 from megatron_adam_mini.plan.partition import IntArray, ParameterBlocks, unmatched_patterns
 
 KINDS = ("weights", "gradients", "main_param", "exp_avg", "exp_avg_sq")
@@ -34,7 +35,7 @@ class StateFormat:
     """Bytes per number of an optimizer's state.
 
     Attributes:
-        label: for people.
+        label: name in the report.
         main_param: of the main parameter; 2 for the 16 bits that bf16 lacks of float32.
         exp_avg: of m.
         exp_avg_sq: of v.
@@ -59,33 +60,33 @@ FORMATS = {
     ),
 }
 
-#: Data-parallel sizes beyond this are not looked at.
+#: Larger data-parallel sizes are not tried.
 MAX_SHARING = 2**16
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """What the ranks of one pipeline stage hold.
+    """What the ranks of one pipeline stage allocate.
 
     Attributes:
         num_parameters: elements of the parameters of one rank.
         buffer_numel: elements of its buffers, padding included.
         gradient_bytes: of one gradient.
-        slice_numel: elements of its slices, padding included.
         elements: elements of parameters in its slices, by rank of the stage.
         second_moments: Adam-mini's numbers of v, by rank of the stage.
+        state_numel: elements of Adam-mini's m, padding included, by rank of the stage.
     """
 
     num_parameters: int
     buffer_numel: int
     gradient_bytes: int
-    slice_numel: int
     elements: IntArray
     second_moments: IntArray
+    state_numel: IntArray
 
     def bytes_of(self, form: StateFormat) -> dict[str, IntArray]:
         """Return bytes by kind, see :data:`KINDS`, and rank of the stage."""
-        mirrored = np.full_like(self.elements, self.slice_numel) if form.blocks else self.elements
+        mirrored = self.state_numel if form.blocks else self.elements
         return {
             "weights": np.full_like(self.elements, _WEIGHT_BYTES * self.buffer_numel),
             "gradients": np.full_like(self.elements, self.gradient_bytes * self.buffer_numel),
@@ -112,7 +113,7 @@ class Planner:
         self.options = options
         self.layers = stage_layers(parallel, model.num_layers)
         self._blocks: dict[Hashable, list[list[ParameterBlocks]]] = {}
-        #: Stages and ranks that hold equal parameters have equal numbers.
+        #: Numbers of stages and ranks by what they hold; see ``_number``.
         self._numbers: dict[Hashable, int] = {}
         self._number_of: dict[tuple[int, int, int], int] = {}
         names = [
@@ -154,7 +155,6 @@ class Planner:
     ) -> StageMemory:
         """Return the memory of a stage; equal work is done once, see ``known``."""
         plan = plan_stage(self.model, parallel, self._stage_blocks(stage, 0, 0), pp_rank=stage)
-        buckets = plan.dense + plan.expert
 
         def sizes(tp_rank: int, expert_tp_rank: int, expert: bool) -> IntArray:
             key = (self._number(stage, tp_rank, expert_tp_rank), stage == 0, expert)
@@ -178,11 +178,11 @@ class Planner:
         )
         return StageMemory(
             num_parameters=sum(blocks.info.numel for blocks in plan.parameters),
-            buffer_numel=sum(bucket.numel for bucket in buckets),
+            buffer_numel=sum(bucket.numel for bucket in plan.buckets),
             gradient_bytes=2 if parallel.grad_reduce_in_bf16 else 4,
-            slice_numel=sum(bucket.slice_numel for bucket in buckets),
             elements=of_rank[:, 0],
             second_moments=of_rank[:, 1],
+            state_numel=of_rank[:, 2],
         )
 
     def _stage_blocks(
@@ -201,7 +201,7 @@ class Planner:
         return self._blocks[key]
 
     def _number(self, stage: int, tp_rank: int, expert_tp_rank: int) -> int:
-        """Number what decides how many segments the slices of a rank have, up to the buckets."""
+        """Return a number; where it is equal, equal buckets have slices with equal segments."""
         place = (stage, tp_rank, expert_tp_rank)
         if place not in self._number_of:
             chunks = self._stage_blocks(*place)
@@ -223,14 +223,19 @@ class Planner:
 
 
 def _slice_sizes(
-    buckets: Sequence[BucketLayout], parameters: Sequence[ParameterBlocks], num_slices: int
+    buffers: Sequence[BufferLayout], parameters: Sequence[ParameterBlocks], num_slices: int
 ) -> IntArray:
-    """Return elements of parameters and numbers of v of every slice, shape ``(slices, 2)``."""
-    found = np.zeros((num_slices, 2), dtype=np.int64)
-    for bucket in buckets:
-        for rank in range(num_slices):
-            size = slice_size(bucket, parameters, rank)
-            found[rank] += (size.num_elements, size.num_segments + size.num_elementwise)
+    """Return what each rank's slices of some buffers hold, shape ``(slices, 3)``.
+
+    Columns: elements of parameters, numbers of v, elements of m.
+    """
+    found = np.zeros((num_slices, 3), dtype=np.int64)
+    for buffer in buffers:
+        found[:, 2] += state_starts(buffer, np.arange(num_slices))[1]
+        for bucket in buffer.buckets:
+            for rank in range(num_slices):
+                size = slice_size(bucket, parameters, rank)
+                found[rank, :2] += (size.num_elements, size.num_segments + size.num_elementwise)
     return found
 
 

@@ -1,6 +1,7 @@
 """Description of a model in Megatron's flags, and presets of known models.
 
-Imports ``parallel``. Data flow: flags or the name of a preset -> **Model** -> ``stages``.
+Imports ``partition`` and ``parallel``. Data flow: flags or the name of a preset -> **Model**
+-> ``stages``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megatron_adam_mini.estimate.parallel import flag
+from megatron_adam_mini.plan.partition import HeadGeometry
 
 TRANSFORMER_IMPLS = ("transformer_engine", "local")
 NORMALIZATIONS = ("LayerNorm", "RMSNorm")
@@ -119,15 +121,18 @@ class Model:
                 f"Megatron ignores --num-query-groups={self.num_query_groups} without "
                 "--group-query-attention; add that, or leave the groups out."
             )
+        if self.group_query_attention and self.num_query_groups is None:
+            # The default of the flag; in Megatron's config None means one group for each head.
+            object.__setattr__(self, "num_query_groups", 1)
         if self.group_query_attention and self.multi_latent_attention:
             raise ValueError(
                 "--group-query-attention and --multi-latent-attention exclude each other in "
                 "Megatron; give one of them."
             )
-        if self.num_attention_heads % self.query_groups:
+        if self.num_attention_heads % self.heads.num_query_groups:
             raise ValueError(
                 f"--num-attention-heads={self.num_attention_heads} is not divisible by "
-                f"--num-query-groups={self.query_groups}; choose numbers that are."
+                f"--num-query-groups={self.heads.num_query_groups}; choose numbers that are."
             )
         if self.num_experts is None and (
             self.moe_ffn_hidden_size or self.moe_shared_expert_intermediate_size
@@ -135,17 +140,10 @@ class Model:
             raise ValueError("Sizes of experts are given without --num-experts; add it.")
         _ = self.expert_layers
 
-    @property
-    def query_groups(self) -> int:
-        """Number of Key and Value heads."""
-        if self.group_query_attention:
-            return self.num_query_groups or 1
-        return self.num_attention_heads
-
-    @property
-    def head_dim(self) -> int:
-        """Size of a head."""
-        return self.kv_channels or self.hidden_size // self.num_attention_heads
+    @cached_property
+    def heads(self) -> HeadGeometry:
+        """How Query, Key and Value lie in their fused weight."""
+        return HeadGeometry.of(self)
 
     @property
     def ffn(self) -> int:

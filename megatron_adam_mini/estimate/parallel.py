@@ -36,7 +36,7 @@ class Parallel:
     grad_reduce_in_bf16: bool = False
 
     def __post_init__(self) -> None:
-        """Check that the sizes are positive and divide as Megatron wants them to."""
+        """Check that the sizes are positive and divide as Megatron requires."""
         for name, value in vars(self).items():
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 raise ValueError(f"{flag(name)}={value} is not allowed; it must be at least 1.")
@@ -127,7 +127,7 @@ def stage_layers(parallel: Parallel, num_layers: int) -> list[list[range]]:
     """Return, for each pipeline stage and each of its virtual stages, the layers in it from 0.
 
     Raises:
-        ValueError: layers that do not divide as Megatron wants them to.
+        ValueError: layers that do not divide as Megatron requires.
 
     Source: megatron.core.transformer.transformer_block.get_num_layers_to_build.
     """
@@ -159,7 +159,7 @@ def stage_layers(parallel: Parallel, num_layers: int) -> list[list[range]]:
 
 
 def _layers_per_stage(parallel: Parallel, num_layers: int) -> list[int]:
-    """Return layers per pipeline stage, counting embedding and loss as layers where asked to."""
+    """Return layers per pipeline stage, with embedding and loss as layers if they count."""
     pp = parallel.pp
     first, last = (
         parallel.decoder_first_pipeline_num_layers,

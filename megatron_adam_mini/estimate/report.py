@@ -1,4 +1,4 @@
-"""Memory of a planned run -> one JSON-like dict, and the dict in words.
+"""Memory of a planned run -> one JSON-like dict, and that dict as text.
 
 Imports the modules of this package before it.
 """

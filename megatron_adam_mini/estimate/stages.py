@@ -1,7 +1,8 @@
 """Description of a model -> facts about every parameter that a rank will hold, in Megatron's order.
 
-Imports ``partition``, ``roles``, ``parallel`` and ``models``. They are what ``mcore/param_info``
-finds in the real model: names, shapes, roles, how they are split (a test compares the two).
+Imports ``partition``, ``parallel`` and ``models``. They are what ``mcore/param_info``
+finds in the real model: names, shapes, roles, how they are split (``tests/test_memory.py`` lets
+Megatron build the model, and compares).
 
 Mixture-of-experts models can be described although the optimizer does not train them yet: a
 weight of an expert follows the rule of the same weight of a dense MLP.
@@ -9,17 +10,11 @@ weight of an expert follows the rule of the same weight of a dense MLP.
 
 from __future__ import annotations
 
-import re
-
 from megatron_adam_mini.estimate.models import Model
 from megatron_adam_mini.estimate.parallel import Parallel, flag, stage_layers
-from megatron_adam_mini.plan.partition import HeadGeometry, ParameterInfo
-from megatron_adam_mini.plan.roles import role_of
+from megatron_adam_mini.plan.partition import ParameterInfo
 
 EMBEDDING = "embedding.word_embeddings.weight"
-
-_EXPERT = re.compile(r"\.(?:shared_experts|experts(?:\.local_experts\.\d+)?)\.")
-_GROUPED = re.compile(r"(weight|bias)\d+$")
 
 
 def stage_parameters(
@@ -81,7 +76,7 @@ def check_fits(model: Model, parallel: Parallel) -> None:
             raise ValueError(
                 f"{what}={size} is not divisible by {flag(name)}={ranks}; choose a divisor."
             )
-    groups = model.query_groups
+    groups = model.heads.num_query_groups
     if groups % tp and tp % groups:
         raise ValueError(
             f"--num-query-groups={groups} must be a multiple or a divisor of "
@@ -135,17 +130,16 @@ class _Chunk:
             self._mlp(name + "mlp.", self.model.ffn, fused_norm=fused)
 
     def _attention(self, name: str, fused: bool) -> None:
-        model = self.model
-        query = model.num_attention_heads * model.head_dim
-        heads = self._heads()
+        model, heads = self.model, self.model.heads
+        query = heads.num_heads * heads.head_dim
         self._linear(name + "linear_proj.", (model.hidden_size, query), 1)
         if fused:
             self._norm(name + "linear_qkv.layer_norm_", model.hidden_size)
         bias = model.add_bias_linear or model.add_qkv_bias
         self._linear(name + "linear_qkv.", (heads.num_rows, model.hidden_size), 0, bias=bias)
         if model.qk_layernorm:
-            self._norm(name + "q_layernorm.", model.head_dim)
-            self._norm(name + "k_layernorm.", model.head_dim)
+            self._norm(name + "q_layernorm.", heads.head_dim)
+            self._norm(name + "k_layernorm.", heads.head_dim)
 
     def _latent_attention(self, name: str) -> None:
         model = self.model
@@ -241,36 +235,15 @@ class _Chunk:
         size, rank = (
             (self.parallel.etp, self.expert_tp_rank) if expert else (self.parallel.tp, self.tp_rank)
         )
-        is_split = split is not None and size > 1
-        role = _role(name, len(shape))
         self.found.append(
-            ParameterInfo(
-                name=name,
-                shape=tuple(
-                    length // size if is_split and dim == split else length
-                    for dim, length in enumerate(shape)
-                ),
-                role=role,
-                tp_dim=split if is_split else None,
-                tp_size=size if is_split else 1,
-                tp_rank=rank if is_split else 0,
-                heads=self._heads() if role == "qkv" else None,
+            ParameterInfo.of(
+                name,
+                tuple(n // size if dim == split else n for dim, n in enumerate(shape)),
+                lambda: self.model.heads,
+                tp_dim=split,
+                tp_size=size,
+                tp_rank=rank,
                 expert=expert and self.parallel.experts_have_own_groups,
                 in_norm=not shared and (split is not None or rank == 0),
             )
         )
-
-    def _heads(self) -> HeadGeometry:
-        return HeadGeometry(
-            num_heads=self.model.num_attention_heads,
-            num_query_groups=self.model.query_groups,
-            head_dim=self.model.head_dim,
-            gated=self.model.attention_output_gate,
-        )
-
-
-def _role(name: str, num_dimensions: int) -> str:
-    role = role_of(name, num_dimensions)
-    if role == "unknown" and _EXPERT.search(name):
-        role = role_of(_GROUPED.sub(r"\1", _EXPERT.sub(".", name)), num_dimensions)
-    return role

@@ -1,6 +1,6 @@
 """Adam-mini's launch flags, next to Megatron's own.
 
-Imports argparse, ``config`` and ``partition_flags``; knows Megatron's parser only as an argument.
+Imports ``config``, ``partition_flags`` and ``preflight``; Megatron's parser is an argument here.
 """
 
 from __future__ import annotations
@@ -31,13 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             "Megatron's parser has no --optimizer with choices; this Megatron-Core release is not "
             "supported by megatron-adam-mini."
         )
-    for action in parser._actions:
-        # Megatron-Core 0.19.2 has a help text with a bare "%", with which --help raises.
-        if action.help:
-            try:
-                parser._get_formatter()._expand_help(action)
-            except ValueError:
-                action.help = action.help.replace("%", "%%")
     group = parser.add_argument_group(
         "Adam-mini", "options of --optimizer adam_mini (arXiv:2406.16793)"
     )
@@ -81,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def config_from_args(args: argparse.Namespace) -> AdamMiniConfig:
-    """Return the options that the flags ask for; bad values raise ``ValueError``."""
+    """Return the options that the flags select; bad values raise ``ValueError``."""
     return replace(
         partition_config(args, prefix=RUN_PREFIX),
         backend=args.adam_mini_backend,
@@ -116,11 +109,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             "float32 main parameter, and no other type. Drop it, or train in bfloat16."
         )
     if args.adam_mini_single_phase:
-        refuse_single_phase(
-            args.clip_grad,
-            loss_scaled=bool(args.fp16 or args.loss_scale),
-            skip_threshold=getattr(args, "grad_norm_skip_threshold", float("inf")),
-        )
+        refuse_single_phase(args.clip_grad, loss_scaled=bool(args.fp16 or args.loss_scale))
     check_adam_values(
         lr=args.lr,
         betas=(args.adam_beta1, args.adam_beta2),

@@ -1,13 +1,26 @@
-"""What depends on the version of Megatron-Core.
+"""What depends on the release of Megatron-Core: private names, probes, functions that are wrapped.
 
-Imports megatron.core. A new release needs a look here, at ``registration`` and at ``slices``.
+Imports megatron.core, and megatron.training only if it is there. A new release needs a look here
+and at ``slices``, which reads DDP's buffers. Releases that are named were looked up in the sources
+of 0.16.1, 0.17.1, 0.18.2, 0.19.2 and main (0.20); "all" means these. The tests run on
+:data:`TESTED_VERSIONS` alone.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import logging
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from megatron.core import __version__ as MCORE_VERSION  # noqa: N812 (a constant)
+from megatron.core import optimizer as mcore_optimizer
+from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
+from torch.distributed import ProcessGroup
+from torch.nn import Module, Parameter
 
 #: Releases that the test-suite ran on.
 TESTED_VERSIONS = ("0.19.2",)
@@ -15,9 +28,42 @@ TESTED_VERSIONS = ("0.19.2",)
 logger = logging.getLogger(__name__)
 
 
+class Hook(NamedTuple):
+    """A function of Megatron that ``registration`` wraps.
+
+    Megatron looks it up as a global of its module at call time, so it does not matter who imported
+    its callers before.
+    """
+
+    module: str
+    name: str
+
+
+#: Where ``get_megatron_optimizer`` sends every optimizer that is neither Adam nor SGD. Private;
+#: since 0.18. Before, there is no such place, and 0.17.1 looks the getter itself up by an imported
+#: name in megatron.training.training.
+FACTORY = Hook("megatron.core.optimizer", "_get_megatron_emerging_optimizer")
+#: Loads and what reads the common state before them. Public; all.
+CHECKPOINT_LOAD = Hook("megatron.core.dist_checkpointing", "load")
+CHECKPOINT_COMMON = (
+    Hook("megatron.core.dist_checkpointing", "load_common_state_dict"),
+    Hook("megatron.core.dist_checkpointing", "load_content_metadata"),
+)
+#: Adds all flags to a parser. Public; all that have megatron.training.
+ADD_ARGUMENTS = Hook("megatron.training.arguments", "add_megatron_arguments")
+#: Checks arguments. Public; all. Since 0.18 it takes the distributed optimizer from every
+#: optimizer that is neither Adam nor SGD.
+VALIDATE_ARGUMENTS = Hook("megatron.training.arguments", "validate_args")
+#: Makes the optimizer's config of arguments. Public; all, but before 0.18 it raises for names that
+#: it does not know.
+OPTIMIZER_CONFIG = Hook("megatron.training.training", "get_megatron_optimizer_config")
+#: Writes the logs. Public; all, with more arguments since 0.18.
+TRAINING_LOG = Hook("megatron.training.training", "training_log")
+
+
 def warn_if_untested() -> None:
-    """Warn, once per registration, when Megatron-Core is a release that nobody tested."""
-    # Megatron-Core adds the commit of the git folder around it, whosever that is: 0.19.2+c943483.
+    """Warn, once per registration, when this release of Megatron-Core was not tested."""
+    # Megatron-Core adds the commit of the git folder around it, whichever that is: 0.19.2+c943483.
     if MCORE_VERSION.partition("+")[0] not in TESTED_VERSIONS:
         logger.warning(
             "megatron-adam-mini was tested with megatron-core %s, but this is %s. Run "
@@ -27,3 +73,150 @@ def warn_if_untested() -> None:
             MCORE_VERSION,
             TESTED_VERSIONS[-1],
         )
+
+
+# megatron.training.
+
+
+def optional_module(name: str) -> Any:
+    """Import a module of megatron.training, or return ``None`` where only megatron.core is.
+
+    The wheels have megatron.training since 0.17; before, only a source tree has it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("megatron.training", name):
+            raise
+        return None
+
+
+def training_arguments() -> Any:
+    """Return the arguments that megatron.training has parsed, ``None`` before or without it.
+
+    ``get_args`` asserts that there are some. ``_GLOBAL_ARGS`` is private; all.
+    """
+    variables = sys.modules.get("megatron.training.global_vars")
+    return getattr(variables, "_GLOBAL_ARGS", None)
+
+
+def repair_help(parser: Any) -> None:
+    """Escape the bare ``%`` of a help text, with which ``--help`` raises (in place).
+
+    0.18.2 and 0.19.2 have one, 0.17.1 has none. What is private here is argparse's.
+    """
+    for action in parser._actions:
+        if action.help:
+            try:
+                parser._get_formatter()._expand_help(action)
+            except (TypeError, ValueError):
+                action.help = action.help.replace("%", "%%")
+
+
+def argument_reader(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Return a function that takes the arguments of a call and returns the one with this name.
+
+    Its place among the positional arguments may differ between releases.
+    """
+    signature = inspect.signature(function)
+
+    def read(*args: Any, **kwargs: Any) -> Any:
+        return signature.bind(*args, **kwargs).arguments[name]
+
+    return read
+
+
+# Configs and process groups.
+
+
+def grad_norm_skip_threshold(config: Any) -> float:
+    """Return the gradient norm above which a step is skipped; infinite where there is none.
+
+    A field of ``OptimizerConfig`` since 0.18; not among the arguments of any release yet.
+    """
+    return float(getattr(config, "grad_norm_skip_threshold", math.inf))
+
+
+def factory_defaults(factory: Callable[..., Any]) -> dict[str, Any]:
+    """Return the defaults of the keyword arguments with which optimizers are built.
+
+    No release passes more than four arguments to :data:`FACTORY`; ``get_megatron_optimizer`` takes
+    two more.
+    """
+    return {
+        name: parameter.default
+        for function in (mcore_optimizer.get_megatron_optimizer, factory)
+        for name, parameter in inspect.signature(function).parameters.items()
+    }
+
+
+def param_groups_of(
+    model_chunks: Sequence[Any], config: Any, overrides: Mapping[Any, Any] | None
+) -> list[dict[str, Any]]:
+    """Let Megatron sort parameters into groups; all ranks of the job must call it.
+
+    ``_get_param_groups`` is private; all, with this signature.
+    """
+    groups: list[dict[str, Any]] = mcore_optimizer._get_param_groups(
+        list(model_chunks), config, overrides
+    )
+    return groups
+
+
+def expert_tp_group(groups: Any) -> ProcessGroup:
+    """Return the tensor-parallel group of experts.
+
+    ``ProcessGroupCollection.expt_tp``; all. A collection that a caller made lacks the fields that
+    were not given.
+    """
+    group: ProcessGroup = getattr(groups, "expt_tp", None) or groups.tp
+    return group
+
+
+def norm_group(groups: Any) -> ProcessGroup | None:
+    """Return the ranks of one distributed-optimizer instance, ``None`` for all ranks of the job.
+
+    ``ProcessGroupCollection.intra_dist_opt``; all. Missing or ``None`` where a caller made the
+    collection.
+    """
+    group: ProcessGroup | None = getattr(groups, "intra_dist_opt", None)
+    return group
+
+
+# Parameters and modules.
+
+
+def is_not_tp_duplicate(
+    param: Parameter, tp_group: ProcessGroup, expert_tp_group: ProcessGroup
+) -> bool:
+    """Return whether this rank's copy of a parameter counts in sums over tensor parallelism.
+
+    ``param_is_not_tensor_parallel_duplicate`` takes the group of experts since 0.19.
+    """
+    groups: dict[str, Any] = {"tp_group": tp_group, "expert_tp_group": expert_tp_group}
+    known = inspect.signature(param_is_not_tensor_parallel_duplicate).parameters
+    return bool(
+        param_is_not_tensor_parallel_duplicate(
+            param, **{key: value for key, value in groups.items() if key in known}
+        )
+    )
+
+
+def has_norm_of_its_own(param: Parameter) -> bool:
+    """Return whether a parameter is left out of the main gradient norm: since 0.19, for MTP."""
+    return getattr(param, "grad_norm_group", None) is not None
+
+
+def is_sharded_by_gtp(param: Parameter) -> bool:
+    """Return whether generalized tensor parallelism shards a parameter: since 0.19."""
+    return bool(getattr(param, "is_gtp_weight_remat", False))
+
+
+def stored_prefixes(module: Module) -> Mapping[str, str]:
+    """Return how checkpoints rename the parameters of a layer, by prefix within it.
+
+    ``submodules_config.sharded_state_dict_keys_map`` of transformer layers; all.
+    """
+    submodules = getattr(module, "submodules_config", None)
+    prefixes: Mapping[str, str] = getattr(submodules, "sharded_state_dict_keys_map", {})
+    return prefixes

@@ -24,7 +24,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, distributed
 from torch.nn import Parameter
 
-from megatron_adam_mini.mcore import checkpoint
+from megatron_adam_mini.mcore import checkpoint, compat
 from megatron_adam_mini.mcore.entries import PendingLoad, StateView
 from megatron_adam_mini.optimizer import AdamMini, Decision, Outcome
 
@@ -102,7 +102,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
             logger.info(
                 "skipping a step: grad_norm %s exceeds grad_norm_skip_threshold %s",
                 outcome.grad_norm,
-                self.config.grad_norm_skip_threshold,
+                compat.grad_norm_skip_threshold(self.config),
             )
         return outcome.updated, outcome.grad_norm, num_zeros
 
@@ -117,7 +117,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
                 stats,
                 inv_scale=self._inv_scale(),
                 clip_grad=self.config.clip_grad,
-                skip_threshold=self.config.grad_norm_skip_threshold,
+                skip_threshold=compat.grad_norm_skip_threshold(self.config),
             )
 
     # The same phase by phase, for callers that drive a MegatronOptimizer themselves.

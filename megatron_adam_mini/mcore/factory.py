@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import optimizer as mcore_optimizer
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -25,6 +24,7 @@ from megatron_adam_mini.agreement import PlanRecord, agree_on_plan
 from megatron_adam_mini.collectives import DomainGroups
 from megatron_adam_mini.config import AdamMiniConfig, check_adam_values
 from megatron_adam_mini.kernels import select_backend
+from megatron_adam_mini.mcore import compat
 from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
 from megatron_adam_mini.mcore.metrics import observe
 from megatron_adam_mini.mcore.param_info import collect_parameters
@@ -120,7 +120,7 @@ def _plan(
     backend = select_backend(options.backend, device).NAME
 
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-    expert_tp = getattr(groups, "expt_tp", None) or groups.tp
+    expert_tp = compat.expert_tp_group(groups)
     infos = collect_parameters(model_chunks, tp_group=groups.tp, expert_tp_group=expert_tp)
     if options.param_remainders:
         check_remainders(param.dtype for param in infos)
@@ -164,7 +164,7 @@ def _check_options(
         refuse_single_phase(
             config.clip_grad,
             loss_scaled=bool(config.loss_scale or config.fp16),
-            skip_threshold=config.grad_norm_skip_threshold,
+            skip_threshold=compat.grad_norm_skip_threshold(config),
         )
     if options.manifest and distributed.get_rank() == 0:
         _check_writable(options.manifest)
@@ -210,7 +210,7 @@ def _dense_domain(
         layouts, live = sharded_buffers(buffers, index_of, dp_group.size() if dp_group else 1)
         instances = model_chunks[0].ddp_config.num_distributed_optimizer_instances
         replicas = instances > 1
-        norm_group = getattr(groups, "intra_dist_opt", None)
+        norm_group = compat.norm_group(groups)
         if norm_group is None and instances > 1:
             raise ValueError(
                 f"{instances} distributed-optimizer instances need pg_collection.intra_dist_opt: "
@@ -235,9 +235,7 @@ def _param_groups(
     model_chunks: Sequence[Any], config: OptimizerConfig, overrides: dict[Any, Any] | None
 ) -> list[dict[str, Any]]:
     """Let Megatron make its groups, and add what Adam's own constructor would add."""
-    groups: list[dict[str, Any]] = mcore_optimizer._get_param_groups(
-        list(model_chunks), config, overrides
-    )
+    groups = compat.param_groups_of(model_chunks, config, overrides)
     for group in groups:
         group.setdefault("lr", config.lr)
         group.setdefault("weight_decay", config.weight_decay)

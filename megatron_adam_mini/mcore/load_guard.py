@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import io
 import pickle
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from megatron_adam_mini.checkpoint.chunks import ChunkReader, StoredChunk
 from megatron_adam_mini.checkpoint.errors import UnreadableError
 from megatron_adam_mini.checkpoint.reader import COMMON_KEY, Checkpoint, tiling_problem
 from megatron_adam_mini.mcore.arguments import OPTIMIZER
+from megatron_adam_mini.mcore.compat import training_arguments
 from megatron_adam_mini.mcore.entries import MARK
 from megatron_adam_mini.plan.manifest import STATE_PREFIX
 
@@ -122,8 +122,7 @@ def check_share(folder: Path, rank: int, size: int) -> None:
 
 def _checks_files() -> bool:
     """Return whether this run checks files, as far as Megatron's arguments tell already."""
-    training = sys.modules.get("megatron.training.global_vars")
-    args = getattr(training, "_GLOBAL_ARGS", None)
+    args = training_arguments()
     if args is None or args.optimizer != OPTIMIZER:
         return args is None
     return bool(getattr(args, "adam_mini_check_files", True))

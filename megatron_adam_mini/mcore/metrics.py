@@ -1,15 +1,17 @@
 """State bytes and added communication in Megatron's TensorBoard and Weights & Biases logs.
 
-Imports megatron.training, and weakly knows the optimizer that was built last.
+Imports ``compat`` and, when it writes, megatron.training; holds a weak reference to the optimizer
+that was built last.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from megatron_adam_mini.mcore.compat import argument_reader
 
 if TYPE_CHECKING:
     from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
@@ -40,14 +42,14 @@ def metrics_of(optimizer: AdamMiniOptimizer) -> dict[str, int]:
 
 def wrap_training_log(original: Callable[..., Any]) -> Callable[..., Any]:
     """Return Megatron's ``training_log`` with Adam-mini's metrics after its own."""
-    signature = inspect.signature(original)
+    iteration_of = argument_reader(original, "iteration")
 
     @functools.wraps(original)
     def training_log(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
         optimizer = _observed() if _observed is not None else None
         if optimizer is not None:
-            _write(optimizer, int(signature.bind(*args, **kwargs).arguments["iteration"]))
+            _write(optimizer, int(iteration_of(*args, **kwargs)))
         return result
 
     return training_log

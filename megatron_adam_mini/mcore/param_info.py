@@ -1,27 +1,26 @@
 """Megatron model chunks -> facts about every trainable parameter.
 
-Imports megatron.core (for its duplicate filter) and ``partition``. Data flow: model chunks
--> **ParameterInfo** -> partition.
+Imports megatron.core, ``compat`` and ``partition``. Data flow: model chunks -> **ParameterInfo**
+-> partition.
 
 What a parameter is follows from its name, its number of dimensions and the config of the module
-that owns it, never from shapes. Names that are not listed here have role ``unknown``.
+that owns it, never from shapes. Names that ``plan/roles`` does not list have the role ``unknown``.
 """
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch.distributed import ProcessGroup
 from torch.nn import Module, Parameter
 
+from megatron_adam_mini.mcore import compat
 from megatron_adam_mini.plan.partition import HeadGeometry, ParameterInfo
-from megatron_adam_mini.plan.roles import role_of
+from megatron_adam_mini.plan.roles import is_expert
 
 _LAYER = re.compile(r"layers\.\d+$")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,29 +70,18 @@ def _describe(
         name = key = "embedding.word_embeddings.weight"
     expert = not getattr(param, "allreduce", True)
     group = expert_tp_group if expert else tp_group
-    split = bool(getattr(param, "tensor_model_parallel", False)) and group.size() > 1
-    role = role_of(name, param.ndim)
-    return ParameterInfo(
-        name=name,
+    split = getattr(param, "tensor_model_parallel", False)
+    return ParameterInfo.of(
+        name,
+        tuple(param.shape),
+        lambda: HeadGeometry.of(config),
         key=key,
-        shape=tuple(param.shape),
-        role=role,
         tp_dim=int(param.partition_dim) if split else None,  # type: ignore[attr-defined]
-        tp_size=group.size() if split else 1,
-        tp_rank=group.rank() if split else 0,
-        heads=_heads(config) if role == "qkv" else None,
+        tp_size=group.size(),
+        tp_rank=group.rank(),
         expert=expert,
         in_norm=param_is_not_shared(param)
-        and _is_not_tp_duplicate(param, tp_group, expert_tp_group),
-    )
-
-
-def _heads(config: Any) -> HeadGeometry:
-    return HeadGeometry(
-        num_heads=config.num_attention_heads,
-        num_query_groups=config.num_query_groups or config.num_attention_heads,
-        head_dim=config.kv_channels,
-        gated=bool(getattr(config, "attention_output_gate", False)),
+        and compat.is_not_tp_duplicate(param, tp_group, expert_tp_group),
     )
 
 
@@ -104,33 +92,21 @@ def _refuse_unsupported(name: str, param: Parameter) -> None:
             "updates plain float32, bfloat16 and float16 parameters. Train without quantized "
             "parameters (no --fp8-param-gather, no --fp4-param-gather)."
         )
-    if not getattr(param, "allreduce", True) or ".experts." in name:
+    if not getattr(param, "allreduce", True) or is_expert(name):
         raise NotImplementedError(
             f"Parameter {name!r} belongs to an expert; mixture-of-experts models are not "
             "supported yet. Use --optimizer adam for them."
         )
-    if getattr(param, "grad_norm_group", None) is not None or ".mtp." in f".{name}":
+    if compat.has_norm_of_its_own(param) or ".mtp." in f".{name}":
         raise NotImplementedError(
             f"Parameter {name!r} belongs to multi-token prediction, which is not supported yet. "
             "Train without --mtp-num-layers, or use --optimizer adam."
         )
-    if getattr(param, "is_gtp_weight_remat", False):
+    if compat.is_sharded_by_gtp(param):
         raise NotImplementedError(
             f"Parameter {name!r} is sharded by generalized tensor parallelism, which is not "
             "supported. Set its weight-remat sizes to 1."
         )
-
-
-def _is_not_tp_duplicate(
-    param: Parameter, tp_group: ProcessGroup, expert_tp_group: ProcessGroup
-) -> bool:
-    groups: dict[str, Any] = {"tp_group": tp_group, "expert_tp_group": expert_tp_group}
-    known = inspect.signature(param_is_not_tensor_parallel_duplicate).parameters
-    return bool(
-        param_is_not_tensor_parallel_duplicate(
-            param, **{key: value for key, value in groups.items() if key in known}
-        )
-    )
 
 
 def _global_prefixes(chunk: Module) -> dict[str, str]:
@@ -152,9 +128,7 @@ def _stored_prefixes(chunk: Module) -> dict[str, str]:
     return {
         f"{name}.{old}": f"{name}.{new}"
         for name, module in chunk.named_modules()
-        for old, new in getattr(
-            getattr(module, "submodules_config", None), "sharded_state_dict_keys_map", {}
-        ).items()
+        for old, new in compat.stored_prefixes(module).items()
     }
 
 
@@ -173,7 +147,7 @@ def _global_name(name: str, renamed: dict[str, str]) -> str:
 
 
 def _nearest_config(name: str, modules: dict[str, Module]) -> Any:
-    """Return the config of the closest module around a parameter that knows about heads."""
+    """Return the config of the closest module around a parameter that has attention heads."""
     path = name.rpartition(".")[0]
     while path:
         config = getattr(modules.get(path), "config", None)

@@ -1,11 +1,13 @@
 """Combinations that Adam-mini does not support are refused at start-up, with the reason.
 
-Imports nothing but the standard library. The same table is applied to command-line arguments,
+Imports the standard library only. The same table is applied to command-line arguments,
 to ``OptimizerConfig`` and to the DDP config, whichever has the attribute.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 #: attribute -> (flag, why it is refused, what to do instead)
@@ -107,8 +109,38 @@ def refuse_unsupported(*sources: Any) -> None:
             )
 
 
-def refuse_single_phase(clip_grad: float, *, loss_scaled: bool, skip_threshold: float) -> None:
+def refuse_keywords(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Check keyword arguments that this package does not read.
+
+    Args:
+        given: those that a caller passed. ``None`` and Megatron's defaults change nothing.
+        defaults: Megatron's defaults, by keyword.
+
+    Raises:
+        NotImplementedError: names what would be ignored.
+    """
+    ignored = [
+        f"{name}={value!r}"
+        for name, value in given.items()
+        if value is not None and (name not in defaults or value != defaults[name])
+    ]
+    if ignored:
+        raise NotImplementedError(
+            f"--optimizer adam_mini does not support {', '.join(ignored)}, which it was given and "
+            "does not know. Remedy: leave it out, or use a release of Megatron-Core that Adam-mini "
+            "was tested with."
+        )
+
+
+def refuse_single_phase(
+    clip_grad: float, *, loss_scaled: bool, skip_threshold: float = math.inf
+) -> None:
     """Check that nothing in the step waits for the gradient norm.
+
+    Args:
+        clip_grad: norm to clip to; 0 or less: none.
+        loss_scaled: whether gradients are scaled, and non-finite ones expected.
+        skip_threshold: norm above which steps are skipped; only configs have it.
 
     Raises:
         ValueError: names what does.
@@ -116,7 +148,7 @@ def refuse_single_phase(clip_grad: float, *, loss_scaled: bool, skip_threshold: 
     waits = {
         f"--clip-grad {clip_grad}": clip_grad > 0.0,
         "a loss scale (--fp16 or --loss-scale)": loss_scaled,
-        f"grad_norm_skip_threshold {skip_threshold}": skip_threshold < float("inf"),
+        f"grad_norm_skip_threshold {skip_threshold}": skip_threshold < math.inf,
     }
     found = [name for name, applies in waits.items() if applies]
     if found:

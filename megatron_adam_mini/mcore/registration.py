@@ -1,18 +1,16 @@
 """Adam-mini behind Megatron's names: which of its functions are wrapped, and how to undo it.
 
-Imports megatron.core, and megatron.training if it is there. Eight functions are replaced, all
-of which Megatron looks up as module globals at call time, so it does not matter who imported their
-callers before:
+Imports ``compat``, which names the functions and their releases, and what is wrapped around them.
+Eight functions are replaced, those of megatron.training only if it is installed:
 
-* ``megatron.core.optimizer._get_megatron_emerging_optimizer``: where ``get_megatron_optimizer``
-  sends every optimizer that is neither Adam nor SGD;
-* ``megatron.core.dist_checkpointing.load``, ``load_common_state_dict`` and
-  ``load_content_metadata``: look for damage and foreign code before anything is read;
-* ``megatron.training.arguments.add_megatron_arguments``: adds the flags;
-* ``megatron.training.arguments.validate_args``: checks ours, then lets Megatron validate as for
-  Adam. For any other name it would turn the distributed optimizer into the layer-wise one;
-* ``megatron.training.training.get_megatron_optimizer_config``: carries the options along;
-* ``megatron.training.training.training_log``: adds Adam-mini's metrics to the logs.
+* the factory of optimizers builds Adam-mini if the config names it;
+* before each of three functions reads a checkpoint, its files are checked for damage and foreign
+  code;
+* Adam-mini's flags are added to the parser;
+* Adam-mini's flags are validated, then Megatron validates all others as for Adam: with any other
+  name it would replace the distributed optimizer by the layer-wise one;
+* the options are attached to the optimizer's config;
+* Adam-mini's metrics are added to the logs.
 """
 
 from __future__ import annotations
@@ -20,14 +18,12 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core import optimizer as mcore_optimizer
 
+from megatron_adam_mini.mcore import compat
 from megatron_adam_mini.mcore.arguments import (
     OPTIMIZER,
     add_arguments,
@@ -35,12 +31,11 @@ from megatron_adam_mini.mcore.arguments import (
     config_from_args,
     refuse_stray_options,
 )
-from megatron_adam_mini.mcore.compat import warn_if_untested
+from megatron_adam_mini.mcore.compat import Hook
 from megatron_adam_mini.mcore.factory import build_optimizer
 from megatron_adam_mini.mcore.load_guard import wrap_load, wrap_load_common
 from megatron_adam_mini.mcore.metrics import wrap_training_log
-
-logger = logging.getLogger(__name__)
+from megatron_adam_mini.mcore.preflight import refuse_keywords
 
 
 class Registration:
@@ -52,18 +47,19 @@ class Registration:
     def __init__(self) -> None:
         self._replaced: list[tuple[Any, str, Any, Any]] = []
 
-    def replace(self, module: Any, name: str, wrap: Callable[[Any], Any]) -> None:
-        """Put ``wrap(original)`` in the place of ``module.name``."""
-        original = getattr(module, name)
+    def replace(self, hook: Hook, wrap: Callable[[Any], Any]) -> None:
+        """Put ``wrap(original)`` in the place of a function of Megatron."""
+        module = importlib.import_module(hook.module)
+        original = getattr(module, hook.name)
         wrapper = wrap(original)
-        setattr(module, name, wrapper)
-        self._replaced.append((module, name, original, wrapper))
+        setattr(module, hook.name, wrapper)
+        self._replaced.append((module, hook.name, original, wrapper))
 
     def undo(self) -> None:
         """Restore what was replaced; harmless when called again.
 
         Raises:
-            RuntimeError: somebody wrapped a function after us, so restoring would drop theirs.
+            RuntimeError: a function was wrapped again since; restoring it would drop that wrapper.
         """
         for module, name, _, wrapper in self._replaced:
             if getattr(module, name) is not wrapper:
@@ -98,37 +94,28 @@ def register() -> Registration:
     """
     global _active
     # First, because a patched tree (see patches/) registers while it is imported.
-    arguments = _optional_module("megatron.training.arguments")
+    training = compat.optional_module(compat.ADD_ARGUMENTS.module)
     if _active is not None:
         return _active
-    warn_if_untested()
+    compat.warn_if_untested()
     handle = Registration()
-    handle.replace(mcore_optimizer, "_get_megatron_emerging_optimizer", _wrap_factory)
-    handle.replace(dist_checkpointing, "load", wrap_load)
-    handle.replace(dist_checkpointing, "load_common_state_dict", wrap_load_common)
-    handle.replace(dist_checkpointing, "load_content_metadata", wrap_load_common)
-    if arguments is not None:
+    handle.replace(compat.FACTORY, _wrap_factory)
+    handle.replace(compat.CHECKPOINT_LOAD, wrap_load)
+    for hook in compat.CHECKPOINT_COMMON:
+        handle.replace(hook, wrap_load_common)
+    if training is not None:
         defaults: dict[str, Any] = {}
-        handle.replace(arguments, "add_megatron_arguments", functools.partial(_wrap_add, defaults))
-        handle.replace(arguments, "validate_args", functools.partial(_wrap_validate, defaults))
-        training = importlib.import_module("megatron.training.training")
-        handle.replace(training, "get_megatron_optimizer_config", _wrap_config)
-        handle.replace(training, "training_log", wrap_training_log)
+        handle.replace(compat.ADD_ARGUMENTS, functools.partial(_wrap_add, defaults))
+        handle.replace(compat.VALIDATE_ARGUMENTS, functools.partial(_wrap_validate, defaults))
+        handle.replace(compat.OPTIMIZER_CONFIG, _wrap_config)
+        handle.replace(compat.TRAINING_LOG, wrap_training_log)
     _active = handle
     return handle
 
 
-def _optional_module(name: str) -> Any:
-    """Import a module of megatron.training, or return ``None`` where only megatron.core is."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name not in ("megatron.training", name):
-            raise
-        return None
-
-
 def _wrap_factory(original: Callable[..., Any]) -> Callable[..., Any]:
+    defaults = compat.factory_defaults(original)
+
     @functools.wraps(original)
     def get_emerging_optimizer(
         config: Any,
@@ -139,6 +126,7 @@ def _wrap_factory(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         if config.optimizer != OPTIMIZER:
             return original(config, model_chunks, config_overrides, pg_collection, **kwargs)
+        refuse_keywords(kwargs, defaults)
         return build_optimizer(config, model_chunks, config_overrides, pg_collection)
 
     return get_emerging_optimizer
@@ -148,6 +136,7 @@ def _wrap_add(defaults: dict[str, Any], original: Callable[..., Any]) -> Callabl
     @functools.wraps(original)
     def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser = add_arguments(original(parser))
+        compat.repair_help(parser)
         defaults.update(
             {
                 action.dest: (action.option_strings[0], action.default)

@@ -1,14 +1,14 @@
 """Every integer of a run's step, made once and frozen: no torch, no Megatron.
 
 May import numpy, the standard library and ``config``. Data flow: ``roles`` (name -> what it is) ->
-``partition`` (what shares one second moment) -> ``manifest`` (the same for users and checkpoints) ->
-``layout`` (where blocks lie in a rank's slices) -> ``reduction`` (which sums cross ranks) ->
-``segment_table`` (what kernels walk) -> ``step_plan`` (all of it for one rank).
+``partition`` (what shares one second moment) -> ``manifest`` (the same for users and checkpoints);
+``partition`` -> ``layout`` (where blocks lie in a rank's slices) -> ``reduction`` (which sums cross
+ranks) -> ``segment_table`` (what kernels walk) -> ``step_plan`` (all of it for one rank).
 
 Words, here and in the whole package:
 
 =============  =====================================================================================
-parameter      a whole tensor of the model; what tensor parallelism leaves of it on a rank: its shard
+parameter      a whole tensor of the model; tensor parallelism leaves each rank a shard of it
 row            index of dimension 0 of the whole parameter
 block          elements that share one second moment v
 row segment    run of consecutive rows of one block; most blocks are one

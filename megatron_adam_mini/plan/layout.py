@@ -109,7 +109,7 @@ class BufferLayout:
 PHASE = 16
 
 
-def state_starts(buffer: BufferLayout, rank: int) -> tuple[list[int], int]:
+def state_starts[T: (int, IntArray)](buffer: BufferLayout, rank: T) -> tuple[list[T], T]:
     """Return where the state of each slice of a rank starts, and the elements of all of it.
 
     The slices follow one another, each as soon as its place within :data:`PHASE` elements is that
@@ -117,9 +117,9 @@ def state_starts(buffer: BufferLayout, rank: int) -> tuple[list[int], int]:
 
     Args:
         buffer: the buffer.
-        rank: which slices; numpy integers of many ranks work as well.
+        rank: which slices; or an array of many ranks, for as many results.
     """
-    starts, end = [], 0
+    starts, end = [], rank * 0
     for bucket in buffer.buckets:
         begin = bucket.offset + rank * bucket.slice_numel
         starts.append(end + (begin - end) % PHASE)

@@ -1,6 +1,6 @@
 """Facts about one parameter -> blocks: which elements share one second moment.
 
-Imports numpy and ``config`` only. No torch, no Megatron: the whole partition of a
+Imports numpy, ``config`` and ``roles`` only. No torch, no Megatron: the whole partition of a
 400-billion-parameter model can be planned on a laptop.
 
 Data flow: mcore/param_info collects :class:`ParameterInfo` -> **partition** -> layout,
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.plan.roles import role_of
 
 IntArray = NDArray[np.int64]
 
@@ -84,6 +85,31 @@ class HeadGeometry:
     head_dim: int
     gated: bool = False
 
+    @classmethod
+    def of(cls, source: Any) -> HeadGeometry:
+        """Read the geometry from anything that names it as Megatron does.
+
+        Megatron's ``TransformerConfig``, the ``args`` in its checkpoints and ``estimate``'s model
+        differ in what they leave open:
+
+        * ``num_query_groups`` counts only with ``group_query_attention``, a switch of the command
+          line that ``TransformerConfig`` does not have. Without it, or where the number is
+          ``None``, every attention head has a Key and a Value of its own.
+        * ``kv_channels`` may be ``None`` or missing: then ``hidden_size`` is divided by the heads.
+        * ``attention_output_gate`` is missing in older releases.
+
+        Raises:
+            AttributeError: ``source`` lacks what is needed of the other names.
+        """
+        heads = source.num_attention_heads
+        grouped = getattr(source, "group_query_attention", True)
+        return cls(
+            num_heads=heads,
+            num_query_groups=(source.num_query_groups if grouped else None) or heads,
+            head_dim=getattr(source, "kv_channels", None) or source.hidden_size // heads,
+            gated=bool(getattr(source, "attention_output_gate", False)),
+        )
+
     @property
     def num_rows(self) -> int:
         """Rows of the whole fused weight."""
@@ -120,6 +146,43 @@ class ParameterInfo:
     expert: bool = False
     in_norm: bool = True
     key: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        shape: tuple[int, ...],
+        heads: Callable[[], HeadGeometry | None],
+        *,
+        tp_dim: int | None = None,
+        tp_size: int = 1,
+        tp_rank: int = 0,
+        **facts: Any,
+    ) -> ParameterInfo:
+        """Describe a parameter by its name.
+
+        Args:
+            name: see the class.
+            shape: see the class.
+            heads: returns the geometry of its attention; called for fused QKV weights alone,
+                because not every module has one.
+            tp_dim: dimension that is split, also if over a group of one rank.
+            tp_size: size of the group.
+            tp_rank: this rank in the group.
+            facts: further attributes.
+        """
+        role = role_of(name, len(shape))
+        split = tp_dim is not None and tp_size > 1
+        return cls(
+            name=name,
+            shape=shape,
+            role=role,
+            heads=heads() if role == "qkv" else None,
+            tp_dim=tp_dim if split else None,
+            tp_size=tp_size if split else 1,
+            tp_rank=tp_rank if split else 0,
+            **facts,
+        )
 
     @property
     def numel(self) -> int:

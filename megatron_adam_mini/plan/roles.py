@@ -1,7 +1,7 @@
 """Name of a parameter -> what it is.
 
-Standard library only, so that offline tools know roles without Megatron. Data flow:
-mcore/param_info and convert/keys ask here; ``partition`` turns roles into rules.
+Standard library only, so that tools without Megatron know roles too. Data flow: mcore/param_info,
+convert/keys and estimate/stages collect names -> **role** -> ``partition`` turns it into a rule.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ _MATRIX_ROLES = (
     ("mlp.router.weight", "router"),
 )
 
+#: The part of an expert's name that a dense MLP does not have: shared experts, one module for each
+#: expert (SequentialMLP), one for all of them (grouped GEMM).
+_EXPERT = re.compile(r"\.(?:shared_experts|experts(?:\.local_experts\.\d+)?)\.")
+#: A grouped GEMM numbers its experts' weights and biases.
+_GROUPED = re.compile(r"(weight|bias)\d+$")
 _NORM_WEIGHT = re.compile(r"(norm\w*\.weight|\.layer_norm_weight)$")
 
 
@@ -27,9 +32,12 @@ def role_of(name: str, num_dimensions: int) -> str:
     """Return the role of a parameter: a key of the rule table, or ``"unknown"``.
 
     Args:
-        name: name in the whole model.
+        name: name in the whole model. A parameter of an expert has the role of its counterpart in
+            a dense MLP.
         num_dimensions: dimensions of one layer's tensor.
     """
+    if _EXPERT.search(name):
+        name = _GROUPED.sub(r"\1", _EXPERT.sub(".", name))
     if num_dimensions == 1:
         if _NORM_WEIGHT.search(name):
             return "norm"
@@ -39,3 +47,11 @@ def role_of(name: str, num_dimensions: int) -> str:
             if name.endswith(suffix):
                 return role
     return "unknown"
+
+
+def is_expert(name: str) -> bool:
+    """Return whether a parameter belongs to an expert that some tokens are sent to.
+
+    Shared experts see every token and are reduced as dense parameters are, so they do not count.
+    """
+    return ".experts." in name
