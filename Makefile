@@ -1,13 +1,16 @@
 # make demo   train a small Llama with Adam and with Adam-mini on this machine's CPU, and compare
 # make test   lint, types and all tests
+# make check  lint, types and the tests that need one process: for the inner loop
 # make lint   lint and types only
 #
-# Each makes .venv first if it is missing; see tools/bootstrap.sh.
+# Each makes .venv first if it is missing; see tools/bootstrap.sh. ARGS go to the demo or to pytest;
+# WORKERS=0 runs the tests one by one, more than 2 need more cores.
 
 SHELL := /bin/sh
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bootstrap clean
+.PHONY: help demo test check lint format bootstrap clean
+WORKERS := 2
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -19,7 +22,10 @@ demo: bootstrap
 	@$(BIN)/python examples/demo.py $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
+
+check: lint
+	$(BIN)/python -m pytest -m 'not processes' $(ARGS)
 
 lint: bootstrap
 	$(BIN)/ruff check .

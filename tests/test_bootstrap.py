@@ -171,7 +171,7 @@ def test_python_that_only_pyenv_knows(checkout: Checkout, tmp_path: Path, hint: 
 
 def test_makefile_and_ci_start_here() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in ("demo: bootstrap", "lint: bootstrap", "test: lint"):
+    for target in ("demo: bootstrap", "lint: bootstrap", "check: lint", "test: lint"):
         assert target in makefile
     assert os.access(ROOT / ".ci/run", os.X_OK)
     assert "make test" in (ROOT / ".ci/run").read_text()

@@ -19,7 +19,8 @@ sys.path.insert(0, str(EXAMPLES))
 
 import demo
 import tokenize_bytes
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, start_program
+from tests.test_resume import launch
 
 RUN_TIMEOUT_S = 150.0
 
@@ -143,33 +144,40 @@ def test_two_ranks_train_through_the_launcher(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Adam-mini with torchrun, as the demo runs; Adam in ranks that have all imported already."""
     report = tmp_path / "state.json"
+    arguments = [
+        *("--cpu-host", str(EXAMPLES / "pretrain_llama.py"), "--optimizer", optimizer),
+        *(*TINY_MODEL.split(), *layout),
+        *("--data-path", str(dataset), "--data-cache-path", str(tmp_path / "cache")),
+        *("--state-report", str(report)),
+        *("--tensorboard-dir", str(tmp_path / "events"), "--tensorboard-log-interval", "2"),
+    ]
     losses: list[float] = []
 
     def on_line(line: str) -> None:
         if match := demo._ITERATION.search(line):
             losses.append(float(match[2]))
 
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    demo.run_command(
-        [
-            *launch,
-            *("-m", "megatron_adam_mini.launch", "--cpu-host"),
-            *(str(EXAMPLES / "pretrain_llama.py"), "--optimizer", optimizer),
-            *(*TINY_MODEL.split(), *layout),
-            *("--data-path", str(dataset), "--data-cache-path", str(tmp_path / "cache")),
-            *("--state-report", str(report)),
-            *("--tensorboard-dir", str(tmp_path / "events"), "--tensorboard-log-interval", "2"),
-        ],
-        tmp_path / "log",
-        on_line,
-        timeout_s=RUN_TIMEOUT_S,
-    )
-    capsys.readouterr()
+    log = tmp_path / "log"
+    if optimizer == "adam_mini":
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        demo.run_command(
+            [sys.executable, *torchrun, "-m", "megatron_adam_mini.launch", *arguments],
+            log,
+            on_line,
+            timeout_s=RUN_TIMEOUT_S,
+        )
+        capsys.readouterr()
+    else:
+        with start_program(2, launch, arguments, log=log, folder=ROOT) as run:
+            assert run.wait(RUN_TIMEOUT_S) == 0, run.output()
+        for line in run.output().splitlines():
+            on_line(line)
     assert len(losses) == 8
     assert abs(losses[0] - numpy.log(257)) < 0.3  # untrained: every byte is as likely
     assert losses[-1] < losses[0] - 0.5
-    assert demo._VALIDATION.search((tmp_path / "log").read_text()) is not None
+    assert demo._VALIDATION.search(log.read_text()) is not None
 
     measured = json.loads(report.read_text())
     # Embedding and output; per layer QKV, projection, gate and up, down, two norms; final norm.

@@ -251,8 +251,11 @@ def unsharded() -> Any:
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_sharded_run_equals_unsharded_oracle(case: str, unsharded: Any) -> None:
     job, dp = LAYOUTS[case]
-    expected = unsharded(job)
-    ranks = run_ranks(world_of(job, dp), sharded_run, job)
+    compare_runs(job, run_ranks(world_of(job, dp), sharded_run, job), unsharded(job))
+
+
+def compare_runs(job: Job, ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    """Compare a sharded run with the unsharded one, and with the oracle on its own gradients."""
     for rank in ranks:
         np.testing.assert_allclose(rank["norms"], expected["norms"], rtol=TRAJECTORY_TOLERANCE)
     check_replicas(ranks, job)

@@ -15,8 +15,12 @@ from tests.reference import (
     row_labels,
 )
 
-# float32 against float64 over 20 steps.
+# float32 against float64 over 20 steps, of parameters relative to the largest element.
 TOLERANCE = 3e-6
+# The same of v, relative to each element: a mean of up to 256 squares and 20 roundings after it.
+V_TOLERANCE = 2e-6
+# Both sides float64: a few roundings of 1e-16.
+CLOSED_FORM_TOLERANCE = 1e-9
 
 DIM, HEADS, KV_HEADS, FFN, VOCAB = 32, 4, 2, 48, 40
 
@@ -90,12 +94,17 @@ def test_oracle_equals_the_public_adam_mini() -> None:
         expected = oracle[name].param
         error = float((param.detach().double() - expected).abs().max() / expected.abs().max())
         assert error < TOLERANCE, f"{name}: {error:.1e}"
-        assert float((param - start[name]).abs().max()) > 1e-3, f"{name} did not move"
-        state = public.state[param]
-        v = state["vmean"] if "vmean" in state else state["v"]
-        assert torch.allclose(
-            v.double().reshape(-1).unique(), oracle[name].v.unique(), rtol=1e-4, atol=0.0
-        ) or len(v.reshape(-1).unique()) != len(oracle[name].v.unique())
+        assert float((param.detach() - start[name]).abs().max()) > 1e-3, f"{name} did not move"
+        found, wanted = public_v(public.state[param], param), oracle[name].v_of_elements()
+        assert torch.allclose(found, wanted, rtol=V_TOLERANCE, atol=0.0), f"v {name}"
+        if name != "norm.weight":  # elsewhere a v in the wrong block would be seen
+            assert not torch.allclose(found.flip(0), wanted, rtol=0.1), f"v {name} is alike"
+
+
+def public_v(state: dict[str, Tensor], param: Tensor) -> Tensor:
+    """Return v of every element; blocks of the public package are contiguous in memory."""
+    v = (state["vmean"] if "vmean" in state else state["v"]).double().reshape(-1)
+    return v.repeat_interleave(param.numel() // len(v)).reshape(param.shape)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -120,7 +129,7 @@ def test_oracle_with_one_block_follows_the_closed_form() -> None:
     for _ in range(5):
         oracle.step(grad, lr=0.1, beta1=0.9, beta2=0.95, eps=1e-12, weight_decay=0.0)
     expected = -5 * 0.1 * grad / (12.5**0.5)
-    assert torch.allclose(oracle.param, expected, rtol=1e-9)
+    assert torch.allclose(oracle.param, expected, rtol=CLOSED_FORM_TOLERANCE)
 
 
 def test_qkv_labels_interleave_by_group() -> None:

@@ -1,15 +1,16 @@
-"""Real runs that are killed or whose disk is full go on, bit for bit as if nothing happened."""
+"""Real runs that are killed or whose disk is full go on, bit for bit as if nothing happened.
+
+The run that nothing disturbs is started with torchrun. The others are ranks that need no second
+for their imports (see ``ranks``), and must end with the same bits.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 from megatron_adam_mini import cli
 from megatron_adam_mini.checkpoint.reader import Checkpoint
+from tests.ranks import Program, run_ranks, start_program
 
 ROOT = Path(__file__).resolve().parent.parent
 # No dropout: on the CPU host, Megatron's CUDA generator is the CPU's, from which a data loader
@@ -38,65 +40,54 @@ FLAGS = """
 TIMEOUT = 240
 
 
+def tokenize(prefix: str) -> None:
+    sys.path.insert(0, str(ROOT / "examples"))
+    import tokenize_bytes
+
+    sys.argv = ["tokenize_bytes.py", "--max-bytes", "200000", "--output-prefix", prefix]
+    tokenize_bytes.main()
+
+
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prefix = tmp_path_factory.mktemp("data") / "text"
-    subprocess.run(
-        [
-            *(sys.executable, "examples/tokenize_bytes.py", "--max-bytes", "200000"),
-            *("--output-prefix", str(prefix)),
-        ],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        timeout=TIMEOUT,
-    )
+    run_ranks(1, tokenize, str(prefix))
     return prefix
 
 
-def start(dataset: Path, folder: Path, *flags: str, ranks: int = 4) -> subprocess.Popen[bytes]:
-    """Start a training run that saves to ``folder`` and goes on from what is there."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={ranks}", "-m", "megatron_adam_mini.launch", "--cpu-host"]
-    command += ["examples/pretrain_llama.py", *FLAGS, "--save", str(folder), "--load", str(folder)]
-    command += ["--data-path", str(dataset), "--data-cache-path", str(dataset.parent / "cache")]
-    log = open(folder.with_suffix(".log"), "ab")  # noqa: SIM115 (the run writes to it)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, *flags],
-        cwd=ROOT,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=environment,
-        start_new_session=True,
+def script(dataset: Path, folder: Path, *flags: str) -> list[str]:
+    """Return the script and flags of a run that saves to a folder and goes on from what is there.
+
+    These are the arguments of the launcher.
+    """
+    data = ["--data-path", str(dataset), "--data-cache-path", str(dataset.parent / "cache")]
+    checkpoints = ["--save", str(folder), "--load", str(folder)]
+    return ["--cpu-host", "examples/pretrain_llama.py", *FLAGS, *checkpoints, *data, *flags]
+
+
+def launch(arguments: list[str]) -> None:
+    """Run the launcher in a rank."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import (
+        get_write_results_queue,
     )
 
+    from megatron_adam_mini import launch as launcher
 
-def family(run: subprocess.Popen[bytes]) -> set[int]:
-    """Return the processes of torchrun, of every rank and of what ranks started."""
-    children = subprocess.run(
-        ["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
-    ).stdout
-    parents = [tuple(map(int, line.split())) for line in children.splitlines()]
-    found = {run.pid}
-    for _ in range(4):
-        found |= {pid for pid, parent in parents if parent in found}
-    return found
+    get_write_results_queue("fork")  # not spawned, which takes longer than the test
+    launcher.main(arguments)
 
 
-def kill(run: subprocess.Popen[bytes]) -> None:
-    """Kill torchrun and every rank at once; ranks have sessions of their own."""
-    for pid in family(run):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    run.wait(TIMEOUT)
+def start(dataset: Path, folder: Path, *flags: str, ranks: int = 4) -> Program:
+    """Start a training run that saves to ``folder`` and goes on from what is there."""
+    log = folder.with_suffix(".log")
+    return start_program(ranks, launch, script(dataset, folder, *flags), log=log, folder=ROOT)
 
 
-def finish(run: subprocess.Popen[bytes], folder: Path) -> str:
-    code = run.wait(TIMEOUT)
-    text = folder.with_suffix(".log").read_text(errors="replace")
-    assert code == 0, text[-4000:]
-    return text
+def finish(run: Program) -> str:
+    with run:
+        code = run.wait(TIMEOUT)
+    assert code == 0, run.output()[-4000:]
+    return run.output()
 
 
 def tracker(folder: Path) -> str:
@@ -125,9 +116,19 @@ def assert_same(left: dict[str, Any], right: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def straight(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing disturbed."""
+    """A run that nothing disturbed, with torchrun and ranks that import all by themselves."""
     folder = tmp_path_factory.mktemp("straight") / "run"
-    finish(start(dataset, folder), folder)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    with open(folder.with_suffix(".log"), "ab") as log:
+        run = subprocess.run(
+            [*torchrun, "-m", "megatron_adam_mini.launch", *script(dataset, folder)],
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            timeout=TIMEOUT,
+        )
+    assert run.returncode == 0, folder.with_suffix(".log").read_text(errors="replace")[-4000:]
     assert tracker(folder) == "12"
     return folder
 
@@ -136,15 +137,11 @@ def test_killed_while_it_saves_a_run_goes_on_bit_for_bit(
     straight: Path, dataset: Path, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
-    run = start(dataset, broken)
-    begun = time.monotonic()
-    while not (broken / "iter_0000008").exists():
-        assert run.poll() is None, broken.with_suffix(".log").read_text()[-4000:]
-        assert time.monotonic() - begun < TIMEOUT
-        time.sleep(0.005)
-    kill(run)
+    with start(dataset, broken) as run:
+        run.wait_until((broken / "iter_0000008").exists, TIMEOUT)
+        run.kill()
     assert tracker(broken) == "4", "the kill came too late to prove anything"
-    text = finish(start(dataset, broken), broken)
+    text = finish(start(dataset, broken))
     assert "successfully loaded checkpoint from" in text
     assert tracker(broken) == "12"
     assert_same(everything(straight / "iter_0000012"), everything(broken / "iter_0000012"))
@@ -155,28 +152,21 @@ def test_when_the_disk_is_full_a_run_ends_and_keeps_the_old_checkpoint(
 ) -> None:
     """Writes fail in the middle of the second checkpoint, as on a full disk (EFBIG for ENOSPC)."""
     folder = tmp_path / "full"
-    run = start(dataset, folder)
-    begun = time.monotonic()
-    while tracker(folder) != "4":
-        assert run.poll() is None, folder.with_suffix(".log").read_text()[-4000:]
-        assert time.monotonic() - begun < TIMEOUT
-        time.sleep(0.005)
-    old = folder / "iter_0000004"
-    limit = min(path.stat().st_size for path in old.glob("*.distcp")) * 3 // 4
-    for pid in family(run) - {run.pid}:
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, limit))
-    try:
+    with start(dataset, folder) as run:
+        run.wait_until(lambda: tracker(folder) == "4", TIMEOUT)
+        old = folder / "iter_0000004"
+        limit = min(path.stat().st_size for path in old.glob("*.distcp")) * 3 // 4
+        for pid in run.family():
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, limit))
         code = run.wait(TIMEOUT)
-    finally:
-        kill(run)
-    text = folder.with_suffix(".log").read_text(errors="replace")
+    text = run.output()
     assert len(text) < limit, "the limit may have cut the log, too"
     assert code != 0
     assert "File too large" in text, text[-4000:]
     assert max(p.stat().st_size for p in (folder / "iter_0000008").iterdir()) == limit
     assert tracker(folder) == "4"
     assert cli.main(["verify", str(folder)]) == 0
-    text = finish(start(dataset, folder), folder)
+    text = finish(start(dataset, folder))
     assert "at iteration 4" in text
     assert tracker(folder) == "12"
     assert_same(everything(straight / "iter_0000012"), everything(folder / "iter_0000012"))
@@ -188,7 +178,7 @@ def test_a_run_goes_on_under_another_layout(straight: Path, dataset: Path, tmp_p
     shutil.copytree(straight, folder)
     (folder / "latest_checkpointed_iteration.txt").write_text("8")
     other = ("--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "2")
-    text = finish(start(dataset, folder, *other, ranks=2), folder)
+    text = finish(start(dataset, folder, *other, ranks=2))
     losses = losses_of(straight.with_suffix(".log").read_text())
     again = losses_of(text)
     assert sorted(again) == [9, 10, 11, 12]
