@@ -115,11 +115,11 @@ install() {
         "$VENV/bin/python" -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
 }
 
-say "installing into .venv with $python (once; about 5 GB, because torch comes with CUDA)"
+say "installing into .venv with $python (once; about 6 GB, because torch comes with CUDA)"
 if ! install; then
     rm -f "$STAMP"
     say "the installation failed; the messages above say why."
-    say "Remedy: check that this machine reaches a package index (pip config list) and has 6 GB free, then run again."
+    say "Remedy: check that this machine reaches a package index (pip config list) and has 8 GB free, then run again."
     exit 1
 fi
 printf '%s\n' "$wanted" >"$STAMP"

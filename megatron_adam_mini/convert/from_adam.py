@@ -28,7 +28,7 @@ from megatron_adam_mini.convert.adam_state import (
     find_adam_state,
     refuse_unsound,
 )
-from megatron_adam_mini.convert.keys import args_of, blocks_of
+from megatron_adam_mini.convert.blocks import args_of, blocks_of
 from megatron_adam_mini.convert.parameters import StoredParameter, fold
 from megatron_adam_mini.convert.progress import bytes_bar
 from megatron_adam_mini.plan.manifest import MODEL_SPACE, identity_of, manifest_of, state_key

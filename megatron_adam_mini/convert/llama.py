@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_adam_mini.checkpoint.errors import UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint
-from megatron_adam_mini.convert.keys import args_of, heads_of
+from megatron_adam_mini.convert.blocks import args_of, heads_of
 from megatron_adam_mini.convert.mini_state import MiniState, find_mini_state, stored_blocks
 from megatron_adam_mini.plan.partition import HeadGeometry, IntArray, ParameterBlocks
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_adam_mini.checkpoint.errors import CorruptError, UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint
-from megatron_adam_mini.convert.keys import info_of
+from megatron_adam_mini.convert.blocks import info_of
 from megatron_adam_mini.convert.parameters import (
     StoredParameter,
     keys_by_kind,

@@ -2,7 +2,7 @@
 
 Imports the reader. A *model key* is Megatron's: equal layers are stacked under one key along a
 leading axis. A *folded key* has the layer's number in it instead, as all of Adam-mini's keys do.
-Data flow: reader -> **parameters** -> ``keys`` (blocks), ``adam_state``, ``mini_state``.
+Data flow: reader -> **parameters** -> ``blocks`` (blocks), ``adam_state``, ``mini_state``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Name of a parameter -> what it is.
 
 Standard library only, so that tools without Megatron know roles too. Data flow: mcore/param_info,
-convert/keys and estimate/stages collect names -> **role** -> ``partition`` turns it into a rule.
+convert/blocks and estimate/stages collect names -> **role** -> ``partition`` turns it into a rule.
 """
 
 from __future__ import annotations
