@@ -119,7 +119,7 @@ say "installing into .venv with $python (once; about 6 GB, because torch comes w
 if ! install; then
     rm -f "$STAMP"
     say "the installation failed; the messages above say why."
-    say "Remedy: check that this machine reaches a package index (pip config list) and has 8 GB free, then run again."
+    say "Remedy: check that this machine reaches a package index (pip config list) and has 6 GB free, then run again."
     exit 1
 fi
 printf '%s\n' "$wanted" >"$STAMP"
