@@ -32,12 +32,13 @@ void add_digest(uint64_t* digest, const std::vector<T>& values) {
 }
 
 void print_digest(int grad_kind, int exp_avg_kind, int param_kind, bool stochastic) {
-  constexpr int NUMEL = 100000, BLOCKS = 300;
+  constexpr int NUMEL = 100000, SEGMENTS = 300;
   std::vector<float> grad(NUMEL), exp_avg(NUMEL), param(NUMEL), exp_avg_sq_E(NUMEL);
   std::vector<uint16_t> grad16(NUMEL), exp_avg16(NUMEL), remainder(NUMEL), weight(NUMEL);
-  std::vector<float> exp_avg_sq(BLOCKS), step_size(BLOCKS), sum_sq(BLOCKS), inv_numel(BLOCKS);
-  std::vector<int32_t> group(BLOCKS), origin(BLOCKS);
-  std::vector<int8_t> domain(BLOCKS);
+  std::vector<float> exp_avg_sq(SEGMENTS), step_size(SEGMENTS), sum_sq(SEGMENTS);
+  std::vector<float> inv_numel(SEGMENTS);
+  std::vector<int32_t> group(SEGMENTS), origin(SEGMENTS);
+  std::vector<int8_t> domain(SEGMENTS);
   state = 7;
   for (int i = 0; i < NUMEL; ++i) {
     grad[i] = random_value() / 8;
@@ -50,7 +51,7 @@ void print_digest(int grad_kind, int exp_avg_kind, int param_kind, bool stochast
     weight[i] = upper_half(param[i]);
     remainder[i] = static_cast<uint16_t>(state >> 12);
   }
-  for (int i = 0; i < BLOCKS; ++i) {
+  for (int i = 0; i < SEGMENTS; ++i) {
     exp_avg_sq[i] = random_value() / 64 + 1.0f / 32;
     inv_numel[i] = 1.0f / 128;
     group[i] = i % 2;
@@ -68,20 +69,21 @@ void print_digest(int grad_kind, int exp_avg_kind, int param_kind, bool stochast
       param_kind, exp_avg_kind, 1, grad_kind, stochastic ? origin.data() : nullptr};
   const Scalars scalars = {&grad_scale, bias_corrections, hyper, &noise_key,
                            0.9f,        0.1f,             0.95f, 0.05f};
-  const Blocks blocks = {exp_avg_sq.data(), step_size.data(), sum_sq.data(), inv_numel.data(),
-                         group.data()};
-  // Odd and even numbers of rows, with and without tails, and one long row.
-  const std::vector<Tile> tiles = {{0, 100, 101, 0, 0, 0, -1},
-                                   {10100, 64, 40, 101, 10100, 0, -1},
-                                   {13000, 5, 99, 150, 12660, 0, -1},
-                                   {20000, 40000, 1, 260, 13155, 0, -1}};
+  const Segments segments = {exp_avg_sq.data(), step_size.data(), sum_sq.data(), inv_numel.data(),
+                             group.data()};
+  // Odd and even numbers of rows, with and without tails, and one long row; state where the
+  // buffer's elements are, before and behind.
+  const std::vector<Tile> tiles = {{0, 100, 101, 0, 0, 0, -1, 0},
+                                   {10100, 64, 40, 101, 10100, 0, -1, 32},
+                                   {13000, 5, 99, 150, 12660, 0, -1, -101},
+                                   {20000, 40000, 1, 260, 13155, 0, -1, 1016}};
   const int64_t num = static_cast<int64_t>(tiles.size());
   double partials[1] = {}, stats[4] = {};
-  adam_mini_block_sum_sq(sum_sq.data(), slice.grad, grad_kind, tiles.data(), num, partials, 1);
-  adam_mini_norm_partials(stats, 2, sum_sq.data(), domain.data(), BLOCKS);
-  adam_mini_block_step_size(&blocks, &scalars, nullptr, BLOCKS, 1);
-  adam_mini_update(&slice, tiles.data(), num, &blocks, &scalars, 1);
-  adam_mini_update_whole(&slice, tiles.data(), num, &blocks, &scalars, 1);
+  adam_mini_segment_sum_sq(sum_sq.data(), slice.grad, grad_kind, tiles.data(), num, partials, 1);
+  adam_mini_norm_partials(stats, 2, sum_sq.data(), domain.data(), SEGMENTS);
+  adam_mini_segment_step_size(&segments, &scalars, nullptr, SEGMENTS, 1);
+  adam_mini_update(&slice, tiles.data(), num, &segments, &scalars, 1);
+  adam_mini_update_in_one_pass(&slice, tiles.data(), num, &segments, &scalars, 1);
   adam_mini_update_elementwise(&slice, exp_avg_sq_E.data(), tiles.data(), num, group.data(),
                                &scalars, 1);
   uint64_t digest = 14695981039346656037ull;

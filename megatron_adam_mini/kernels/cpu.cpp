@@ -137,37 +137,39 @@ EXPORT int adam_mini_has_threads() {
 #endif
 }
 
-EXPORT void adam_mini_segment_sum_sq(float* sum_sq, const void* grad, int grad_kind, const Tile* tiles,
-                            int64_t num_tiles, double* partials, int threads) {
+EXPORT void adam_mini_segment_sum_sq(float* sum_sq, const void* grad, int grad_kind,
+                                     const Tile* tiles, int64_t num_tiles, double* partials,
+                                     int threads) {
   DISPATCH(segment_sum_sq(sum_sq, grad, grad_kind, tiles, num_tiles, partials, threads));
 }
 
 EXPORT void adam_mini_norm_partials(double* stats, int64_t domains, const float* sum_sq,
-                             const int8_t* domain, int64_t numel) {
+                                    const int8_t* domain, int64_t numel) {
   DISPATCH(norm_partials(stats, domains, sum_sq, domain, numel));
 }
 
-EXPORT void adam_mini_segment_step_size(const Segments* segments, const Scalars* scalars, const int64_t* index,
-                               int64_t numel, int threads) {
+EXPORT void adam_mini_segment_step_size(const Segments* segments, const Scalars* scalars,
+                                        const int64_t* index, int64_t numel, int threads) {
   if (!is_finite(*scalars->grad_scale)) return;
   DISPATCH(segment_step_size(*segments, *scalars, index, numel, threads));
 }
 
 EXPORT void adam_mini_update(const Slice* slice, const Tile* tiles, int64_t num_tiles,
-                      const Segments* segments, const Scalars* scalars, int threads) {
+                             const Segments* segments, const Scalars* scalars, int threads) {
   if (!is_finite(*scalars->grad_scale)) return;
   DISPATCH(update(*slice, tiles, num_tiles, *segments, *scalars, threads));
 }
 
 EXPORT void adam_mini_update_in_one_pass(const Slice* slice, const Tile* tiles, int64_t num_tiles,
-                            const Segments* segments, const Scalars* scalars, int threads) {
+                                         const Segments* segments, const Scalars* scalars,
+                                         int threads) {
   if (!is_finite(*scalars->grad_scale)) return;
   DISPATCH(update_in_one_pass(*slice, tiles, num_tiles, *segments, *scalars, threads));
 }
 
 EXPORT void adam_mini_update_elementwise(const Slice* slice, float* exp_avg_sq, const Tile* tiles,
-                                  int64_t num_tiles, const int32_t* group, const Scalars* scalars,
-                                  int threads) {
+                                         int64_t num_tiles, const int32_t* group,
+                                         const Scalars* scalars, int threads) {
   if (!is_finite(*scalars->grad_scale)) return;
   DISPATCH(update_elementwise(*slice, exp_avg_sq, tiles, num_tiles, group, *scalars, threads));
 }
