@@ -135,7 +135,7 @@ class AdamMini:
             for buffer, buffer_plan in zip(buffers, plan.buffers, strict=True)
         ]
 
-        def put(array: np.ndarray[Any, Any]) -> Tensor:
+        def to_device(array: np.ndarray[Any, Any]) -> Tensor:
             return torch.from_numpy(array).to(device)
 
         def floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -146,9 +146,11 @@ class AdamMini:
             exp_avg_sq_S=floats(plan.num_segments),
             step_size_S=floats(plan.num_segments),
             sum_sq_SR=floats(len(plan.parameter_SR)),
-            inv_numel_S=put((1.0 / plan.block_numel_S.astype(np.float64)).astype(np.float32)),
-            group_SR=put(groups_P[plan.parameter_SR]),
-            origin_SR=put(plan.first_element_numbers()) if config.stochastic_rounding else None,
+            inv_numel_S=to_device((1.0 / plan.block_numel_S.astype(np.float64)).astype(np.float32)),
+            group_SR=to_device(groups_P[plan.parameter_SR]),
+            origin_SR=to_device(plan.first_element_numbers())
+            if config.stochastic_rounding
+            else None,
         )
         self.exp_avg_sq_E = floats(plan.num_elementwise)
         self._sum_sq_S = self.vectors.sum_sq_SR[: plan.num_segments]
@@ -157,9 +159,9 @@ class AdamMini:
         self._uncut: Tensor | None = None
         self._cut: Tensor | None = None
         if plan.is_cut_S.any():
-            self._uncut = put(np.flatnonzero(~plan.is_cut_S))
-            self._cut = put(np.flatnonzero(plan.is_cut_S))
-        self._norm_domain_SR = put(plan.norm_domain_SR)
+            self._uncut = to_device(np.flatnonzero(~plan.is_cut_S))
+            self._cut = to_device(np.flatnonzero(plan.is_cut_S))
+        self._norm_domain_SR = to_device(plan.norm_domain_SR)
         self._stats_D2 = floats(len(plan.domains), 2, dtype=torch.float64)
         self._scalars = StepScalars(len(param_groups), device)
 

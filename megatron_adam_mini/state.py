@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_adam_mini.plan.step_plan import BufferPlan, Window
+from megatron_adam_mini.plan.buffer_plan import BufferPlan, Window
 from megatron_adam_mini.rounding import join, split, to_weight
 
 #: Elements that are rounded at a time when state is loaded.

@@ -242,8 +242,8 @@ def unknown_numbers(document: Document, part: str | None = None) -> list[str]:
     """Look for the numbers of each paragraph in the results files that it links to.
 
     docs/memory.md counts as one: its numbers are outputs of the command, which tests/test_memory.py
-    compares. A link to a section stands for the files that are linked there. A number may be rounded, and a
-    percentage may be the ratio of two numbers of one row.
+    compares. A link to a section stands for the files that are linked there. A number may be
+    rounded, and a percentage may be the ratio of two numbers of one row.
     """
     unknown = []
     for paragraph in re.split(r"\n\s*\n", part or document.prose):

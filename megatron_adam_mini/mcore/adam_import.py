@@ -35,7 +35,8 @@ from megatron_adam_mini.mcore.entries import (
     refuse_flat_buckets,
 )
 from megatron_adam_mini.mcore.slices import ShardedBuffer
-from megatron_adam_mini.plan.step_plan import Piece, SlicePlan
+from megatron_adam_mini.plan.buffer_plan import SlicePlan
+from megatron_adam_mini.plan.step_plan import Piece
 from megatron_adam_mini.rounding import is_rounded
 
 FORMATS = ("fully_reshardable", "dp_reshardable", "plain")

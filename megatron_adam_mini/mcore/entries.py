@@ -23,10 +23,11 @@ from torch.nn import Parameter
 from megatron_adam_mini.mcore.model_space import ModelEntry, entries_by_parameter
 from megatron_adam_mini.mcore.slices import ShardedBuffer
 from megatron_adam_mini.optimizer import AdamMini
+from megatron_adam_mini.plan.buffer_plan import Window
 from megatron_adam_mini.plan.layout import row_parallel
 from megatron_adam_mini.plan.manifest import FLAT_BUCKETS, STATE_PREFIX
 from megatron_adam_mini.plan.partition import ParameterBlocks
-from megatron_adam_mini.plan.step_plan import Piece, Window
+from megatron_adam_mini.plan.step_plan import Piece
 from megatron_adam_mini.state import BufferState
 
 #: Names within the optimizer's state dict; Megatron's own optimizers use neither.

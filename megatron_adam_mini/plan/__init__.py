@@ -3,7 +3,8 @@
 May import numpy, the standard library and ``config``. Data flow: ``roles`` (name -> what it is) ->
 ``partition`` (what shares one second moment) -> ``manifest`` (the same for users and checkpoints);
 ``partition`` -> ``layout`` (where blocks lie in a rank's slices) -> ``reduction`` (which sums cross
-ranks) -> ``segment_table`` (what kernels walk) -> ``step_plan`` (all of it for one rank).
+ranks) -> ``segment_table`` (what kernels walk) -> ``buffer_plan`` (slices, state and tables of one
+buffer) -> ``step_plan`` (all of it for one rank).
 
 Words, here and in the whole package:
 

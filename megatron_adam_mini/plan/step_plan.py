@@ -11,24 +11,28 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
-from typing import Any, NamedTuple
+from itertools import islice, pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_adam_mini.plan.buffer_plan import (
+    BufferPlan,
+    Entries,
+    SlicePlan,
+    Window,
+    plan_buffer,
+)
 from megatron_adam_mini.plan.layout import (
     BoolArray,
     BucketLayout,
     BufferLayout,
-    SliceSegments,
     element_numbers,
     segment_slice,
-    state_starts,
 )
 from megatron_adam_mini.plan.partition import IntArray, ParameterBlocks
 from megatron_adam_mini.plan.reduction import ReductionPlan, plan_reduction
-from megatron_adam_mini.plan.segment_table import SegmentTable
 
 
 @dataclass(frozen=True)
@@ -61,23 +65,6 @@ class DomainLayout:
         return self.buckets[0].num_slices if self.buckets else 1
 
 
-class Window(NamedTuple):
-    """The same elements in a buffer, and in the state that mirrors this rank's part of it."""
-
-    in_buffer: slice
-    in_state: slice
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return int(self.in_buffer.stop - self.in_buffer.start)
-
-    def part(self, begin: int, end: int) -> Window:
-        """Return elements ``[begin, end)`` of the window."""
-        buffer, state = self.in_buffer.start, self.in_state.start
-        return Window(slice(buffer + begin, buffer + end), slice(state + begin, state + end))
-
-
 @dataclass(frozen=True)
 class Piece:
     """The elements of one parameter that one slice holds.
@@ -103,51 +90,6 @@ class Piece:
     def is_elementwise(self) -> bool:
         """Whether each of its elements has a second moment of its own."""
         return bool(self.elements.stop > self.elements.start)
-
-
-@dataclass(frozen=True, eq=False)
-class SlicePlan:
-    """The slice of one bucket.
-
-    Attributes:
-        bucket: the whole bucket.
-        segments: what of it is in the slice.
-        window: the slice in its buffer, and its state.
-        first_segment, first_range, first_element: its first entry in the vectors with one entry
-            per segment, per element range, and per element of a range.
-    """
-
-    bucket: BucketLayout
-    segments: SliceSegments
-    window: Window
-    first_segment: int
-    first_range: int
-    first_element: int
-
-
-@dataclass(frozen=True, eq=False)
-class BufferPlan:
-    """This rank's slices of one buffer, and the tables that the kernels walk.
-
-    Attributes:
-        domain: index of the buffer's domain.
-        slices: one per bucket.
-        state_numel: elements of one state tensor of the buffer.
-        elements: the buffer's part of the vector of second moments per element.
-        segments: all segments.
-        uncut: those of them whose blocks no other rank holds a part of.
-        cut: the others.
-        ranges: element ranges.
-    """
-
-    domain: int
-    slices: tuple[SlicePlan, ...]
-    state_numel: int
-    elements: slice
-    segments: SegmentTable
-    uncut: SegmentTable
-    cut: SegmentTable
-    ranges: SegmentTable
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,7 +181,7 @@ class StepPlan:
             if first >= last:
                 continue
             run = of_segments.get(placement.parameter, range(0))
-            elements = part.first_element
+            elements = part.first.element
             if placement.parameter in of_ranges:
                 elements += int(before_R[of_ranges[placement.parameter].start])
             shift = start - part.bucket.offset - placement.start
@@ -249,7 +191,7 @@ class StepPlan:
                 begin=first + shift,
                 end=last + shift,
                 window=part.window.part(first, last),
-                segments=slice(part.first_segment + run.start, part.first_segment + run.stop),
+                segments=slice(part.first.segment + run.start, part.first.segment + run.stop),
                 elements=slice(elements, elements + (0 if run else last - first)),
             )
 
@@ -341,41 +283,19 @@ def plan_step(parameters: Sequence[ParameterBlocks], domains: Sequence[DomainLay
         is_cut_S[here.start + reduction.completed] = True
 
     buffers: list[BufferPlan] = []
-    segment, element_range, element = 0, ends[-1], 0
+    first = Entries(segment=0, element_range=ends[-1], element=0)
     for number, (domain, domain_parts) in enumerate(zip(domains, parts, strict=True)):
         remaining = iter(domain_parts)
         for layout in domain.buffers:
-            starts, state_numel = state_starts(layout, domain.dp_rank)
-            slices = []
-            first_element = element
-            for bucket, state_start in zip(layout.buckets, starts, strict=True):
-                part = next(remaining)
-                begin, numel = (
-                    bucket.offset + domain.dp_rank * bucket.slice_numel,
-                    bucket.slice_numel,
-                )
-                window = Window(
-                    slice(begin, begin + numel), slice(state_start, state_start + numel)
-                )
-                slices.append(SlicePlan(bucket, part, window, segment, element_range, element))
-                segment += part.num_segments
-                element_range += part.num_ranges
-                element += part.num_elementwise
-            segments = _table(slices, ranges=False)
-            cut_S = is_cut_S[segments.indices]
-            buffers.append(
-                BufferPlan(
-                    domain=number,
-                    slices=tuple(slices),
-                    state_numel=state_numel,
-                    elements=slice(first_element, element),
-                    segments=segments,
-                    # The same object where nothing is cut: kernels derive launch tables once.
-                    uncut=segments.subset(~cut_S) if cut_S.any() else segments,
-                    cut=segments.subset(cut_S),
-                    ranges=_table(slices, ranges=True),
-                )
+            plan, first = plan_buffer(
+                layout,
+                list(islice(remaining, len(layout.buckets))),
+                domain=number,
+                rank=domain.dp_rank,
+                first=first,
+                is_cut_S=is_cut_S,
             )
+            buffers.append(plan)
 
     every = [part for domain_parts in parts for part in domain_parts]
     none = np.empty(0, dtype=np.int64)
@@ -393,27 +313,6 @@ def plan_step(parameters: Sequence[ParameterBlocks], domains: Sequence[DomainLay
         parameter_SR=parameter_SR,
         norm_domain_SR=_norm_domains(parameters, domains)[parameter_SR],
     )
-
-
-def _table(slices: Sequence[SlicePlan], *, ranges: bool) -> SegmentTable:
-    """Return the table of all segments, or of all element ranges, of a buffer's slices."""
-    columns: list[list[IntArray]] = [[np.empty(0, dtype=np.int64)] for _ in range(4)]
-    for part in slices:
-        segments, begin = part.segments, part.window.in_buffer.start
-        start, end, first = (
-            (segments.start_R, segments.end_R, part.first_range)
-            if ranges
-            else (segments.start_S, segments.end_S, part.first_segment)
-        )
-        values = (
-            start + begin,
-            end + begin,
-            first + np.arange(len(start)),
-            np.full(len(start), part.window.in_state.start - begin, dtype=np.int64),
-        )
-        for column, value in zip(columns, values, strict=True):
-            column.append(value)
-    return SegmentTable(*(np.concatenate(column) for column in columns))
 
 
 def _norm_domains(

@@ -1,0 +1,160 @@
+"""This rank's slices of one buffer, and the tables of them that kernels walk.
+
+Imports numpy and the modules before it. Data flow: segments of slices, layout of the buffer ->
+**BufferPlan** -> step plan, state, kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_adam_mini.plan.layout import (
+    BoolArray,
+    BucketLayout,
+    BufferLayout,
+    SliceSegments,
+    state_starts,
+)
+from megatron_adam_mini.plan.partition import IntArray
+from megatron_adam_mini.plan.segment_table import SegmentTable
+
+
+class Window(NamedTuple):
+    """The same elements in a buffer, and in the state that mirrors this rank's part of it."""
+
+    in_buffer: slice
+    in_state: slice
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return int(self.in_buffer.stop - self.in_buffer.start)
+
+    def part(self, begin: int, end: int) -> Window:
+        """Return elements ``[begin, end)`` of the window."""
+        buffer, state = self.in_buffer.start, self.in_state.start
+        return Window(slice(buffer + begin, buffer + end), slice(state + begin, state + end))
+
+
+class Entries(NamedTuple):
+    """Places in the vectors of a rank: of segments, of element ranges, of elements of these."""
+
+    segment: int
+    element_range: int
+    element: int
+
+
+@dataclass(frozen=True, eq=False)
+class SlicePlan:
+    """The slice of one bucket.
+
+    Attributes:
+        bucket: the whole bucket.
+        segments: what of it is in the slice.
+        window: the slice in its buffer, and its state.
+        first: its first entries in the rank's vectors.
+    """
+
+    bucket: BucketLayout
+    segments: SliceSegments
+    window: Window
+    first: Entries
+
+
+@dataclass(frozen=True, eq=False)
+class BufferPlan:
+    """This rank's slices of one buffer, and the tables that the kernels walk.
+
+    Attributes:
+        domain: index of the buffer's domain.
+        slices: one per bucket.
+        state_numel: elements of one state tensor of the buffer.
+        elements: the buffer's part of the vector of second moments per element.
+        segments: all segments.
+        uncut: those of them whose blocks no other rank holds a part of.
+        cut: the others.
+        ranges: element ranges.
+    """
+
+    domain: int
+    slices: tuple[SlicePlan, ...]
+    state_numel: int
+    elements: slice
+    segments: SegmentTable
+    uncut: SegmentTable
+    cut: SegmentTable
+    ranges: SegmentTable
+
+
+def plan_buffer(
+    layout: BufferLayout,
+    parts: Sequence[SliceSegments],
+    *,
+    domain: int,
+    rank: int,
+    first: Entries,
+    is_cut_S: BoolArray,
+) -> tuple[BufferPlan, Entries]:
+    """Plan this rank's slices of one buffer.
+
+    Args:
+        layout: the buffer.
+        parts: what this rank's slice of each of its buckets holds.
+        domain: index of the buffer's domain.
+        rank: which slices.
+        first: entries of the first segment, range and element.
+        is_cut_S: whether other ranks hold parts of a segment's block, for all segments of the rank.
+
+    Returns:
+        The plan, and the entries with which the next buffer goes on.
+    """
+    starts, state_numel = state_starts(layout, rank)
+    slices, following = [], first
+    for bucket, part, state_start in zip(layout.buckets, parts, starts, strict=True):
+        begin, numel = bucket.offset + rank * bucket.slice_numel, bucket.slice_numel
+        window = Window(slice(begin, begin + numel), slice(state_start, state_start + numel))
+        slices.append(SlicePlan(bucket, part, window, following))
+        following = Entries(
+            following.segment + part.num_segments,
+            following.element_range + part.num_ranges,
+            following.element + part.num_elementwise,
+        )
+    segments = _table(slices, ranges=False)
+    cut_S = is_cut_S[segments.indices]
+    plan = BufferPlan(
+        domain=domain,
+        slices=tuple(slices),
+        state_numel=state_numel,
+        elements=slice(first.element, following.element),
+        segments=segments,
+        # The same object where nothing is cut: kernels derive launch tables once.
+        uncut=segments.subset(~cut_S) if cut_S.any() else segments,
+        cut=segments.subset(cut_S),
+        ranges=_table(slices, ranges=True),
+    )
+    return plan, following
+
+
+def _table(slices: Sequence[SlicePlan], *, ranges: bool) -> SegmentTable:
+    """Return the table of all segments of some slices, or of all their element ranges."""
+    columns: list[list[IntArray]] = [[np.empty(0, dtype=np.int64)] for _ in range(4)]
+    for part in slices:
+        segments, begin = part.segments, part.window.in_buffer.start
+        start, end, first = (
+            (segments.start_R, segments.end_R, part.first.element_range)
+            if ranges
+            else (segments.start_S, segments.end_S, part.first.segment)
+        )
+        values = (
+            start + begin,
+            end + begin,
+            first + np.arange(len(start)),
+            np.full(len(start), part.window.in_state.start - begin, dtype=np.int64),
+        )
+        for column, value in zip(columns, values, strict=True):
+            column.append(value)
+    return SegmentTable(*(np.concatenate(column) for column in columns))
