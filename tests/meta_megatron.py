@@ -57,16 +57,37 @@ def ranks_of(flags: Sequence[str], world_size: int, ranks: Sequence[int]) -> lis
     logging.disable(logging.WARNING)  # Megatron lists every bucket
     warnings.simplefilter("ignore")
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        return [_rank(flags, world_size, rank) for rank in ranks]
+        args = _arguments(flags, world_size)
+        return [_rank(args, world_size, rank) for rank in ranks]
 
 
-def _rank(flags: Sequence[str], world_size: int, rank: int) -> Rank:
+def _arguments(flags: Sequence[str], world_size: int) -> Any:
+    """Let Megatron parse and validate a command line; the ranks of a job all get the same."""
+    from megatron.training.arguments import parse_args, validate_args
+
+    from megatron_adam_mini.cpu_host import with_cpu_flags
+
+    command = [
+        *("--micro-batch-size", "1", "--lr", "1e-3", "--train-iters", "1", "--bf16"),
+        *("--use-distributed-optimizer", "--no-initialization", *flags),
+    ]
+    environment = {"WORLD_SIZE": str(world_size), "RANK": "0", "LOCAL_RANK": "0"}
+    with (
+        mock.patch.object(sys, "argv", ["pretrain_gpt.py", *with_cpu_flags(command)]),
+        mock.patch.dict(os.environ, environment),
+    ):
+        args = parse_args()
+        validate_args(args)
+    return args
+
+
+def _rank(args: Any, world_size: int, rank: int) -> Rank:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_adam_mini.mcore import param_info
     from megatron_adam_mini.mcore.slices import sharded_buffers
 
-    with _job(flags, world_size, rank) as args:
+    with _process_groups(args, world_size, rank):
         groups = ProcessGroupCollection.use_mpu_process_groups()
         chunks = _model(args, groups)
         # Experts are described here before the optimizer takes them.
@@ -95,25 +116,10 @@ def _rank(flags: Sequence[str], world_size: int, rank: int) -> Rank:
 
 
 @contextmanager
-def _job(flags: Sequence[str], world_size: int, rank: int) -> Iterator[Any]:
-    """Be one rank of a job, up to its process groups; yield Megatron's arguments."""
+def _process_groups(args: Any, world_size: int, rank: int) -> Iterator[None]:
+    """Be one rank of a job."""
     from megatron.core import parallel_state
-    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
-    from megatron.training.arguments import parse_args, validate_args
 
-    from megatron_adam_mini.cpu_host import with_cpu_flags
-
-    command = [
-        *("--micro-batch-size", "1", "--lr", "1e-3", "--train-iters", "1", "--bf16"),
-        *("--use-distributed-optimizer", "--no-initialization", *flags),
-    ]
-    environment = {"WORLD_SIZE": str(world_size), "RANK": str(rank), "LOCAL_RANK": "0"}
-    with (
-        mock.patch.object(sys, "argv", ["pretrain_gpt.py", *with_cpu_flags(command)]),
-        mock.patch.dict(os.environ, environment),
-    ):
-        args = parse_args()
-        validate_args(args)
     distributed.init_process_group("fake", rank=rank, world_size=world_size)
     try:
         parallel_state.initialize_model_parallel(
@@ -126,10 +132,9 @@ def _job(flags: Sequence[str], world_size: int, rank: int) -> Iterator[Any]:
             num_distributed_optimizer_instances=args.num_distributed_optimizer_instances,
             create_gloo_process_groups=False,
         )
-        yield args
+        yield
     finally:
         parallel_state.destroy_model_parallel()
-        destroy_num_microbatches_calculator()
         distributed.destroy_process_group()
 
 
