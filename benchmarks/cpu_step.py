@@ -43,7 +43,8 @@ from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.kernels import BufferTensors, SegmentVectors, StepScalars, cpu
 from megatron_adam_mini.optimizer import AdamMini
 from megatron_adam_mini.plan.layout import BucketLayout, BufferLayout, Placement
-from megatron_adam_mini.plan.partition import HeadGeometry, ParameterInfo, partition_parameter
+from megatron_adam_mini.plan.parameter_info import HeadGeometry, ParameterInfo
+from megatron_adam_mini.plan.partition import partition_parameter
 from megatron_adam_mini.plan.segment_table import SegmentTable
 from megatron_adam_mini.plan.step_plan import DomainLayout, plan_step
 

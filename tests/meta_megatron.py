@@ -24,7 +24,7 @@ import torch
 from torch import distributed
 
 from megatron_adam_mini.plan.layout import BufferLayout
-from megatron_adam_mini.plan.partition import ParameterInfo
+from megatron_adam_mini.plan.parameter_info import ParameterInfo
 
 
 @dataclass(frozen=True)

@@ -260,7 +260,7 @@ def build_with_odd_heads() -> None:
     """One rank believes in another number of query groups."""
     from dataclasses import replace
 
-    from megatron_adam_mini.plan.partition import HeadGeometry
+    from megatron_adam_mini.plan.parameter_info import HeadGeometry
 
     original = HeadGeometry.of
 

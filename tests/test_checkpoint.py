@@ -12,7 +12,8 @@ import torch
 from megatron_adam_mini.checkpoint.reader import Checkpoint
 from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.plan.manifest import manifest_of, partition_fields, partition_of_checkpoint
-from megatron_adam_mini.plan.partition import ParameterInfo, partition_parameter
+from megatron_adam_mini.plan.parameter_info import ParameterInfo
+from megatron_adam_mini.plan.partition import partition_parameter
 from tests.gather import Part, nearest_bfloat16, slices_of, weights_of, whole_tensors
 from tests.megatron_job import Job, Trainer, global_names
 from tests.ranks import RankError, run_ranks

@@ -16,7 +16,7 @@ from torch.nn import functional
 from megatron_adam_mini.checkpoint.errors import UnreadableError
 from megatron_adam_mini.cli import main
 from megatron_adam_mini.convert.llama import parts_of
-from megatron_adam_mini.plan.partition import HeadGeometry
+from megatron_adam_mini.plan.parameter_info import HeadGeometry
 from tests.adam_checkpoints import read_all, save, train_and_save
 from tests.megatron_job import Job, Trainer
 from tests.ranks import run_ranks

@@ -24,12 +24,8 @@ from megatron_adam_mini.plan.layout import (
     slice_size,
     spread_blocks,
 )
-from megatron_adam_mini.plan.partition import (
-    HeadGeometry,
-    ParameterBlocks,
-    ParameterInfo,
-    partition_parameter,
-)
+from megatron_adam_mini.plan.parameter_info import HeadGeometry, ParameterInfo
+from megatron_adam_mini.plan.partition import ParameterBlocks, partition_parameter
 
 
 @dataclass(frozen=True)

@@ -37,13 +37,8 @@ from megatron_adam_mini.plan.manifest import (
     short_hash,
     stored_rules,
 )
-from megatron_adam_mini.plan.partition import (
-    HeadGeometry,
-    ParameterInfo,
-    partition_parameter,
-    rule_for,
-    unmatched_patterns,
-)
+from megatron_adam_mini.plan.parameter_info import HeadGeometry, ParameterInfo
+from megatron_adam_mini.plan.partition import partition_parameter, rule_for, unmatched_patterns
 from megatron_adam_mini.plan.roles import is_expert, role_of
 
 LAYER = "decoder.layers.0."

@@ -12,10 +12,9 @@ from megatron_adam_mini.checkpoint.errors import UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint
 from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.convert.parameters import StoredParameter, name_of
+from megatron_adam_mini.plan.parameter_info import HeadGeometry, ParameterInfo
 from megatron_adam_mini.plan.partition import (
-    HeadGeometry,
     ParameterBlocks,
-    ParameterInfo,
     partition_parameter,
     unmatched_patterns,
 )

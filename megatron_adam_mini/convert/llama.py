@@ -21,7 +21,8 @@ from megatron_adam_mini.checkpoint.errors import UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint
 from megatron_adam_mini.convert.blocks import args_of, heads_of
 from megatron_adam_mini.convert.mini_state import MiniState, find_mini_state, stored_blocks
-from megatron_adam_mini.plan.partition import HeadGeometry, IntArray, ParameterBlocks
+from megatron_adam_mini.plan.parameter_info import HeadGeometry
+from megatron_adam_mini.plan.partition import IntArray, ParameterBlocks
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.*)$")
 _OUTER = {

@@ -28,7 +28,8 @@ from megatron_adam_mini.plan.manifest import (
     manifest_hash,
     state_key,
 )
-from megatron_adam_mini.plan.partition import ParameterInfo, rule_for
+from megatron_adam_mini.plan.parameter_info import ParameterInfo
+from megatron_adam_mini.plan.partition import rule_for
 from megatron_adam_mini.plan.roles import role_of
 
 #: How keys of v and of main parameters start, whichever optimizer wrote them.

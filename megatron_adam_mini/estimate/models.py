@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megatron_adam_mini.estimate.parallel import flag
-from megatron_adam_mini.plan.partition import HeadGeometry
+from megatron_adam_mini.plan.parameter_info import HeadGeometry
 
 TRANSFORMER_IMPLS = ("transformer_engine", "local")
 NORMALIZATIONS = ("LayerNorm", "RMSNorm")

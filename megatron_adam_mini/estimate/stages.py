@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from megatron_adam_mini.estimate.models import Model
 from megatron_adam_mini.estimate.parallel import Parallel, flag, stage_layers
-from megatron_adam_mini.plan.partition import ParameterInfo
+from megatron_adam_mini.plan.parameter_info import ParameterInfo
 
 EMBEDDING = "embedding.word_embeddings.weight"
 

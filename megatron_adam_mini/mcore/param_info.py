@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import Module, Parameter
 
 from megatron_adam_mini.mcore import compat
-from megatron_adam_mini.plan.partition import HeadGeometry, ParameterInfo
+from megatron_adam_mini.plan.parameter_info import HeadGeometry, ParameterInfo
 from megatron_adam_mini.plan.roles import is_expert
 
 _LAYER = re.compile(r"layers\.\d+$")

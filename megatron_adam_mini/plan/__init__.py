@@ -1,6 +1,8 @@
 """Every integer of a run's step, made once and frozen: no torch, no Megatron.
 
-May import numpy, the standard library and ``config``. Data flow: ``roles`` (name -> what it is) ->
+May import numpy, the standard library and ``config``.
+
+Data flow: ``roles`` (name -> what it is) -> ``parameter_info`` (facts about a parameter) ->
 ``partition`` (what shares one second moment) -> ``manifest`` (the same for users and checkpoints);
 ``partition`` -> ``layout`` (where blocks lie in a rank's slices) -> ``reduction`` (which sums cross
 ranks) -> ``segment_table`` (what kernels walk) -> ``buffer_plan`` (slices, state and tables of one
