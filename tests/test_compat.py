@@ -16,8 +16,6 @@ from tests.ranks import run_ranks
 
 FOLDER = Path(megatron_adam_mini.__file__).parent / "mcore"
 MODULES = sorted(path.name for path in FOLDER.glob("*.py") if path.name != "compat.py")
-#: Modules that still have private names of their own.
-TO_MOVE = {"factory.py"}
 
 
 def private_names(source: str) -> list[str]:
@@ -51,8 +49,7 @@ def test_the_walk_sees_private_names():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_private_names_of_megatron_are_in_compat_alone(module):
-    found = private_names((FOLDER / module).read_text(encoding="utf-8"))
-    assert bool(found) == (module in TO_MOVE), found
+    assert private_names((FOLDER / module).read_text(encoding="utf-8")) == []
 
 
 def hooks_of_this_release() -> dict[str, bool]:
