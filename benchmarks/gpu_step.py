@@ -3,7 +3,7 @@
 Needs a CUDA device. What is timed, from gradients in a float32 buffer to bfloat16 model weights:
 
 * ``adam_mini two phases``: sums, norm, step sizes, update (gradient clipping is on);
-* ``adam_mini one phase``: ``update_whole_`` (nothing waits for the norm);
+* ``adam_mini one phase``: ``update_in_one_pass_`` (nothing waits for the norm);
 * ``fused adamw``: norm, clip, ``AdamW(fused=True)``, cast to bfloat16;
 * ``copy``: a float32 copy of the same length, for the bandwidth that this GPU reaches.
 
@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from megatron_adam_mini.kernels.segments import SegmentTable
 
-from megatron_adam_mini.kernels.scalars import StepScalars
+from megatron_adam_mini.kernels import BufferTensors, SegmentVectors, StepScalars
+from megatron_adam_mini.plan.segment_table import SegmentTable
 
 #: Bytes per element that a step must move: g twice (one phase: once), m and p in and out, weight.
 BYTES = {"adam_mini two phases": 26, "adam_mini one phase": 22, "copy": 8}
@@ -37,36 +37,31 @@ def make_steps(rows: int, columns: int) -> dict[str, Callable[[], object]]:
     device = torch.device("cuda", torch.cuda.current_device())
     numel = rows * columns
     start_S = np.arange(rows, dtype=np.int64) * columns
-    table = SegmentTable(start_S, start_S + columns, device)
+    table = SegmentTable(start_S, start_S + columns)
     grad = torch.randn(numel, device=device)
     param, other_param = (torch.randn(numel, device=device) for _ in range(2))
     exp_avg, copied = (torch.zeros(numel, device=device) for _ in range(2))
     weight, other_weight = (param.bfloat16() for _ in range(2))
+    tensors = BufferTensors(param, exp_avg, weight, grad)
     v, step_size, sum_sq = (torch.zeros(rows, device=device) for _ in range(3))
     inv_numel = torch.full((rows,), 1 / columns, device=device)
     group = torch.zeros(rows, dtype=torch.int32, device=device)
+    vectors = SegmentVectors(v, step_size, sum_sq, inv_numel, group)
     domain = torch.zeros(rows, dtype=torch.int8, device=device)
     stats = torch.zeros(1, 2, dtype=torch.float64, device=device)
     scalars = StepScalars(1, device)
     hyper = {"lr": 1e-4, "eps": 1e-8, "weight_decay": 0.1}
     scalars.fill([hyper], betas=(0.9, 0.95), step=1, grad_scale=1.0)
-    per_block = {"inv_numel_B": inv_numel, "group_B": group, "scalars": scalars}
 
     def two_phases() -> None:
-        triton_gpu.block_sum_sq_(sum_sq, grad, table)
+        triton_gpu.segment_sum_sq_(sum_sq, grad, table)
         triton_gpu.norm_partials_(stats, sum_sq, domain)
         scalars.grad_scale.copy_((1.0 / (stats[0, 0].sqrt() + 1e-6)).clamp(max=1.0))
-        triton_gpu.block_step_size_(v, step_size, sum_sq, **per_block)
-        triton_gpu.update_(
-            param, exp_avg, weight, grad, table,
-            step_size_B=step_size, group_B=group, scalars=scalars,
-        )  # fmt: skip
+        triton_gpu.segment_step_size_(vectors, scalars)
+        triton_gpu.update_(tensors, table, vectors, scalars)
 
     def one_phase() -> None:
-        triton_gpu.update_whole_(
-            param, exp_avg, weight, grad, table,
-            exp_avg_sq_B=v, step_size_B=step_size, sum_sq_B=sum_sq, **per_block,
-        )  # fmt: skip
+        triton_gpu.update_in_one_pass_(tensors, table, vectors, scalars)
 
     other_param.requires_grad_()
     other_param.grad = grad.clone()

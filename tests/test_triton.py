@@ -19,22 +19,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from megatron_adam_mini.kernels.segments import SegmentTable
 
-from megatron_adam_mini.kernels.triton_tiles import TILE_NUMEL, WINDOW_FIELDS, row_tiles, windows
+from megatron_adam_mini.kernels.triton_tiles import (
+    ROW_FIELDS,
+    TILE_NUMEL,
+    WINDOW_FIELDS,
+    row_tiles,
+    windows,
+)
+from megatron_adam_mini.plan.segment_table import SegmentTable
 from tests.triton_cases import (
-    CPU,
     DTYPES,
     GRADS,
     LAYOUTS,
     MOMENTS,
     STORAGE,
+    WHOLE_VECTORS,
     Case,
-    block_sum_sq,
+    segment_sum_sq,
     step_size,
     update,
     update_elementwise,
-    update_whole,
+    update_in_one_pass,
 )  # fmt: skip
 
 triton = pytest.importorskip("triton")
@@ -180,18 +186,18 @@ def test_compiled(capability, monkeypatch):
             # Main path: every combination of dtypes for one GPU, every value of each for others.
             ("few", update, DTYPES if main else FEW_DTYPES),
             ("few", update_elementwise, DTYPES if main else FEW_DTYPES[-2:]),
-            ("few", update_whole, DTYPES if main else FEW_DTYPES[-2:]),
+            ("few", update_in_one_pass, DTYPES if main else FEW_DTYPES[-2:]),
             # Rows of several passes, segments in parts, and other widths.
-            ("passes", update_whole, FEW_DTYPES if main else FEW_DTYPES[1:2]),
-            ("parts", update_whole, FEW_DTYPES[-1:]),
-            ("rows", block_sum_sq, FEW_DTYPES[1:2]),
-            ("few", block_sum_sq, FEW_DTYPES[-2:]),
-            ("parts", block_sum_sq, FEW_DTYPES[-2:-1]),
+            ("passes", update_in_one_pass, FEW_DTYPES if main else FEW_DTYPES[1:2]),
+            ("parts", update_in_one_pass, FEW_DTYPES[-1:]),
+            ("rows", segment_sum_sq, FEW_DTYPES[1:2]),
+            ("few", segment_sum_sq, FEW_DTYPES[-2:]),
+            ("parts", segment_sum_sq, FEW_DTYPES[-2:-1]),
             # Single elements.
             ("mixed", update, FEW_DTYPES[1:2]),
             ("mixed", update_elementwise, FEW_DTYPES[1:2] if main else []),
-            ("mixed", update_whole, FEW_DTYPES[1:2] if main else []),
-            ("odd parts", block_sum_sq, FEW_DTYPES[1:2] if main else []),
+            ("mixed", update_in_one_pass, FEW_DTYPES[1:2] if main else []),
+            ("odd parts", segment_sum_sq, FEW_DTYPES[1:2] if main else []),
             ("few", step_size, FEW_DTYPES[:1]),
             ("few", indexed_step_size, FEW_DTYPES[:1] if main else []),
             ("few", norm, FEW_DTYPES[:1]),
@@ -230,14 +236,13 @@ def test_compiled(capability, monkeypatch):
 @pytest.mark.parametrize("vec", [1, 4, 8])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tiles_cover_every_element_once(layout, vec):
-    table = Case(layout).table
-    starts = np.repeat(table.start_S, table.end_S - table.start_S)
-    owner = np.repeat(table.indices, table.end_S - table.start_S)
-    element = np.concatenate(
-        [np.arange(a, b) for a, b in zip(table.start_S, table.end_S, strict=True)]
-        or [np.empty(0, dtype=np.int64)]
-    )
-    expected = sorted(zip(element, owner, element - starts, np.arange(len(element)), strict=True))
+    case = Case(layout)
+    table = case.table
+    length = table.end_S - table.start_S
+    element, in_state, owner = case.at.numpy(), case.state_at.numpy(), table.indices.repeat(length)
+    place = element - table.start_S.repeat(length)
+    number = np.arange(len(element))
+    expected = sorted(zip(element, in_state, owner, place, number, strict=True))
 
     seen = []
     for size, tiles in windows(table, vec, packed=True).items():
@@ -250,42 +255,70 @@ def test_tiles_cover_every_element_once(layout, vec):
             place = (
                 field["shift"] + at - row * field["length"] + np.where(row == 0, field["skip"], 0)
             )
+            of_buffer = field["start"] + at
+            of_state = of_buffer + field["shift_state"]
             seen += zip(
-                field["start"] + at, field["index"] + row, place, field["packed"] + at, strict=True
+                of_buffer, of_state, field["index"] + row, place, field["packed"] + at, strict=True
             )
             if size > 1:
-                assert field["low"] % size == field["high"] % size == field["packed"] % size == 0
+                for name in ("low", "high", "packed", "shift_state"):
+                    assert field[name] % size == 0
                 vector = row.reshape(-1, size)
                 assert (vector == vector[:, :1]).all()
     assert sorted(seen) == expected
 
     seen = []
     for kind in row_tiles(table, vec):
-        for start, length, count, index, partial in kind.tiles.tolist():
-            assert partial < 0 or count == 1
+        for tile in kind.tiles:
+            field = dict(zip(ROW_FIELDS, tile.tolist(), strict=True))
+            length, count, shift = field["length"], field["count"], field["shift_state"]
+            assert field["partial"] < 0 or count == 1
             assert count <= kind.rows
             assert length <= kind.columns or kind.columns == TILE_NUMEL
-            assert kind.vec == 1 or start % kind.vec == length % kind.vec == 0
+            assert kind.vec == 1 or field["start"] % kind.vec == length % kind.vec == 0
+            assert shift % kind.vec == 0
             for row in range(count):
-                at = np.arange(start + row * length, start + (row + 1) * length)
-                seen += zip(at, np.full(length, index + row), strict=True)
-    assert sorted(seen) == sorted(zip(element, owner, strict=True))
+                at = field["start"] + row * length + np.arange(length)
+                seen += zip(at, at + shift, np.full(length, field["index"] + row), strict=True)
+    assert sorted(seen) == sorted(zip(element, in_state, owner, strict=True))
 
 
 def test_layouts_as_megatron_makes_them_move_in_vectors():
-    for layout in ("few", "rows", "passes", "parts"):
+    for layout in WHOLE_VECTORS:
         table = Case(layout).table
         assert set(windows(table, 8, packed=False)) == {8}
         assert {kind.vec for kind in row_tiles(table, 8)} == {8}
 
 
+def test_only_state_that_suits_no_vector_is_moved_element_by_element():
+    table = Case("odd slices").table
+    assert table.shifts.tolist() == [-60, -60, -64, -63, -71]
+    for vec, suiting in ((4, [-60, -64]), (8, [-64])):
+        others = sorted(set(table.shifts.tolist()) - set(suiting))
+        for tiles, field in (
+            (windows(table, vec, packed=False), WINDOW_FIELDS.index("shift_state")),
+            (rows_by_vec(table, vec), ROW_FIELDS.index("shift_state")),
+        ):
+            assert sorted(set(tiles[vec][:, field].tolist())) == sorted(suiting)
+            assert sorted(set(tiles[1][:, field].tolist())) == others
+
+
+def rows_by_vec(table, vec):
+    kinds = row_tiles(table, vec)
+    return {
+        size: np.concatenate([kind.tiles for kind in kinds if kind.vec == size])
+        for size in (vec, 1)
+    }
+
+
 def test_offsets_beyond_32_bits():
     far = np.asarray([2**33 + 64], dtype=np.int64)
-    table = SegmentTable(far, far + 2**31 + 4096, CPU)
+    table = SegmentTable(far, far + 2**31 + 4096, shift_S=-far)
     tiles = windows(table, 4, packed=False)[4]
     assert tiles[0, 0] == far[0]
     assert tiles[-1, 0] == far[0] + 2**31 + TILE_NUMEL
     assert (tiles[:, 1:6] <= TILE_NUMEL).all()
+    assert (tiles[:, WINDOW_FIELDS.index("shift_state")] == -far).all()
 
 
 def test_refuses_tensors_of_the_cpu():

@@ -9,29 +9,36 @@ import itertools
 
 import numpy as np
 import torch
-from megatron_adam_mini.kernels.segments import SegmentTable
 
-from megatron_adam_mini.kernels.scalars import StepScalars
+from megatron_adam_mini.kernels import BufferTensors, SegmentVectors, StepScalars
 from megatron_adam_mini.kernels.triton_tiles import ROW_LIMIT
+from megatron_adam_mini.plan.segment_table import SegmentTable
 
 CPU = torch.device("cpu")
 
 LONG = ROW_LIMIT
-#: (gap before, length) of segments, and the gap at the end; the first four suit whole vectors.
+#: (gap before, length) of segments, and the gap at the end. A third number: the gap before the
+#: segment in the state, whose place is then not that in the buffer.
 #: The interpreter takes about 0.1 s per program, so layouts make few programs.
-LAYOUTS = {
+WHOLE_VECTORS = {
     "few": ([(0, 64)] * 3, 0),
     "rows": ([(0, 64)] * 3 + [(64, 128)] * 20 + [(0, 1000)] * 3, 64),
     "passes": ([(0, 4096), (16, 2048), (0, 2056)], 8),
     "parts": ([(64, LONG + 64), (0, LONG), (0, 512)], 0),
+    "slices": ([(64, 64, 0), (0, 64, 0), (128, 128, 0), (32, 4096, 64)], 8),
+    "parts elsewhere": ([(64, LONG + 64, 0), (64, 512, 192)], 0),
+}
+SINGLE_ELEMENTS = {
     "single elements": ([(0, 1)] * 5 + [(2, 1), (0, 3)], 1),
     "odd rows": ([(3, 3)] + [(0, 7)] * 300 + [(5, 1001)] * 2, 2),
     "odd start": ([(5, 64)] + [(0, 64)] * 3 + [(0, 2500), (0, 2500)], 3),
     "odd parts": ([(3, LONG + 5), (1, 40)], 1),
     "mixed": ([(0, 64)] * 3 + [(1, 7)], 3),
-    "none": ([], 10),
-    "empty slice": ([], 0),
+    "mixed elsewhere": ([(8, 64, 0), (8, 64, 17), (3, 7, 0)], 3),
+    # Shifts of -60, -60, -64, -63, -71: in vectors of eight, of four and of one.
+    "odd slices": ([(64, 64, 4), (0, 64, 0), (64, 64, 60), (0, 2504, 1), (8, 40, 0)], 3),
 }
+LAYOUTS = WHOLE_VECTORS | SINGLE_ELEMENTS | {"none": ([], 10), "empty slice": ([], 0)}
 
 GRADS = (torch.float32, torch.bfloat16)
 #: exp_avg's dtype, and whether it is rounded stochastically.
@@ -50,8 +57,22 @@ def noise(numel, seed, dtype=torch.float32):
     return torch.randn(numel, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def elements(start_S, end_S):
+    """Return the elements of all segments, one segment after the other."""
+    ranges = [torch.arange(a, b) for a, b in zip(start_S, end_S, strict=True)]
+    return torch.cat([torch.empty(0, dtype=torch.int64), *ranges])
+
+
 class Case:
-    """Inputs of all kernels for one layout; ``subset``: every other segment, entries moved."""
+    """Inputs of all kernels for one layout.
+
+    Elements of segments do not depend on where the state lies.
+
+    Args:
+        subset: every other segment, entries moved.
+        unaligned: no stream begins at a vector.
+        in_place: the state lies where the buffer does, whatever the layout says.
+    """
 
     def __init__(
         self,
@@ -63,32 +84,40 @@ class Case:
         grad_scale=0.25,
         subset=False,
         unaligned=False,
+        in_place=False,
     ):
         pieces, tail = LAYOUTS[layout]
-        end_S = np.cumsum([gap + length for gap, length in pieces], dtype=np.int64)
-        start_S = end_S - np.asarray([length for _, length in pieces], dtype=np.int64)
-        numel = int(end_S.max(initial=0)) + tail
+        length_S = np.asarray([piece[1] for piece in pieces], dtype=np.int64)
+        end_S = length_S.cumsum() + np.cumsum([piece[0] for piece in pieces], dtype=np.int64)
+        gaps = [piece[0 if in_place else 2 * (len(piece) - 2)] for piece in pieces]
+        state_end_S = length_S.cumsum() + np.cumsum(gaps, dtype=np.int64)
+        start_S = end_S - length_S
         index_S = np.arange(len(start_S)) + 2 if subset else None
-        self.table = SegmentTable(start_S, end_S, CPU, index_S)
+        self.table = SegmentTable(start_S, end_S, index_S, state_end_S - end_S)
         if subset:
             self.table = self.table.subset(np.arange(len(start_S)) % 2 == 0)
+        self.at = elements(start_S, end_S)
+        self.state_at = elements(state_end_S - length_S, state_end_S)
         self.entries = len(start_S) + 4
         moment_dtype, stochastic = moment
         # The rows of entry 2, the first one that subsets use, pass the end of 32 bits.
         numbers = torch.arange(self.entries) * 1000 - (2256 if subset else 0)
         self.origins = numbers.to(torch.int32) if stochastic else None
         param_dtype, weight_dtype = storage
-        shift = 1 if unaligned else 0
+        skipped = 1 if unaligned else 0
 
-        def stream(seed, dtype):
-            return noise(numel + shift, seed, dtype)[shift:]
+        def stream(seed, dtype, *, of_state):
+            at, end_S_ = (self.state_at, state_end_S) if of_state else (self.at, end_S)
+            found = noise(skipped + int(end_S_.max(initial=0)) + tail, seed + 20)[skipped:]
+            found[at] = noise(len(at), seed)
+            found = found * 1e4 if dtype == torch.int16 else found
+            moved = torch.empty(skipped + len(found), dtype=dtype)[skipped:]
+            return moved.copy_(found)
 
-        self.grad = stream(1, grad)
-        self.exp_avg = stream(2, moment_dtype)
-        self.weight = None if weight_dtype is None else stream(3, weight_dtype)
-        self.param = stream(4, torch.float32)
-        if param_dtype == torch.int16:
-            self.param = (self.param * 1e4).to(torch.int16)
+        self.grad = stream(1, grad, of_state=False)
+        self.exp_avg = stream(2, moment_dtype, of_state=True)
+        self.weight = None if weight_dtype is None else stream(3, weight_dtype, of_state=False)
+        self.param = stream(4, param_dtype, of_state=weight_dtype is not None)
         self.sum_sq = noise(self.entries, 5).abs()
         self.exp_avg_sq = noise(self.entries, 6).abs()
         self.step_size = noise(self.entries, 7).abs() * 0.01
@@ -101,6 +130,16 @@ class Case:
             [{"lr": 0.01 * n, "eps": 1e-8 * n, "weight_decay": 0.1} for n in (1, 2, 3)],
             betas=(0.9, 0.95), step=3, grad_scale=grad_scale,
         )  # fmt: skip
+
+    @property
+    def tensors(self):
+        return BufferTensors(self.param, self.exp_avg, self.weight, self.grad)
+
+    @property
+    def vectors(self):
+        return SegmentVectors(
+            self.exp_avg_sq, self.step_size, self.sum_sq, self.inv_numel, self.group, self.origins
+        )
 
     #: What kernels may write.
     STATE = (
@@ -121,37 +160,33 @@ class Case:
             setattr(self, name, value)
         return found
 
+    def of_segments(self, state):
+        """Return state as :meth:`after` returns it, of streams only what is in segments."""
+        param_at = self.at if self.weight is None else self.state_at
+        places = {"param": param_at, "exp_avg": self.state_at, "weight": self.at}
+        return {
+            name: value if value is None or name not in places else value[places[name]]
+            for name, value in state.items()
+        }
 
-def block_sum_sq(case, backend):
-    backend.block_sum_sq_(case.sum_sq, case.grad, case.table)
+
+def segment_sum_sq(case, backend):
+    backend.segment_sum_sq_(case.sum_sq, case.grad, case.table)
 
 
 def step_size(case, backend, index=None):
-    backend.block_step_size_(
-        case.exp_avg_sq, case.step_size, case.sum_sq, inv_numel_B=case.inv_numel,
-        group_B=case.group, scalars=case.scalars, index=index,
-    )  # fmt: skip
+    backend.segment_step_size_(case.vectors, case.scalars, index)
 
 
 def update(case, backend):
-    backend.update_(
-        case.param, case.exp_avg, case.weight, case.grad, case.table,
-        step_size_B=case.step_size, group_B=case.group, scalars=case.scalars,
-        origin_B=case.origins,
-    )  # fmt: skip
+    backend.update_(case.tensors, case.table, case.vectors, case.scalars)
 
 
-def update_whole(case, backend):
-    backend.update_whole_(
-        case.param, case.exp_avg, case.weight, case.grad, case.table,
-        exp_avg_sq_B=case.exp_avg_sq, step_size_B=case.step_size, sum_sq_B=case.sum_sq,
-        inv_numel_B=case.inv_numel, group_B=case.group, scalars=case.scalars,
-        origin_B=case.origins,
-    )  # fmt: skip
+def update_in_one_pass(case, backend):
+    backend.update_in_one_pass_(case.tensors, case.table, case.vectors, case.scalars)
 
 
 def update_elementwise(case, backend):
     backend.update_elementwise_(
-        case.param, case.exp_avg, case.exp_avg_sq_E, case.weight, case.grad, case.table,
-        group_B=case.group, scalars=case.scalars, origin_B=case.origins,
-    )  # fmt: skip
+        case.tensors, case.exp_avg_sq_E, case.table, case.vectors, case.scalars
+    )

@@ -24,13 +24,14 @@ from tests.triton_cases import (
     LAYOUTS,
     MOMENTS,
     STORAGE,
+    WHOLE_VECTORS,
     Case,
-    block_sum_sq,
     noise,
+    segment_sum_sq,
     step_size,
     update,
     update_elementwise,
-    update_whole,
+    update_in_one_pass,
 )  # fmt: skip
 
 #: Squares are added in float32 within 16,384 elements: some ten roundings of 2**-24 in a row by
@@ -38,6 +39,9 @@ from tests.triton_cases import (
 SUM_RTOL = 3e-6
 #: Two orders of adding a few dozen float64 numbers.
 NORM_RTOL = 1e-14
+
+#: Layouts with state that does not lie where its buffer does.
+ELSEWHERE = ("slices", "parts elsewhere", "mixed elsewhere", "odd slices")
 
 
 @pytest.fixture(autouse=True)
@@ -57,8 +61,8 @@ def bits(tensor):
     return quiet.view(kinds[tensor.element_size()])
 
 
-def whole_from_found_sums(sum_sq):
-    """Return update_whole_ by the reference's pieces, from sums that are known already."""
+def one_pass_from_found_sums(sum_sq):
+    """Return update_in_one_pass_ by the reference's pieces, from sums that are known already."""
 
     def function(case, backend):
         case.sum_sq.copy_(sum_sq)
@@ -79,16 +83,16 @@ def assert_equal_bits(found, expected):
         )
 
 
-def assert_whole(case):
-    """Check update_whole_: sums within a tolerance, and all that follows from them bit by bit."""
+def assert_one_pass(case):
+    """Check sums within a tolerance, and all that follows from them bit by bit."""
     before = case.sum_sq.clone()
-    found = case.after(update_whole, triton_gpu)
-    sums = case.after(block_sum_sq, reference)["sum_sq"]
+    found = case.after(update_in_one_pass, triton_gpu)
+    sums = case.after(segment_sum_sq, reference)["sum_sq"]
     torch.testing.assert_close(found["sum_sq"], sums, rtol=SUM_RTOL, atol=0, equal_nan=True)
     untouched = torch.ones(case.entries, dtype=torch.bool)
     untouched[torch.from_numpy(case.table.indices)] = False
     assert torch.equal(found["sum_sq"][untouched], before[untouched])
-    assert_equal_bits(found, case.after(whole_from_found_sums(found["sum_sq"]), reference))
+    assert_equal_bits(found, case.after(one_pass_from_found_sums(found["sum_sq"]), reference))
     return found
 
 
@@ -96,44 +100,66 @@ def assert_whole(case):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sums_of_squares(layout, grad):
     case = Case(layout, grad)
-    found = case.after(block_sum_sq, triton_gpu)["sum_sq"]
-    expected = case.after(block_sum_sq, reference)["sum_sq"]
+    found = case.after(segment_sum_sq, triton_gpu)["sum_sq"]
+    expected = case.after(segment_sum_sq, reference)["sum_sq"]
     torch.testing.assert_close(found, expected, rtol=SUM_RTOL, atol=0)
 
 
-@pytest.mark.parametrize("kind", [update, update_elementwise, update_whole])
+@pytest.mark.parametrize("kind", [update, update_elementwise, update_in_one_pass])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, kind):
     case = Case(layout, torch.float32, (torch.bfloat16, True), STORAGE[1])
-    if kind is update_whole:
-        assert_whole(case)
+    if kind is update_in_one_pass:
+        assert_one_pass(case)
     else:
         assert_equal_bits(case.after(kind, triton_gpu), case.after(kind, reference))
 
 
-@pytest.mark.parametrize("kind", [update, update_elementwise, update_whole])
+@pytest.mark.parametrize("kind", [update, update_elementwise, update_in_one_pass])
 @pytest.mark.parametrize(("grad", "moment", "storage"), DTYPES)
-def test_dtypes(grad, moment, storage, kind):
-    case = Case("mixed", grad, moment, storage)
-    if kind is update_whole:
-        assert_whole(case)
+@pytest.mark.parametrize("layout", ["mixed", "mixed elsewhere"])
+def test_dtypes(layout, grad, moment, storage, kind):
+    case = Case(layout, grad, moment, storage)
+    if kind is update_in_one_pass:
+        assert_one_pass(case)
     else:
         assert_equal_bits(case.after(kind, triton_gpu), case.after(kind, reference))
 
 
 @pytest.mark.parametrize("unaligned", [False, True])
-@pytest.mark.parametrize("layout", ["mixed", "odd start"])
+@pytest.mark.parametrize("layout", ["mixed", "odd start", "odd slices"])
 def test_subset_of_segments_with_entries_and_numbers_of_their_own(layout, unaligned):
     case = Case(
         layout, torch.bfloat16, (torch.bfloat16, True), STORAGE[3], subset=True, unaligned=unaligned
     )
-    assert_whole(case)
+    assert_one_pass(case)
     for kind in (update, update_elementwise):
         assert_equal_bits(case.after(kind, triton_gpu), case.after(kind, reference))
 
 
+@pytest.mark.parametrize("storage", [STORAGE[0], STORAGE[1], STORAGE[3]])
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [
+        *itertools.product(ELSEWHERE, [update, update_elementwise]),
+        # Where the state does not suit vectors, also gradients are added in another order.
+        *((layout, update_in_one_pass) for layout in ELSEWHERE if layout in WHOLE_VECTORS),
+    ],
+)
+def test_where_the_state_lies_changes_no_bit(layout, kind, storage):
+    """A step equals one with a copy of the state that lies where the buffer does."""
+    here, elsewhere = (
+        Case(layout, torch.float32, (torch.bfloat16, True), storage, in_place=in_place)
+        for in_place in (True, False)
+    )
+    assert_equal_bits(
+        elsewhere.of_segments(elsewhere.after(kind, triton_gpu)),
+        here.of_segments(here.after(kind, triton_gpu)),
+    )
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("kind", [step_size, update, update_elementwise, update_whole])
+@pytest.mark.parametrize("kind", [step_size, update, update_elementwise, update_in_one_pass])
 def test_nothing_is_written_if_grad_scale_is_not_finite(kind, bad):
     case = Case("mixed", torch.float32, (torch.bfloat16, True), STORAGE[3], grad_scale=bad)
     before = case.after(lambda *_: None, reference)
@@ -156,7 +182,7 @@ def test_gradients_that_are_not_finite(layout, storage, bad):
     case = Case(layout, torch.float32, (torch.bfloat16, False), storage)
     case.grad[int(case.table.start_S[1]) + 17] = bad
     case.grad[int(case.table.end_S[-1]) - 1] = bad
-    found = assert_whole(case)
+    found = assert_one_pass(case)
     assert found["sum_sq"][: len(case.table)].isfinite().tolist() == [
         index not in (1, len(case.table) - 1) for index in range(len(case.table))
     ]
@@ -218,7 +244,7 @@ def test_no_domain():
 def test_tables_and_scratch_are_made_once(monkeypatch):
     """A later step neither copies to the device nor allocates, so it can be captured."""
     case = Case("odd parts", torch.float32, (torch.bfloat16, True), STORAGE[1])
-    kinds = (block_sum_sq, step_size, update, update_whole, update_elementwise)
+    kinds = (segment_sum_sq, step_size, update, update_in_one_pass, update_elementwise)
     for kind in kinds:
         kind(case, triton_gpu)
     for name in ("from_numpy", "zeros", "empty", "tensor"):
