@@ -375,4 +375,10 @@ def out_of_order(job: Job) -> list[str]:
         with pytest.raises(RuntimeError, match="prepare_grads first"):
             call()
         found.append("prepare_grads")
+    # A whole step in between makes what was prepared before it worthless.
+    trainer.backward(0)
+    trainer.optimizer.prepare_grads()
+    trainer.optimizer.step()
+    with pytest.raises(RuntimeError, match="prepare_grads first"):
+        trainer.optimizer.step_with_ready_grads()
     return found

@@ -90,6 +90,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
             ``(updated, grad_norm, num_zeros_in_grad)``. A step with a non-finite gradient on any
             rank is skipped everywhere: ``(False, None, None)``, with no state changed.
         """
+        self._sums = self._decision = None
         decision = self._decide_at_once()
         self._update(decision)
         outcome = self.inner.finish(decision)

@@ -133,9 +133,11 @@ class StepPlan:
         joined = np.concatenate([np.empty(0, dtype=np.int64), *entries])
         if not np.array_equal(joined, np.arange(len(self.parameter_SR))):
             raise ValueError("Adam-mini's plan does not give each segment an entry of its own.")
-        for number, buffer in enumerate(self.buffers):
+        held_by_buffer = [0] * len(self.buffers)
+        for piece in self.pieces:
+            held_by_buffer[piece.buffer] += piece.window.numel
+        for number, (buffer, held) in enumerate(zip(self.buffers, held_by_buffer, strict=True)):
             covered = buffer.segments.numel + buffer.ranges.numel
-            held = sum(p.window.numel for p in self.pieces if p.buffer == number)
             reach = max(buffer.segments.state_reach, buffer.ranges.state_reach)
             if covered != held or reach > buffer.state_numel:
                 raise ValueError(
