@@ -149,7 +149,13 @@ class BufferState:
             if self.param.dtype == torch.int16:
                 self.param[in_state] = 0
             else:
-                self.param[in_state] = self.buffer.weight[in_buffer].detach().float()
+                self.param[in_state].copy_(self.buffer.weight[in_buffer].detach())
+
+    def shares_memory(self, values: Tensor) -> bool:
+        """Return whether values are a view of the state or of the model's weights."""
+        kept = (self.exp_avg, self.buffer.weight if self.param is None else self.param)
+        storage = values.untyped_storage().data_ptr()
+        return any(tensor.untyped_storage().data_ptr() == storage for tensor in kept)
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Return allocated bytes of ``main_param`` and ``exp_avg``."""

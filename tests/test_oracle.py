@@ -211,6 +211,10 @@ LAYOUTS = {
     "tp1-pp1-dp8": (BASE, 8),
     "one bucket, no overlap, tp2-pp2-dp2": (Job(tp=2, pp=2), 2),
     "heads cut by tp: 1 group, tp4": (replace(BASE, tp=4, groups=1), 2),
+    "a slice cuts a head on one tp rank only": (
+        Job(tp=2, pp=2, heads=4, groups=1, ffn=96, vocab=288),
+        2,
+    ),
     "heads whole, groups cut by tp: 2 groups, tp4": (replace(BASE, tp=4, groups=2), 2),
     "heads cut by tp: 1 group, tp8": (replace(BASE, tp=8, groups=1), 1),
     "heads cut by tp: 2 groups, tp8": (replace(BASE, tp=8, groups=2), 1),

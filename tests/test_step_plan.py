@@ -199,9 +199,23 @@ def test_a_plan_that_updates_a_segment_twice_is_refused():
 def test_the_shared_part_is_equal_on_all_ranks_and_names_what_differs():
     shared = [small_plan(dp_rank=rank).shared_part() for rank in (0, 1)]
     assert shared[0] == shared[1]
-    assert [entry.get("name") for entry in shared[0]] == ["weight", "weight", None]
-    assert shared[0][0]["at"] == [0, 24]
-    assert shared[0][-1] == {"domain": "dense", "gathers": 2}  # head and tail of the cut row
+    assert [entry["at"] for entry in shared[0]] == [[0, 24], [24, 29]]
+
+
+def test_the_shared_part_is_equal_where_only_one_tensor_parallel_rank_has_a_cut_head():
+    """One query group over two ranks: the boundary meets a head on one, Value rows on the other."""
+    kind = Kind((24, 2), "head", tp_dim=0, heads=(1, 4, 4, False))
+    bucket = BucketLayout(28, 2, (Placement(0, 0, 24),))
+    plans = [
+        plan_step(
+            [kind.blocks(2, tp_rank)],
+            [DomainLayout("dense", (BufferLayout((bucket,)),), tp_rank=tp_rank, tp_size=2)],
+        )
+        for tp_rank in (0, 1)
+    ]
+    first, second = (plan.reductions[0].num_contributions for plan in plans)
+    assert first != second, "the case shows nothing"
+    assert plans[0].shared_part() == plans[1].shared_part()
 
 
 def test_buckets_that_overlap_or_differ_in_slices_are_refused():

@@ -11,7 +11,7 @@ and the plain one without it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,12 +34,13 @@ from megatron_adam_mini.mcore.entries import (
     add_entries,
     refuse_flat_buckets,
 )
+from megatron_adam_mini.mcore.model_space import entries_by_parameter
 from megatron_adam_mini.mcore.slices import ShardedBuffer
-from megatron_adam_mini.plan.buffer_plan import SlicePlan
+from megatron_adam_mini.plan.manifest import FLAT_BUCKETS
 from megatron_adam_mini.plan.step_plan import Piece
 from megatron_adam_mini.rounding import is_rounded
 
-FORMATS = ("fully_reshardable", "dp_reshardable", "plain")
+FORMATS = ("fully_reshardable", FLAT_BUCKETS, "plain")
 
 
 def prepare_load(
@@ -59,7 +60,8 @@ def prepare_load(
         )
     refuse_flat_buckets(view, adam_format)
     pending = PendingLoad(average=True, adam_format=adam_format)
-    for number, piece, entry in view.pieces(model_state):
+    entries = entries_by_parameter(model_state)
+    for number, piece in enumerate(view.inner.plan.pieces):
         state = view.state_of(piece)
         flats = dict(pending.floats_of(state, piece.window))
         if not state.owns_main_param:
@@ -70,19 +72,20 @@ def prepare_load(
                 piece.end - piece.begin, device=view.inner.device
             )
         for kind, flat in flats.items():
-            if adam_format == "dp_reshardable":
+            if adam_format == FLAT_BUCKETS:
                 found = [_in_bucket(view, piece, kind, flat)]
             else:
                 is_plain_param = (adam_format, kind) == ("plain", MAIN_PARAM)
                 prefix = adam_key(PLAIN_MAIN_PARAM if is_plain_param else kind, "")
+                entry = view.entry_of(piece, entries)
                 found = entry.elements(prefix, flat, piece.begin, piece.end, fold=False)
             add_entries(pending.asked, f"{kind}.{number}", found)
-    if adam_format == "dp_reshardable":
+    if adam_format == FLAT_BUCKETS:
         # Groups and loss scale are objects of each model-parallel part there.
         keys = ["optimizer", "per_bucket_numel", "per_bucket_numel_unpadded"]
         for key in keys + (["grad_scaler"] if view.grad_scaler is not None else []):
             pending.objects[key] = ShardedObject(
-                f"optimizer.distributed.dp_group_idx_{view.model_parallel_rank}.{key}",
+                f"optimizer.distributed.dp_group_idx_{view.model_parallel_rank()}.{key}",
                 None,
                 (1,),
                 (0,),
@@ -101,10 +104,9 @@ def common_from_adam(
             to 0.19.2 write such ``fully_reshardable`` checkpoints when the end of a bucket other
             than the last is padded (fixed upstream in #5077).
     """
-    names = [blocks.info.name for blocks in view.blocks]
     pieces = zip(view.inner.plan.pieces, pending.floats, strict=True)
     wrong = [
-        names[piece.parameter]
+        view.blocks_of(piece).info.name
         for piece, (state, _, values) in pieces
         if state.owns_main_param and not is_rounded(view.inner.weight(piece), values["param"]).all()
     ]
@@ -116,7 +118,7 @@ def common_from_adam(
             f"The checkpoint's Adam state is unsound: main parameters in {int(count)} pieces"
             f"{example} do not round to the model's weights. {UNSOUND_CAUSE}"
         )
-    source = loaded if pending.adam_format != "dp_reshardable" else loaded[OBJECTS]
+    source = loaded if pending.adam_format != FLAT_BUCKETS else loaded[OBJECTS]
     inner = source.get("optimizer", source)
     groups = [dict(group) for group in inner["param_groups"]]
     steps = steps_of(inner)
@@ -131,24 +133,15 @@ def _in_bucket(view: StateView, piece: Piece, kind: str, flat: Tensor) -> Sharde
     """Ask for a piece where Megatron's ``dp_reshardable`` format has it: in its flat bucket."""
     state = view.state_of(piece)
     assert isinstance(state.buffer, ShardedBuffer)
-    index, part = _slice_of(state.plan.slices, piece)
+    bucket = state.plan.slices[piece.bucket].bucket
     return ShardedTensor(
-        key=f"optimizer.distributed.dp_group_idx_{view.model_parallel_rank}."
-        + state.buffer.adam_key(index, kind),
+        key=f"optimizer.distributed.dp_group_idx_{view.model_parallel_rank()}."
+        + state.buffer.bucket_key_suffix(piece.bucket, kind),
         data=flat,
         dtype=flat.dtype,
         local_shape=tuple(flat.shape),
-        global_shape=(state.buffer.unpadded_numel(index),),
-        global_offset=(piece.window.in_buffer.start - part.bucket.offset,),
+        global_shape=(state.buffer.unpadded_numel(piece.bucket),),
+        global_offset=(piece.window.in_buffer.start - bucket.offset,),
         axis_fragmentations=None,
         replica_id=(0, 0, 0),
-    )
-
-
-def _slice_of(slices: Sequence[SlicePlan], piece: Piece) -> tuple[int, SlicePlan]:
-    """Return the slice that holds a piece, and the number of its bucket in the buffer."""
-    return next(
-        (index, part)
-        for index, part in enumerate(slices)
-        if part.window.in_buffer.start <= piece.window.in_buffer.start < part.window.in_buffer.stop
     )

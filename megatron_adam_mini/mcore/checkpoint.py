@@ -35,14 +35,14 @@ from megatron_adam_mini.mcore.entries import (
     StateView,
     add_entries,
     bucket_shards,
-    copy_if_shared,
     refuse_flat_buckets,
     rows_from_v,
     sums_over_segments,
+    to_save,
     tp_rank_of_rows,
     v_from_rows,
 )
-from megatron_adam_mini.mcore.model_space import copy_back
+from megatron_adam_mini.mcore.model_space import copy_back, entries_by_parameter
 from megatron_adam_mini.plan.manifest import (
     FLAT_BUCKETS,
     MODEL_SPACE,
@@ -69,7 +69,7 @@ def state_to_save(
         view.manifest,
         view.inner.config,
         checkpoint_format=checkpoint_format,
-        saved_from=view.sizes,
+        saved_from=view.sizes(),
     )
     if metadata is not None:
         metadata["adam_mini"] = identity
@@ -77,11 +77,12 @@ def state_to_save(
             # What Megatron asks before it lets a run with other TP or PP sizes load the state.
             metadata["distrib_optim_sharding_type"] = "fully_reshardable"
     shards: Shards = {}
-    for number, piece, entry in view.pieces(model_state):
-        span = piece.begin, piece.end
+    entries = entries_by_parameter(model_state)
+    for number, piece in enumerate(view.inner.plan.pieces):
+        entry, span = view.entry_of(piece, entries), (piece.begin, piece.end)
         if checkpoint_format == MODEL_SPACE:
-            for kind, flat in view.state_of(piece).as_float32(piece.window).items():
-                boxes = entry.elements(state_key(kind, ""), copy_if_shared(flat), *span)
+            for kind, flat in to_save(view.state_of(piece), piece.window).items():
+                boxes = entry.elements(state_key(kind, ""), flat, *span)
                 add_entries(shards, f"{kind}.{number}", boxes)
         if piece.is_elementwise:
             values = view.inner.v_of_elements(piece).clone()
@@ -134,14 +135,15 @@ def _prepare_load(
     if metadata is not None and saved is None:
         return adam_import.prepare_load(view, model_state, metadata)
     pending = PendingLoad(checked=saved is not None)
-    checkpoint_format, sources = MODEL_SPACE, view.blocks
+    checkpoint_format, sources = MODEL_SPACE, list(view.inner.plan.parameters)
     if saved is not None:
         checkpoint_format = format_of(saved)
         refuse_flat_buckets(view, checkpoint_format)
         sources = _blocks_of_checkpoint(view, saved)
-        pending.average = sources != view.blocks
-    for number, piece, entry in view.pieces(model_state):
-        span = piece.begin, piece.end
+        pending.average = sources != list(view.inner.plan.parameters)
+    entries = entries_by_parameter(model_state)
+    for number, piece in enumerate(view.inner.plan.pieces):
+        entry, span = view.entry_of(piece, entries), (piece.begin, piece.end)
         if checkpoint_format == MODEL_SPACE:
             for kind, flat in pending.floats_of(view.state_of(piece), piece.window).items():
                 add_entries(
@@ -158,7 +160,7 @@ def _prepare_load(
             boxes = entry.elements(state_key("v_element", ""), values, *span)
             add_entries(pending.asked, f"v_element.{number}", boxes)
         else:
-            width = view.blocks[piece.parameter].info.row_numel
+            width = view.blocks_of(piece).info.row_numel
             touched = -(-piece.end // width) - piece.begin // width
             rows = pending.rows[number] = torch.empty(touched, device=view.inner.device)
             boxes = entry.rows(
@@ -203,7 +205,8 @@ def finish_load(view: StateView, pending: PendingLoad, loaded: Mapping[str, Any]
 
 
 def _blocks_of_checkpoint(view: StateView, saved: Mapping[str, Any]) -> list[ParameterBlocks]:
-    return partition_of_checkpoint(saved, view.manifest, view.inner.config, view.blocks)
+    blocks = view.inner.plan.parameters
+    return partition_of_checkpoint(saved, view.manifest, view.inner.config, blocks)
 
 
 def _refuse_surprise(view: StateView, saved: Mapping[str, Any]) -> None:
@@ -212,7 +215,7 @@ def _refuse_surprise(view: StateView, saved: Mapping[str, Any]) -> None:
     Raises:
         ValueError: another partition or format, also one that a load with metadata would convert.
     """
-    if _blocks_of_checkpoint(view, saved) != view.blocks:
+    if _blocks_of_checkpoint(view, saved) != list(view.inner.plan.parameters):
         raise ValueError(
             "The checkpoint's Adam-mini state has another partition, and can be converted only if "
             "sharded_state_dict gets the checkpoint's content metadata: pass "

@@ -94,8 +94,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         decision = self._decide_at_once()
         self._update(decision)
         outcome = self.inner.finish(decision)
-        if not self.inner.config.single_phase:
-            self._tell_scaler(outcome)
+        self._tell_scaler(outcome)
         if outcome.found_inf:
             return False, None, None
         num_zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
@@ -308,8 +307,8 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
             grad_scaler=self.grad_scaler,
             manifest=self.manifest,
             replica=self._replica(),
-            model_parallel_rank=int(self._groups_of_ranks.mp.rank()),
-            sizes=self._sizes(),
+            model_parallel_rank=lambda: int(self._groups_of_ranks.mp.rank()),
+            sizes=self._sizes,
         )
 
     def _replica(self) -> int | None:
@@ -330,14 +329,14 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
             "distributed_optimizer": int(self._ddp_config.use_distributed_optimizer),
         }
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
         """Refuse: a state dict of one rank's slices could not be loaded anywhere else."""
         raise NotImplementedError(checkpoint.ONLY_TORCH_DIST)
 
     save_parameter_state = load_parameter_state = state_dict
 
-    def offload_to_cpu(self) -> None:
-        """Not supported: the state is one flat tensor per buffer and kind."""
+    def offload_to_cpu(self, *_: Any, **__: Any) -> None:
+        """Refuse: the state is one flat tensor per buffer and kind, which stays on the device."""
         raise NotImplementedError("Adam-mini's state cannot be offloaded to the CPU yet.")
 
     restore_from_cpu = offload_to_cpu

@@ -6,7 +6,7 @@ Imports megatron.core's checkpoint types, ``optimizer`` and ``model_space``. Use
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_adam_mini.mcore.model_space import ModelEntry, entries_by_parameter
+from megatron_adam_mini.mcore.model_space import ModelEntry
 from megatron_adam_mini.mcore.slices import ShardedBuffer
 from megatron_adam_mini.optimizer import AdamMini
 from megatron_adam_mini.plan.buffer_plan import Window
@@ -51,8 +51,9 @@ class StateView:
         manifest: partition of the whole model.
         replica: number of the optimizer instance, by which holders of one slice are told apart;
             ``None`` without the distributed optimizer: every data-parallel rank holds everything.
-        model_parallel_rank: number among the model's tensor- and pipeline-parallel parts.
-        sizes: of the parallel layout, for the record in checkpoints.
+        model_parallel_rank: returns the number among the model's tensor- and pipeline-parallel
+            parts. Called where it is needed: a caller's own process groups may lack its group.
+        sizes: returns those of the parallel layout, for the record in checkpoints; likewise.
     """
 
     inner: AdamMini
@@ -61,32 +62,30 @@ class StateView:
     grad_scaler: Any
     manifest: dict[str, Any]
     replica: int | None
-    model_parallel_rank: int
-    sizes: dict[str, int]
-
-    @property
-    def blocks(self) -> list[ParameterBlocks]:
-        """This run's partition of the rank's parameters."""
-        return list(self.inner.plan.parameters)
+    model_parallel_rank: Callable[[], int]
+    sizes: Callable[[], dict[str, int]]
 
     def state_of(self, piece: Piece) -> BufferState:
         """Return the state that a piece is a part of."""
         return self.inner.states[piece.buffer]
 
-    def pieces(self, model_state: Mapping[str, Any]) -> Iterator[tuple[int, Piece, ModelEntry]]:
-        """Yield number, piece, and where its parameter lies in the whole model.
+    def blocks_of(self, piece: Piece) -> ParameterBlocks:
+        """Return this run's blocks of a piece's parameter."""
+        return self.inner.plan.parameters[piece.parameter]
+
+    def entry_of(self, piece: Piece, entries: Mapping[int, ShardedBase]) -> ModelEntry:
+        """Return where a piece's parameter lies in the whole model.
+
+        Args:
+            piece: the piece.
+            entries: of the model's sharded state dict, see ``model_space.entries_by_parameter``.
 
         Raises:
-            ValueError: the model's sharded state dict lacks the parameter.
+            ValueError: that dict lacks the parameter.
         """
-        entries = entries_by_parameter(model_state)
-        for number, piece in enumerate(self.inner.plan.pieces):
-            yield number, piece, self._entry_of(piece, entries)
-
-    def _entry_of(self, piece: Piece, entries: Mapping[int, ShardedBase]) -> ModelEntry:
         found = entries.get(id(self.parameters[piece.parameter]))
         if found is None:
-            name = self.blocks[piece.parameter].info.name
+            name = self.blocks_of(piece).info.name
             raise ValueError(
                 f"Parameter {name!r} is not in the model's sharded state dict, so Adam-mini cannot "
                 "tell where its state belongs; build that dict with keep_vars=True."
@@ -142,18 +141,24 @@ def add_entries(shards: Shards, name: str, found: list[ShardedTensor]) -> None:
 
 def tp_rank_of_rows(view: StateView, piece: Piece) -> int | None:
     """Return the tensor-parallel rank if each of its ranks holds a part of every row."""
-    blocks = view.inner.plan.parameters[piece.parameter]
+    blocks = view.blocks_of(piece)
     return blocks.info.tp_rank if row_parallel(blocks) else None
 
 
-def copy_if_shared(data: Tensor) -> Tensor:
-    """Copy what an asynchronous writer process would share with training.
+def to_save(state: BufferState, window: Window) -> dict[str, Tensor]:
+    """Return ``param`` and ``exp_avg`` of a window, float32, for a writer that may be asynchronous.
 
-    On the CPU, Megatron's writer clones views but hands over tensors that fill their storage, and
-    the next step would write into the checkpoint. On a GPU everything is copied to the host.
+    On the CPU, Megatron's writer clones views but hands over tensors that fill their storage; were
+    that the state's own, the next step would write into the checkpoint. On a GPU everything is
+    copied to the host.
     """
-    fills = data.nbytes == data.untyped_storage().nbytes()
-    return data.clone() if data.device.type == "cpu" and fills else data
+
+    def copied_if_shared(data: Tensor) -> Tensor:
+        fills = data.nbytes == data.untyped_storage().nbytes()
+        shared = data.device.type == "cpu" and fills and state.shares_memory(data)
+        return data.clone() if shared else data
+
+    return {kind: copied_if_shared(data) for kind, data in state.as_float32(window).items()}
 
 
 def rows_from_v(view: StateView, piece: Piece) -> Tensor:
@@ -234,17 +239,14 @@ def bucket_shards(view: StateView, pending: PendingLoad | None) -> Shards:
             length = min(begin + part.window.numel, numel) - begin
             if length > 0:
                 window = part.window.part(0, length)
-                values = (
-                    state.as_float32(window)
-                    if pending is None
-                    else pending.floats_of(state, window)
-                )
+                floats_of = to_save if pending is None else pending.floats_of
+                values = floats_of(state, window)
                 for kind, flat in values.items():
                     shards[f"bucket_{kind}.{number}"] = {
                         "0": ShardedTensor(
                             key=f"{STATE_PREFIX}bucket.{kind}"
-                            f".model_parallel_{view.model_parallel_rank}.bucket_{number}",
-                            data=copy_if_shared(flat) if pending is None else flat,
+                            f".model_parallel_{view.model_parallel_rank()}.bucket_{number}",
+                            data=flat,
                             dtype=flat.dtype,
                             local_shape=(length,),
                             global_shape=(numel,),

@@ -114,9 +114,9 @@ def _plan(
     pg_collection: ProcessGroupCollection | None,
 ) -> tuple[_Planned, PlanRecord]:
     """Plan this rank's step, without communication; see :func:`build_optimizer` for errors."""
-    device = torch.device(torch.cuda.current_device())
     _check_chunks(model_chunks)
     _check_options(config, options, model_chunks)
+    device = torch.device(torch.cuda.current_device())
     backend = select_backend(options.backend, device).NAME
 
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()

@@ -24,11 +24,11 @@ class ShardedBuffer:
 
     Attributes:
         buffer: Megatron's object.
-        number: what Megatron's own checkpoints call it: number of the buffer, and its dtypes.
+        stored_as: what Megatron's own checkpoints call it: number of the buffer, and its dtypes.
     """
 
     buffer: Any
-    number: tuple[int, str]
+    stored_as: tuple[int, str]
 
     @property
     def grad(self) -> Tensor:
@@ -46,9 +46,9 @@ class ShardedBuffer:
         """Return the elements of a bucket without the padding at its end."""
         return int(self.buffer.buckets[bucket].numel_unpadded)
 
-    def adam_key(self, bucket: int, kind: str) -> str:
+    def bucket_key_suffix(self, bucket: int, kind: str) -> str:
         """Return how the keys of Megatron's ``dp_reshardable`` format end for a bucket."""
-        number, dtypes = self.number
+        number, dtypes = self.stored_as
         return f"gbuf_idx_{number}.dtype_{dtypes}.bucket_idx_{bucket}.{kind}"
 
 

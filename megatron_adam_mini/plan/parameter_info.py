@@ -89,6 +89,10 @@ class ParameterInfo:
     in_norm: bool = True
     key: str = ""
 
+    def __post_init__(self) -> None:
+        """Give parameters without a key of their own their name as key."""
+        object.__setattr__(self, "key", self.key or self.name)
+
     @classmethod
     def of(
         cls,

@@ -204,7 +204,7 @@ class ParameterBlocks:
         """Return this parameter's line of the manifest, independent of the layout."""
         return {
             "name": self.info.name,
-            "key": self.info.key or self.info.name,
+            "key": self.info.key,
             "shape": list(self.info.global_shape),
             "role": self.info.role,
             "rule": self.rule,

@@ -72,6 +72,7 @@ class Piece:
     Attributes:
         parameter: index of the parameter.
         buffer: index of the buffer.
+        bucket: number of the bucket in the buffer.
         begin, end: elements ``[begin, end)`` of the flattened tensor-parallel shard.
         window: the same elements in the buffer and in the state.
         segments: its segments in the vectors with one entry per segment; empty if it has none.
@@ -80,6 +81,7 @@ class Piece:
 
     parameter: int
     buffer: int
+    bucket: int
     begin: int
     end: int
     window: Window
@@ -167,11 +169,11 @@ class StepPlan:
         return tuple(
             piece
             for number, buffer in enumerate(self.buffers)
-            for part in buffer.slices
-            for piece in self._pieces_of(number, part)
+            for bucket, part in enumerate(buffer.slices)
+            for piece in self._pieces_of(number, bucket, part)
         )
 
-    def _pieces_of(self, number: int, part: SlicePlan) -> Iterator[Piece]:
+    def _pieces_of(self, buffer: int, bucket: int, part: SlicePlan) -> Iterator[Piece]:
         segments, start = part.segments, part.window.in_buffer.start
         of_segments = _runs_of(segments.parameter_S)
         of_ranges = _runs_of(segments.parameter_R)
@@ -189,7 +191,8 @@ class StepPlan:
             shift = start - part.bucket.offset - placement.start
             yield Piece(
                 parameter=placement.parameter,
-                buffer=number,
+                buffer=buffer,
+                bucket=bucket,
                 begin=first + shift,
                 end=last + shift,
                 window=part.window.part(first, last),
@@ -234,24 +237,22 @@ class StepPlan:
     def shared_part(self) -> list[dict[str, Any]]:
         """Return what all ranks of a pipeline stage must have in common, as plain values.
 
-        One entry per parameter, in the order of the buckets, and one per domain. ``agreement``
-        compares its hash between ranks.
+        One entry per parameter, in the order of the buckets; ``agreement`` compares its hash. What
+        else ranks must share follows from it. Where blocks are cut is not part of it: one
+        tensor-parallel rank may hold other row segments of a weight than the next.
         """
-        found: list[dict[str, Any]] = []
-        for domain, reduction in zip(self.domains, self.reductions, strict=True):
-            found += [
-                {
-                    "bucket": index,
-                    "bucket_numel": bucket.numel,
-                    "slices": bucket.num_slices,
-                    "at": [placement.start, placement.end],
-                    **self.parameters[placement.parameter].identity(),
-                }
-                for index, bucket in enumerate(domain.buckets)
-                for placement in bucket.placements
-            ]
-            found.append({"domain": domain.name, "gathers": reduction.num_contributions})
-        return found
+        return [
+            {
+                "bucket": index,
+                "bucket_numel": bucket.numel,
+                "slices": bucket.num_slices,
+                "at": [placement.start, placement.end],
+                **self.parameters[placement.parameter].identity(),
+            }
+            for domain in self.domains
+            for index, bucket in enumerate(domain.buckets)
+            for placement in bucket.placements
+        ]
 
 
 def plan_step(parameters: Sequence[ParameterBlocks], domains: Sequence[DomainLayout]) -> StepPlan:
