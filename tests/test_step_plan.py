@@ -205,7 +205,7 @@ def test_the_shared_part_is_equal_on_all_ranks_and_names_what_differs():
 def test_the_shared_part_is_equal_where_only_one_tensor_parallel_rank_has_a_cut_head():
     """One query group over two ranks: the boundary meets a head on one, Value rows on the other."""
     kind = Kind((24, 2), "head", tp_dim=0, heads=(1, 4, 4, False))
-    bucket = BucketLayout(28, 2, (Placement(0, 0, 24),))
+    bucket = BucketLayout(36, 2, (Placement(0, 0, 24),))
     plans = [
         plan_step(
             [kind.blocks(2, tp_rank)],
