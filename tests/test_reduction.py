@@ -312,12 +312,19 @@ def one_bucket(kinds: Sequence[Kind], gaps: Sequence[int] | None = None) -> list
 
 
 def example_plan(dp_rank: int, tp_rank: int) -> ReductionPlan:
-    kinds = [Kind((3, 4), "row", tp_dim=1), Kind((4, 2), "tensor", tp_dim=0)]
-    bucket = BucketLayout(16, 2, (Placement(0, 0, 6), Placement(1, 6, 10)))
+    kinds = [
+        Kind((3, 4), "row", tp_dim=1),
+        Kind((4, 2), "tensor", tp_dim=0),
+        Kind((2, 6), "row"),
+    ]
+    buckets = [
+        BucketLayout(16, 2, (Placement(0, 0, 6), Placement(1, 6, 10))),
+        BucketLayout(16, 2, (Placement(2, 0, 12),), 16),
+    ]
     blocks = [kind.blocks(2, tp_rank) for kind in kinds]
     return plan_reduction(
-        [bucket],
-        [segment_slice(bucket, blocks, dp_rank)],
+        buckets,
+        [segment_slice(bucket, blocks, dp_rank) for bucket in buckets],
         blocks,
         dp_rank=dp_rank,
         tp_rank=tp_rank,
@@ -329,17 +336,20 @@ def example_plan(dp_rank: int, tp_rank: int) -> ReductionPlan:
 @pytest.mark.parametrize("tp_rank", [0, 1])
 def test_the_worked_example(tp_rank):
     first, second = example_plan(0, tp_rank), example_plan(1, tp_rank)
-    # Each rank offers slot 0: its segment of Q.
-    assert first.contribution.tolist() == [[3]]
-    assert second.contribution.tolist() == [[0]]
+    # Each rank offers front and back of bucket 1, and slot 0: its segment of Q.
+    assert first.contribution.tolist() == [[-1], [5], [3]]
+    assert second.contribution.tolist() == [[1], [-1], [0]]
+    # R 1: the back that rank 0 offers and the front that rank 1 offers, in rank order.
+    assert first.dp_target.tolist() == [5]
+    assert second.dp_target.tolist() == [1]
     # The vectors of the tensor-parallel groups: rows of P, then a place for each rank's half of Q.
     assert first.tp_plain.tolist() == [0, 1, 2]
     assert second.tp_plain.tolist() == []
     assert (first.tp_numel, second.tp_numel) == (5, 2)
     for plan, segment_of_q in ((first, 3), (second, 0)):
         assert plan.gathers
-        assert plan.dp_target.tolist() == []
-        assert plan.tp_slot_table.tolist() == [[0, 1]]  # both contributions, in rank order
+        assert plan.dp_table.tolist() == [[1, 3]]
+        assert plan.tp_slot_table.tolist() == [[2, 5]]  # both contributions, in rank order
         assert plan.tp_exact.tolist() == []
         assert plan.tp_target.tolist() == [segment_of_q]
         assert plan.tp_table.tolist() == [[0, 1]]  # both places, in rank order

@@ -364,6 +364,58 @@ def test_phase_by_phase_equals_one_step_bit_for_bit(kind: str, clip_grad: float)
         assert min(norms) > 0.1, "nothing would be clipped"
 
 
+def refused_calls(job: Job) -> list[str]:
+    """Call as Megatron's loop and tools do what Adam-mini does not offer."""
+    optimizer = Trainer(job).optimizer
+    calls = [
+        optimizer.state_dict,
+        lambda: optimizer.save_parameter_state("distrib_optim.pt"),
+        lambda: optimizer.load_parameter_state("distrib_optim.pt", update_legacy_format=False),
+        optimizer.offload_to_cpu,
+        optimizer.restore_from_cpu,
+        lambda: optimizer.reload_model_params({}),
+    ]
+    found = []
+    for call in calls:
+        with pytest.raises(NotImplementedError) as caught:
+            call()
+        found.append(str(caught.value))
+    return found
+
+
+def test_what_is_not_offered_is_refused_with_the_remedy() -> None:
+    (found,) = run_ranks(1, refused_calls, Job())
+    assert all("--ckpt-format torch_dist" in text for text in found[:3])
+    assert all("cannot be offloaded" in text for text in found[3:5])
+    assert "--load-main-params-from-ckpt" in found[5]
+
+
+def reloaded(job: Job) -> list[bool]:
+    """Change the weights behind the optimizer's back, tell it, and compare its main parameters."""
+    trainer = Trainer(job)
+    trainer.step(0)
+    trainer.sync_params()
+    for param in trainer.optimizer.get_parameters():
+        param.data.mul_(2)
+    inner = trainer.optimizer.inner
+
+    def is_weight() -> bool:
+        return all(
+            torch.equal(inner.states[p.buffer].main_param(p.window), inner.weight(p).float())
+            for p in inner.plan.pieces
+        )
+
+    before = is_weight()
+    trainer.optimizer.reload_model_params()
+    return [before, is_weight()]
+
+
+@pytest.mark.parametrize("remainders", [False, True])
+def test_main_parameters_follow_weights_that_somebody_changed(remainders: bool) -> None:
+    job = Job(bf16=True, overlap=True, bucket_size=3000, adam_mini={"param_remainders": remainders})
+    assert run_ranks(3, reloaded, job) == [[False, True]] * 3
+
+
 def test_phases_called_out_of_order_say_so() -> None:
     assert run_ranks(1, out_of_order, Job()) == [["prepare_grads", "prepare_grads"]]
 

@@ -178,6 +178,10 @@ def test_a_plan_with_state_outside_of_what_is_allocated_is_refused():
     (buffer,) = plan.buffers
     with pytest.raises(ValueError, match="up to 16 in a state of 15"):
         replace(plan, buffers=(replace(buffer, state_numel=15),))
+    table = buffer.segments
+    before = SegmentTable(table.start_S, table.end_S, table.index_S, table.shifts - 1)
+    with pytest.raises(ValueError, match="from -1 up to"):
+        replace(plan, buffers=(replace(buffer, segments=before, uncut=before),))
 
 
 def test_a_plan_with_one_entry_for_two_segments_is_refused():

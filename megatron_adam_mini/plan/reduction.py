@@ -17,29 +17,35 @@ that the all-reduce only adds zeros to them.
 
 A block can be cut in three ways:
 
-* at an *edge*, the boundary between two slices: the last segment of one slice (its *tail*) and the
-  first one of the next (its *head*) are of one block, and so are whole slices between them. Every
-  rank offers the sums of its head and tail, for each bucket that has such a boundary.
-* into a *slot*: the block is spread (see ``layout.spread_blocks``), with segments in several
-  places of a bucket or on several tensor-parallel ranks. Every rank offers one sum per slot.
+* at an *edge*, a boundary between two slices that cuts a row segment. The last segment of the one
+  slice (its *back*) and the first one of the next (its *front*) are of one block, and so are whole
+  slices between them. Every rank offers the sums of its front and its back, for each such bucket.
+* into a *slot*: the block is spread (see ``layout.spread_blocks``): several row segments, or rows
+  on several tensor-parallel ranks. Every rank offers one sum per slot, of its segments of it.
 * by *columns*: tensor parallelism splits the columns of the weight, and each row with them.
 
-Worked example, TP 2 x DP 2. One bucket of 16 elements holds two weights: ``P`` is row-parallel, 3
-rows of 4, so every tensor-parallel rank holds 3 half rows; ``Q`` is one head of 4 rows of 2, of
-which every tensor-parallel rank holds 2, and the edge at element 8 cuts these again::
+Worked example, TP 2 x DP 2. Of the first bucket, ``P`` is row-parallel, 3 rows of 4, so every
+tensor-parallel rank holds 3 half rows; ``Q`` is one attention head of 4 rows of 2, of which every
+tensor-parallel rank holds 2, and the boundary at element 8 cuts these again. The second bucket
+holds ``R``, 2 rows of 6 that tensor parallelism does not split; the boundary cuts the second one::
 
-    element    0     2     4     6     8    10                16
-               | P 0 | P 1 | P 2 |  Q  |  Q  |     padding     |
-    DP rank    |<--------- 0 --------->|<--------- 1 --------->|
+    element    0     2     4     6     8    10    12          16
+    bucket 0   | P 0 | P 1 | P 2 |  Q  |  Q  |     padding     |
     segments     0     1     2     3     0
+    bucket 1   |       R 0       |       R 1       |  padding  |
+    segments           4           5       1
+    DP rank    |<--------- 0 --------->|<--------- 1 --------->|
 
-    DP group   all-gather of slot 0 (Q): dp 0 offers its sum 3, dp 1 its sum 0; added in rank
-               order they are the half of Q that this tensor-parallel rank holds
+    DP group   every rank offers [front of bucket 1, back of bucket 1, slot of Q]:
+                 dp 0   [  -, 5, 3]          the numbers are segments
+                 dp 1   [  1, -, 0]
+               The all-gather brings the six sums. Back of dp 0 + front of dp 1 is R 1. The two
+               sums of the slot, in rank order, are the half of Q on this tensor-parallel rank.
     TP group   all-reduce of two vectors, one in the group of each DP rank:
                  dp 0   [P 0, P 1, P 2, Q of tp 0, Q of tp 1]
                  dp 1   [               Q of tp 0, Q of tp 1]
-               the rows are complete with it (plain sums); Q of tp 0 + Q of tp 1, added in this
-               order, is Q's sum, with the same bits on all four ranks
+               The rows of P are complete with it (plain sums). Q of tp 0 + Q of tp 1, added in this
+               order, is the sum of Q, with the same bits on all four ranks.
 
 ``tests/test_reduction.py`` has the plans of this example, number by number.
 """
@@ -49,6 +55,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -74,7 +81,7 @@ class ReductionPlan:
     Attributes:
         dp_size, tp_size, tp_rank: sizes of the two groups, and this rank in the second.
         contribution: ``(C, k)`` into the S sums: what this rank offers to its
-            data-parallel group: head and tail of each cut bucket, then one entry per slot.
+            data-parallel group: front and back of each cut bucket, then one entry per slot.
         gathers: whether there is an all-gather.
         dp_target, dp_table: segments that the data-parallel group completes, and ``(n, k)`` into
             the gathered ``(dp_size * C)`` contributions.
@@ -146,39 +153,67 @@ def plan_reduction(
     dp_size = buckets[0].num_slices if buckets else 1
     slots = _plan_slots(buckets, slices, parameters)
     edges = _plan_edges(buckets, slices, parameters, slots, dp_rank)
-
-    # Data-parallel group. Contributions: edges, then slots.
-    num_contributions = edges.num_edges + len(slots.in_tp)
-    of_every_rank = num_contributions * np.arange(dp_size, dtype=np.int64)
-    chains = _table([[r * num_contributions + at for r, at in chain] for chain in edges.chains])
-    spread_S = np.flatnonzero(slots.slot_S >= 0)
-    slot_of_spread = slots.slot_S[spread_S]
-    in_dp = ~slots.in_tp[slot_of_spread]
-    from_slots = (edges.num_edges + slot_of_spread[in_dp])[:, None] + of_every_rank
-
-    # Tensor-parallel group. The vector: plain sums, then places of each rank's own.
-    plain, exact = _plan_columns(slices, parameters, slots, edges, dp_replicas)
-    tp_slots = np.flatnonzero(slots.in_tp)
-    place_of_slot = len(exact) + np.cumsum(slots.in_tp) - 1
-    places = np.concatenate([np.arange(len(exact)), place_of_slot[slot_of_spread[~in_dp]]])
-    num_exact = len(exact) + len(tp_slots)
-
+    columns = _segments_of_split_rows(slices, parameters)
     return ReductionPlan(
         dp_size=dp_size,
         tp_size=tp_size,
         tp_rank=tp_rank,
-        contribution=_stack(
-            _table(edges.offered), _grouped(slot_of_spread, spread_S, len(slots.in_tp))
-        ),
-        gathers=dp_size > 1 and num_contributions > 0,
-        dp_target=np.concatenate([edges.cut_S, spread_S[in_dp]]),
-        dp_table=_stack(chains, from_slots),
-        tp_plain=plain,
-        tp_exact=exact,
-        tp_slot_table=(edges.num_edges + tp_slots)[:, None] + of_every_rank,
-        tp_target=np.concatenate([exact, spread_S[~in_dp]]),
-        tp_table=places[:, None] + num_exact * np.arange(tp_size, dtype=np.int64),
+        **_plan_dp(slots, edges, dp_size),
+        **_plan_tp(slots, edges, columns, dp_size=dp_size, tp_size=tp_size, replicas=dp_replicas),
     )
+
+
+def _plan_dp(slots: _Slots, edges: _Edges, dp_size: int) -> dict[str, Any]:
+    """Return what this rank offers to the data-parallel group, and which sums it completes."""
+    num_contributions = edges.num_edges + slots.num_slots
+    of_every_rank = num_contributions * np.arange(dp_size, dtype=np.int64)
+    chains = _table([[r * num_contributions + at for r, at in chain] for chain in edges.chains])
+    # Slots on other tensor-parallel ranks, too, are completed by _plan_tp.
+    segments = np.flatnonzero((slots.slot_S >= 0) & ~slots.is_in_tp_S)
+    from_slots = (edges.num_edges + slots.slot_S[segments])[:, None] + of_every_rank
+    spread_S = np.flatnonzero(slots.slot_S >= 0)
+    offered_slots = _grouped(slots.slot_S[spread_S], spread_S, slots.num_slots)
+    return {
+        "contribution": _stack(_table(edges.offered), offered_slots),
+        "gathers": dp_size > 1 and num_contributions > 0,
+        "dp_target": np.concatenate([edges.cut_S, segments]),
+        "dp_table": _stack(chains, from_slots),
+    }
+
+
+def _plan_tp(
+    slots: _Slots, edges: _Edges, columns: IntArray, *, dp_size: int, tp_size: int, replicas: bool
+) -> dict[str, Any]:
+    """Return what the tensor-parallel group adds up: plain sums, then places of each rank's own.
+
+    Args:
+        slots: spread blocks.
+        edges: row segments that boundaries cut.
+        columns: segments of rows of which every tensor-parallel rank holds a part.
+        dp_size: data-parallel ranks, each of which offers a part of a slot.
+        tp_size: tensor-parallel ranks.
+        replicas: other tensor-parallel groups complete the very same sums.
+    """
+    # What the tensor-parallel groups of several data-parallel ranks complete.
+    in_several_groups = slots.slot_S >= 0
+    in_several_groups[edges.cut_S] = True
+    is_exact = in_several_groups[columns] | replicas
+    exact = columns[is_exact]
+
+    tp_slots = np.flatnonzero(slots.in_tp)
+    num_exact = len(exact) + len(tp_slots)
+    place_of_slot = len(exact) + np.cumsum(slots.in_tp) - 1
+    segments = np.flatnonzero(slots.is_in_tp_S)
+    places = np.concatenate([np.arange(len(exact)), place_of_slot[slots.slot_S[segments]]])
+    num_contributions = edges.num_edges + slots.num_slots
+    of_every_rank = num_contributions * np.arange(dp_size, dtype=np.int64)
+    return {
+        "tp_plain": columns[~is_exact],
+        "tp_exact": exact,
+        "tp_slot_table": (edges.num_edges + tp_slots)[:, None] + of_every_rank,
+        "tp_target": np.concatenate([exact, segments]),
+        "tp_table": places[:, None] + num_exact * np.arange(tp_size, dtype=np.int64),
+    }
 
 
 @dataclass(frozen=True)
@@ -193,16 +228,28 @@ class _Slots:
     in_tp: BoolArray
     slot_S: IntArray
 
+    @property
+    def num_slots(self) -> int:
+        """Number of slots."""
+        return len(self.in_tp)
+
+    @property
+    def is_in_tp_S(self) -> BoolArray:  # noqa: N802 (shape suffix)
+        """Whether a segment's slot is also on other tensor-parallel ranks."""
+        is_spread = self.slot_S >= 0
+        is_spread[is_spread] = self.in_tp[self.slot_S[is_spread]]
+        return is_spread
+
 
 @dataclass(frozen=True)
 class _Edges:
-    """Rows that boundaries between slices cut.
+    """Row segments that boundaries between slices cut.
 
     Attributes:
-        offered: segments that this rank offers: head and tail of each cut bucket, or nothing.
-        cut_S: segments whose rows go on in other slices.
-        chains: for each of them, ``(data-parallel rank, entry of its contribution)`` of all parts
-            of the row, in rank order.
+        offered: segments that this rank offers: front and back of each cut bucket, or nothing.
+        cut_S: segments whose row segments go on in other slices.
+        chains: for each of them, ``(data-parallel rank, entry of its contribution)`` of all ranks
+            that hold a segment of the same row segment, in rank order.
     """
 
     offered: list[list[int]]
@@ -211,7 +258,7 @@ class _Edges:
 
     @property
     def num_edges(self) -> int:
-        """Heads and tails that every rank offers."""
+        """Fronts and backs that every rank offers."""
         return len(self.offered)
 
 
@@ -248,42 +295,33 @@ def _plan_edges(
     base = 0
     for bucket, part in zip(buckets, slices, strict=True):
         first_of_bucket, base = base, base + part.num_segments
-        # Every rank offers head and tail of such a bucket, even where it has nothing to offer:
+        # Every rank offers front and back of such a bucket, even where it has nothing to offer:
         # the vectors of an all-gather are equally long.
         if not cut_boundaries(bucket, parameters).any():
             continue
-        head_at, tail_at = len(offered), len(offered) + 1
+        front_at, back_at = len(offered), len(offered) + 1
         offered += [[], []]
         not_spread = slots.slot_S[first_of_bucket:base] < 0
         clipped = (part.clipped_left_S | part.clipped_right_S) & not_spread
         for segment in np.flatnonzero(clipped).tolist():
-            # A row that fills the slice goes on at both sides; as a link of a chain it is a head.
-            entry = head_at if part.clipped_left_S[segment] else tail_at
+            # A row segment that fills the slice goes on at both sides; in its chain it is a front.
+            entry = front_at if part.clipped_left_S[segment] else back_at
             offered[entry].append(first_of_bucket + segment)
             cut.append(first_of_bucket + segment)
             first, last = _ranks_of_segment(bucket, part, parameters, segment, dp_rank)
-            chains.append([(first, tail_at)] + [(r, head_at) for r in range(first + 1, last + 1)])
+            chains.append([(first, back_at)] + [(r, front_at) for r in range(first + 1, last + 1)])
     return _Edges(offered, np.asarray(cut, dtype=np.int64), chains)
 
 
-def _plan_columns(
-    slices: Sequence[SliceSegments],
-    parameters: Sequence[ParameterBlocks],
-    slots: _Slots,
-    edges: _Edges,
-    dp_replicas: bool,
-) -> tuple[IntArray, IntArray]:
-    """Return segments of row-parallel weights: those that a plain sum completes, and the others."""
-    split_columns = np.asarray([row_parallel(blocks) for blocks in parameters], dtype=np.bool_)
+def _segments_of_split_rows(
+    slices: Sequence[SliceSegments], parameters: Sequence[ParameterBlocks]
+) -> IntArray:
+    """Return the segments of weights whose columns tensor parallelism splits."""
+    is_split = np.asarray([row_parallel(blocks) for blocks in parameters], dtype=np.bool_)
     parameter_S = np.concatenate(
-        [np.empty(0, dtype=np.int64), *(part.parameter_S for part in slices)]
+        [np.empty(0, dtype=np.int64), *(held.parameter_S for held in slices)]
     )
-    rows = np.flatnonzero(split_columns[parameter_S])
-    # The tensor-parallel groups of several data-parallel ranks complete these sums.
-    in_several_groups = slots.slot_S >= 0
-    in_several_groups[edges.cut_S] = True
-    is_exact = in_several_groups[rows] | dp_replicas
-    return rows[~is_exact], rows[is_exact]
+    return np.flatnonzero(is_split[parameter_S])
 
 
 def _table(rows: Sequence[Sequence[int]]) -> IntArray:

@@ -130,8 +130,8 @@ class StepPlan:
             ValueError: elements of a piece that no table covers, entries that are not each used
                 once, or positions outside of what they point into.
         """
-        tables = [(b.segments, b.ranges) for b in self.buffers]
-        entries = [t.indices for t, _ in tables] + [t.indices for _, t in tables]
+        entries = [buffer.segments.indices for buffer in self.buffers]
+        entries += [buffer.ranges.indices for buffer in self.buffers]
         joined = np.concatenate([np.empty(0, dtype=np.int64), *entries])
         if not np.array_equal(joined, np.arange(len(self.parameter_SR))):
             raise ValueError("Adam-mini's plan does not give each segment an entry of its own.")
@@ -140,11 +140,13 @@ class StepPlan:
             held_by_buffer[piece.buffer] += piece.window.numel
         for number, (buffer, held) in enumerate(zip(self.buffers, held_by_buffer, strict=True)):
             covered = buffer.segments.numel + buffer.ranges.numel
-            reach = max(buffer.segments.state_reach, buffer.ranges.state_reach)
-            if covered != held or reach > buffer.state_numel:
+            tables = buffer.segments, buffer.ranges
+            first = min(int((t.start_S + t.shifts).min(initial=0)) for t in tables)
+            reach = max(t.state_reach for t in tables)
+            if covered != held or first < 0 or reach > buffer.state_numel:
                 raise ValueError(
                     f"Adam-mini's plan for buffer {number} covers {covered} elements of {held}, "
-                    f"up to {reach} in a state of {buffer.state_numel}."
+                    f"from {first} up to {reach} in a state of {buffer.state_numel}."
                 )
             if len(buffer.uncut) + len(buffer.cut) != len(buffer.segments):
                 raise ValueError(f"Adam-mini's plan for buffer {number} updates a segment twice.")
