@@ -32,6 +32,7 @@ import numpy.ma
 import pytest  # also by every rank, as the main module of its parent
 import torch
 import torch.utils.serialization.config
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 import megatron_adam_mini.kernels.cpu
 import megatron_adam_mini.mcore.registration
@@ -40,6 +41,10 @@ import tests.megatron_job
 import tests.reference
 
 torch.set_num_threads(1)
+
+# The writers of a checkpoint report through a process that Megatron would spawn on every rank, with
+# all imports of the main module; here it is forked, as the ranks are.
+filesystem_async.get_write_results_queue.__defaults__ = ("fork",)
 
 # Ranks share these objects with the server for as long as nobody touches them.
 gc.collect()

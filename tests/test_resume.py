@@ -1,7 +1,7 @@
 """Real runs that are killed or whose disk is full go on, bit for bit as if nothing happened.
 
-The run that nothing disturbs is started with torchrun. The others are ranks that need no second
-for their imports (see ``ranks``), and must end with the same bits.
+One run is started with torchrun, as users do. The others are ranks that run the launcher just so,
+but have imported all that they need (see ``ranks``).
 """
 
 from __future__ import annotations
@@ -67,20 +67,15 @@ def script(dataset: Path, folder: Path, *flags: str) -> list[str]:
 
 def launch(arguments: list[str]) -> None:
     """Run the launcher in a rank."""
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import (
-        get_write_results_queue,
-    )
-
     from megatron_adam_mini import launch as launcher
 
-    get_write_results_queue("fork")  # not spawned, which takes longer than the test
     launcher.main(arguments)
 
 
-def start(dataset: Path, folder: Path, *flags: str, ranks: int = 4) -> Program:
+def start(dataset: Path, folder: Path) -> Program:
     """Start a training run that saves to ``folder`` and goes on from what is there."""
     log = folder.with_suffix(".log")
-    return start_program(ranks, launch, script(dataset, folder, *flags), log=log, folder=ROOT)
+    return start_program(4, launch, script(dataset, folder), log=log, folder=ROOT)
 
 
 def finish(run: Program) -> str:
@@ -116,19 +111,9 @@ def assert_same(left: dict[str, Any], right: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def straight(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing disturbed, with torchrun and ranks that import all by themselves."""
+    """A run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("straight") / "run"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    with open(folder.with_suffix(".log"), "ab") as log:
-        run = subprocess.run(
-            [*torchrun, "-m", "megatron_adam_mini.launch", *script(dataset, folder)],
-            cwd=ROOT,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            timeout=TIMEOUT,
-        )
-    assert run.returncode == 0, folder.with_suffix(".log").read_text(errors="replace")[-4000:]
+    finish(start(dataset, folder))
     assert tracker(folder) == "12"
     return folder
 
@@ -173,15 +158,27 @@ def test_when_the_disk_is_full_a_run_ends_and_keeps_the_old_checkpoint(
 
 
 def test_a_run_goes_on_under_another_layout(straight: Path, dataset: Path, tmp_path: Path) -> None:
-    """Same data, sums in another order: the losses agree."""
+    """Same data, sums in another order: the losses agree. With torchrun, and a save at the end."""
     folder = tmp_path / "run"
-    shutil.copytree(straight, folder)
+    shutil.copytree(straight, folder, ignore=shutil.ignore_patterns("iter_0000012"))
     (folder / "latest_checkpointed_iteration.txt").write_text("8")
     other = ("--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "2")
-    text = finish(start(dataset, folder, *other, ranks=2))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = subprocess.run(
+        [*torchrun, "-m", "megatron_adam_mini.launch", *script(dataset, folder, *other)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=TIMEOUT,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    text = run.stdout
     losses = losses_of(straight.with_suffix(".log").read_text())
     again = losses_of(text)
     assert sorted(again) == [9, 10, 11, 12]
+    assert tracker(folder) == "12"
+    assert (folder / "iter_0000012" / ".metadata").exists()
     again.pop(10)  # Megatron logs the mean of two iterations there, the second after a resume
     for iteration, loss in again.items():
         # bfloat16 activations: another order of sums changes the third digit.

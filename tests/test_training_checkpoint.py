@@ -69,12 +69,8 @@ def set_megatron_args(job: Job, folder: str) -> Any:
 
 
 def save(trainer: Trainer) -> None:
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import (
-        get_write_results_queue,
-    )
     from megatron.training.checkpointing import save_checkpoint
 
-    get_write_results_queue("fork")  # not spawned, which takes longer than the test
     save_checkpoint(trainer.job.steps, trainer.chunks, trainer.optimizer, None, 0)
 
 
