@@ -43,9 +43,8 @@ FORBIDDEN = {
     "mcore": {"convert", "estimate"},  # a run needs no tools
 }
 
-#: Kernels are the same functions in each module, the CPU host answers without any order, and what
-#: ``mcore/`` does depends on which of its functions Megatron calls.
-NO_FLOW_OF_MODULES = {"kernels", "cpu_host", "mcore"}
+#: Kernels are the same functions in each module, and the CPU host answers without any order.
+NO_FLOW_OF_MODULES = {"kernels", "cpu_host"}
 
 #: Third-party packages that each layer may import (what the modules' first lines promise).
 THIRD_PARTY = {
