@@ -104,8 +104,8 @@ class BufferLayout:
             )
 
 
-#: Position in the state and in the buffer are equal modulo this (64 bytes of float32), so one vector
-#: access suits all tensors of an element, wherever the slice begins.
+#: Positions in state and buffer are equal modulo this (64 bytes of float32), so one vector access
+#: suits all tensors of an element, wherever the slice begins.
 PHASE = 16
 
 
