@@ -2,17 +2,17 @@
 
     python -m benchmarks.checkpoint_matrix [--layouts tp1-dp1 ...] [--formats ours ...]
 
-Every pair of the layouts below, for Adam-mini's ``model_space`` and for what Megatron itself writes
-for its Adam (torch's AdamW in Megatron's distributed optimizer): ``dp_reshardable`` and
-``fully_reshardable``, the latter also with one bucket per buffer, as a control. Real saves and
-loads, as ``tests/test_checkpoint.py`` does them. Main parameter, m and v of every element are
-gathered before the save and after the load, and compared bit for bit; before each load they are all
-set to NaN, so what is not loaded counts as wrong.
+Every pair of the layouts below, for Adam-mini's ``model_space`` and for the formats of Megatron's
+own Adam (torch's AdamW in Megatron's distributed optimizer): ``dp_reshardable`` and
+``fully_reshardable``, the latter also with one bucket per buffer, as a control. Saves and loads are
+real, as in ``tests/test_checkpoint.py``. Main parameter, m and v of every element are gathered
+before the save and after the load, and compared bit for bit; before each load all are set to NaN,
+so values that are not loaded count as wrong.
 
 Megatron's Adam needs help for this comparison, since without Transformer Engine or Apex it cannot
-load into a new run at all (the last table shows it): one training step before the load creates its
+load into a new run at all (see the last table): one training step before the load creates its
 state, and for ``fully_reshardable`` the missing entry ``step``, for which its load raises KeyError,
-is ignored. Adam-mini is loaded as it is.
+is ignored. Adam-mini is loaded without help.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Format:
-    """Who writes what."""
+    """An optimizer and a checkpoint format."""
 
     title: str
     optimizer: str
@@ -56,7 +56,7 @@ class Format:
     options: dict[str, Any] = field(default_factory=dict)
 
     def job(self, layout: str) -> Job:
-        """Return the job that runs with this format under a layout."""
+        """Return the job for this format under a layout."""
         return replace(LAYOUTS[layout][0], optimizer=self.optimizer, **self.options)
 
 
@@ -78,7 +78,7 @@ KEYS = {"adam_mini": ("param", "exp_avg", "v"), "adam": ("param", "exp_avg", "ex
 
 @dataclass(frozen=True)
 class Cell:
-    """Outcome of one load: how many of how many values are wrong, or an error and its text."""
+    """Outcome of one load: the numbers of wrong and of all values, or an error and its text."""
 
     wrong: int = 0
     total: int = 0
@@ -91,11 +91,11 @@ class Cell:
         return f"{self.wrong:,} wrong" if self.wrong else "equal"
 
 
-# Within the ranks.
+# On the ranks.
 
 
 def state_of(trainer: Trainer) -> Any:
-    """Return what the optimizer of this rank holds."""
+    """Return the optimizer state of this rank."""
     return slices_of(trainer) if trainer.job.optimizer == "adam_mini" else adam_state(trainer)
 
 
@@ -128,7 +128,7 @@ def train_and_save(job: Job, folder: str, sharding: str) -> Any:
 
 
 def load_all(job: Job, folders: dict[str, str], helped: bool) -> dict[str, Any]:
-    """Load one checkpoint after the other; return the states (or an error's name) by key."""
+    """Load the checkpoints in turn; return the states (or an error's name) by key."""
     trainer = Trainer(job)
     if job.optimizer == "adam" and helped:
         trainer.step(1000)
@@ -147,7 +147,7 @@ def load_all(job: Job, folders: dict[str, str], helped: bool) -> dict[str, Any]:
 
 
 def ignore_missing_step(trainer: Trainer) -> None:
-    """Let Megatron load tensors although torch's AdamW has a ``step`` that is stored elsewhere."""
+    """Patch Megatron to load tensors although AdamW's ``step`` is stored elsewhere."""
     member = trainer.optimizer.chained_optimizers[0]
     original = member._set_main_param_and_optimizer_states
     member._set_main_param_and_optimizer_states = lambda param, tensors: original(
@@ -164,7 +164,7 @@ def step_then_load(job: Job, folders: dict[str, str]) -> dict[str, Any]:
     return dict.fromkeys(folders, state_of(trainer))
 
 
-# Outside.
+# In the parent process.
 
 
 def wholes(parts: list[Any], job: Job) -> dict[tuple[str, str], torch.Tensor]:
@@ -197,7 +197,7 @@ def describe(kind: str, text: str) -> str:
 
 
 def cause(errors: list[str]) -> str:
-    """Return the error that the others follow from: a rank that ends takes its peers along."""
+    """Return the error that caused the others: when a rank ends, its peers fail too."""
     own = [error for error in errors if "Connection closed by peer" not in error]
     return (own or errors)[0]
 
@@ -205,7 +205,7 @@ def cause(errors: list[str]) -> str:
 def run_or_error(
     world: int, function: Callable[..., Any], *args: Any, timeout: float
 ) -> list[Any] | str:
-    """Return what the ranks return, or what went wrong."""
+    """Return the results of the ranks, or their error."""
     try:
         return run_ranks(world, function, *args, timeout=timeout)
     except RankError as error:
@@ -245,7 +245,7 @@ class Matrix:
             assert value.any(), f"{key} never moved"
 
     def load(self, target: str, sources: list[str]) -> None:
-        """Load checkpoints under one layout; those of a job that fails are tried alone."""
+        """Load checkpoints under one layout in one job; if it fails, load each in its own job."""
         job, world = self.format.job(target), LAYOUTS[target][1]
         folders = {name: self.folders[name] for name in sources}
         timeout = self.timeout * len(sources)
@@ -287,7 +287,7 @@ class Matrix:
         return "\n".join(lines)
 
     def summary(self) -> str:
-        """Return one row: how many pairs are equal, wrong, and an error."""
+        """Return one row: the numbers of pairs that are equal, are wrong, or fail."""
         cells = self.cells.values()
         wrong = sum(cell.wrong > 0 for cell in cells)
         errors = sum(bool(cell.error) for cell in cells)
@@ -342,7 +342,7 @@ def report(matrices: list[Matrix], bare: str, seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    # The ranks import this module by its name; a function of ``__main__`` would not be found.
+    # The ranks import this module by its name; they could not find a function of ``__main__``.
     from benchmarks import checkpoint_matrix
 
     checkpoint_matrix.main()

@@ -2,13 +2,13 @@
 
     python -m benchmarks.checkpoint_size [--layers 12] [--hidden 768] [--tp 2] [--dp 2]
 
-Real saves, as ``tests/test_checkpoint.py`` does them: fully parallel, by Megatron's own writer.
+Saves are real, as in ``tests/test_checkpoint.py``: fully parallel, by Megatron's own writer.
 
-* *Optimizer bytes*: all files of the checkpoint less what the model's weights take according to
-  its metadata, so the containers around tensors, ``.metadata`` and the common state count, too.
-* *Seconds*: of the whole save, building the state included, slowest rank; median (least, most).
-* *Extra memory*: of the rank where it is largest, the high-water mark of resident memory during the
-  first save (``VmHWM``, reset before it) less what was resident before.
+* *Optimizer bytes*: all files of the checkpoint minus the bytes of the model's weights according to
+  its metadata, so the containers around tensors, ``.metadata`` and the common state count too.
+* *Seconds*: the whole save, building the state included, slowest rank; median (least, most).
+* *Extra memory*: the peak of resident memory during the first save (``VmHWM``, reset before it)
+  minus the resident memory before, on the rank where it is largest.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FORMATS = {
 SHAPE = ("layers", "hidden", "heads", "groups", "ffn", "vocab", "tp")
 
 
-# Within the ranks.
+# On the ranks.
 
 
 def memory(field: str) -> int:
@@ -49,7 +49,7 @@ def memory(field: str) -> int:
 
 
 def save_and_measure(job: Job, folders: list[str], sharding: str) -> dict[str, Any]:
-    """Train one step; save again and again; return parameters, seconds and extra memory."""
+    """Train one step, save repeatedly, and return parameters, seconds and extra memory."""
     from torch import distributed
 
     trainer = Trainer(job)
@@ -60,7 +60,7 @@ def save_and_measure(job: Job, folders: list[str], sharding: str) -> dict[str, A
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         distributed.barrier()
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the resident memory
         before = memory("VmRSS")
         begun = time.monotonic()
         save(trainer, folder, sharding)
@@ -71,11 +71,11 @@ def save_and_measure(job: Job, folders: list[str], sharding: str) -> dict[str, A
     return {"seconds": seconds, "extra": extra, "numel": numel}
 
 
-# Outside.
+# In the parent process.
 
 
 def sizes(folder: Path) -> tuple[int, int, int]:
-    """Return all bytes, those of the model's weights, and the number of weights."""
+    """Return the bytes of all files, those of the model's weights, and the number of weights."""
     checkpoint = Checkpoint(folder)
     total = sum(path.stat().st_size for path in folder.iterdir())
     stored = [t for key, t in checkpoint.tensors.items() if not key.startswith("optimizer.")]
@@ -161,7 +161,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # The ranks import this module by its name; a function of ``__main__`` would not be found.
+    # The ranks import this module by its name; they could not find a function of ``__main__``.
     from benchmarks import checkpoint_size
 
     checkpoint_size.main()

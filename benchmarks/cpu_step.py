@@ -1,16 +1,16 @@
-"""Time of the optimizer step on a CPU, beside everything that a user would pick instead.
+"""Time of the optimizer step on a CPU, compared with the alternatives of a user.
 
 Three comparisons, each interleaved within one process:
 
 * ``megatron``: the whole ``optimizer.step()`` of a real Megatron model on one rank (bfloat16
   weights, float32 gradients and main parameters, clipping active, about 80M parameters; the
-  parameter all-gather overlaps the forward pass, so it is in neither time), beside Megatron's own
-  optimizer with torch's AdamW, as it comes and fused;
-* ``pipeline``: norm, finiteness, clipping, update and bfloat16 weights on flat or listed tensors
-  of a Llama's shapes, beside the best pipeline that torch allows, DeepSpeed's CPUAdam (if it is
-  installed), the public Adam-mini, and an AdamW made of this project's own kernels;
-* ``update``: the update alone, beside torch's fused AdamW, and beside the time that its memory
-  traffic takes at the bandwidth of plain loops with the same mix of reads and writes.
+  parameter all-gather overlaps the forward pass, so it is in neither time), compared with
+  Megatron's own optimizer and torch's AdamW, default and fused;
+* ``pipeline``: norm, finiteness, clipping, update and bfloat16 weights, on one flat tensor or a
+  list of tensors with a Llama's shapes, compared with the best pipeline that torch allows,
+  DeepSpeed's CPUAdam (if installed), the public Adam-mini, and an AdamW of this project's kernels;
+* ``update``: the update alone, compared with torch's fused AdamW, and with the time that its
+  memory traffic takes at the bandwidth of plain loops with the same mix of reads and writes.
 
 Run from the project's root: ``python -m benchmarks.cpu_step [--threads N] [--only NAME ...]``.
 """
@@ -98,7 +98,7 @@ class Flat:
 
 
 def optimizer_of(shape: Shape, grad: Tensor, options: dict[str, Any]) -> AdamMini:
-    """Build the optimizer of one rank without Megatron around it."""
+    """Build the optimizer of one rank without Megatron."""
     infos = shape.parameters()
     config = AdamMiniConfig(backend="cpu", **options)
     blocks = [partition_parameter(info, config) for info in infos]
@@ -132,7 +132,7 @@ def ours(shape: Shape, grad: Tensor, **options: Any) -> Callable[[], None]:
 
 
 class Peer:
-    """Norm, finiteness, clipping, a torch optimizer on float32 masters, bfloat16 weights."""
+    """Norm, finiteness, clipping, torch optimizer on float32 main parameters, bfloat16 weights."""
 
     def __init__(self, grads: list[Tensor], make: Callable[[list[Any]], Any]) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -157,7 +157,7 @@ class Peer:
 
 
 def public_shapes(shape: Shape) -> list[tuple[str, tuple[int, ...]]]:
-    """List what the public package trains: it has no rule for a fused QKV, so that is split."""
+    """List the public package's parameters: it has no rule for a fused QKV, so that is split."""
     found: list[tuple[str, tuple[int, ...]]] = []
     for info in shape.parameters():
         stem, _, last = info.name.rpartition(".")
@@ -170,7 +170,7 @@ def public_shapes(shape: Shape) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def public(shape: Shape) -> Callable[[list[Any]], Any]:
-    """Return a maker of the public package's optimizer, which wants names."""
+    """Return a constructor of the public package's optimizer, which needs names."""
     from adam_mini import Adam_mini
 
     names = {"fc1": "mlp.up", "fc2": "mlp.down", "proj": "attn.proj"}
@@ -217,7 +217,7 @@ def shaped(shapes: list[tuple[int, ...]], flat: Tensor) -> list[Tensor]:
 
 
 def pipeline(shape: Shape, rounds: int) -> tuple[dict[str, Timing], list[str]]:
-    """Time the whole pipelines; also return remarks on what could not run."""
+    """Time the whole pipelines; also return notes on those that could not run."""
     numel = sum(info.numel for info in shape.parameters())
     fresh = torch.randn(numel, generator=torch.Generator().manual_seed(2)) * 1e-2
     remarks = [f"{numel:,} parameters."]
@@ -404,7 +404,7 @@ def megatron_in_a_rank(rounds: int, threads: int) -> tuple[dict[str, Timing], in
 
 
 def main() -> None:
-    """Run what was asked for and write the result file."""
+    """Run the selected comparisons and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=21)

@@ -1,9 +1,9 @@
 """Time one optimizer step on a GPU: Adam-mini's Triton kernels against torch's fused AdamW.
 
-Needs a CUDA device. What is timed, from gradients in a float32 buffer to bfloat16 model weights:
+Needs a CUDA device. Timed, from gradients in a float32 buffer to bfloat16 model weights, are:
 
 * ``adam_mini two phases``: sums, norm, step sizes, update (gradient clipping is on);
-* ``adam_mini one phase``: ``update_in_one_pass_`` (nothing waits for the norm);
+* ``adam_mini one phase``: ``update_in_one_pass_`` (nothing needs the norm first);
 * ``fused adamw``: norm, clip, ``AdamW(fused=True)``, cast to bfloat16;
 * ``copy``: a float32 copy of the same length, for the bandwidth that this GPU reaches.
 
@@ -26,12 +26,13 @@ import torch
 from megatron_adam_mini.kernels import BufferTensors, SegmentVectors, StepScalars
 from megatron_adam_mini.plan.segment_table import SegmentTable
 
-#: Bytes per element that a step must move: g twice (one phase: once), m and p in and out, weight.
+#: Bytes per element that a step must move: read g twice (one phase: once), read and write m and p,
+#: write the weight.
 BYTES = {"adam_mini two phases": 26, "adam_mini one phase": 22, "copy": 8}
 
 
 def make_steps(rows: int, columns: int) -> dict[str, Callable[[], object]]:
-    """Return what is timed, over ``rows * columns`` parameters with one block per row."""
+    """Return the functions to time, over ``rows * columns`` elements with one block per row."""
     from megatron_adam_mini.kernels import triton_gpu
 
     device = torch.device("cuda", torch.cuda.current_device())

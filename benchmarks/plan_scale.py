@@ -12,12 +12,11 @@ reduction overlaps (only stage 0 has several buckets then). Columns:
 * segments: of the planned rank (numbers of v of blocks); largest / mean over the stage's
   data-parallel ranks of all numbers of v, those of elementwise parameters included.
 * cut: boundaries between slices of the stage that cut a block.
-* collectives, DP bytes, TP bytes: what Adam-mini adds to a step besides Megatron's own all-reduce
-  of the norm: bytes of the vectors that a rank receives in the data-parallel and in the
-  tensor-parallel group (dense and expert together), as ``communication_per_step`` counts them; of
-  the rank with the largest sum among all, or among 64 evenly spaced ones.
-* share: that sum over the bytes of the float32 gradients that the rank hands to its
-  reduce-scatters.
+* collectives, DP bytes, TP bytes: what Adam-mini adds to a step, without the all-reduce of the
+  norm, which Megatron has too: bytes of the vectors that a rank receives in the data-parallel and
+  in the tensor-parallel group (dense and expert together), as ``communication_per_step`` counts
+  them; of the rank with the largest sum among all, or among 64 evenly spaced ones.
+* share: that sum divided by the bytes of the float32 gradients in the rank's reduce-scatters.
 """
 
 from __future__ import annotations
@@ -58,11 +57,11 @@ _EMBEDDING_AND_LOSS = {
 }
 _MODELS = {
     **MODELS,
-    # One Key and Value head: with TP 8 most Query and Key heads lie on two ranks.
+    # One Key and one Value head: with TP 8 most Query and Key heads are on two ranks.
     "llama-3-405b-mqa": replace(MODELS["llama-3-405b"], num_query_groups=1),
 }
 _PIPELINES: dict[str, dict[int, dict[str, Any]]] = {
-    # 126 layers: as published, the first and the last stage hold one layer less.
+    # 126 layers: as published, the first and the last stage have one layer less.
     "llama-3-405b": {1: {}, 4: _EMBEDDING_AND_LOSS, 16: _EMBEDDING_AND_LOSS},
     # 61 layers; the first three are dense.
     "deepseek-v3-like": {
@@ -137,7 +136,7 @@ class Domain:
 
 @dataclass(frozen=True)
 class Added:
-    """What the plan of one rank adds to a step."""
+    """Communication that the plan of one rank adds to a step."""
 
     segments: int
     collectives: int
@@ -152,7 +151,7 @@ class Added:
 
 @dataclass(frozen=True)
 class Result:
-    """What planning one rank took, and what the ranks looked at found."""
+    """Time and size of one rank's plan, and the added communication of the sampled ranks."""
 
     seconds: float
     seconds_added: float
@@ -169,7 +168,7 @@ class Result:
 
 
 def plan(case: Case) -> Result:
-    """Plan one rank in the middle of its data-parallel group against the clock, then others."""
+    """Plan one rank in the middle of its data-parallel group, timed, then others."""
     model, parallel, options = _MODELS[case.name], case.parallel, case.options
     stage = 0 if parallel.pp == 1 or parallel.overlap_grad_reduce else 1
     instances = parallel.num_distributed_optimizer_instances

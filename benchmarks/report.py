@@ -1,4 +1,4 @@
-"""What every result file says first: the date, the machine, the versions and the command."""
+"""Heading of every result file: the date, the machine, the versions and the command."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def machine() -> str:
-    """Return the machine in words, without its name."""
+    """Describe the machine, without its name."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{os.cpu_count()}-core {platform.machine()} machine, {memory:.0f} GiB, no GPU used"
 
 
 def versions() -> str:
-    """Return the versions that a result depends on."""
+    """Return the versions on which results depend."""
     names = ("torch", "megatron-core", "numpy")
     found = ", ".join(f"{name} {version(name)}" for name in names)
     return f"Python {platform.python_version()}, {found}"

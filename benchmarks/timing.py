@@ -1,4 +1,4 @@
-"""Interleaved timing: every contender in every round, so that what disturbs one disturbs all."""
+"""Interleaved timing: every contender in every round, so that disturbances affect all alike."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Timing:
         return statistics.median(self.seconds)
 
     def ratio_to(self, other: Timing) -> tuple[float, float, float]:
-        """Return the ratio of medians, and the quartiles of the ratios of single rounds."""
+        """Return the ratio of the medians, and the quartiles of the ratios per round."""
         rounds = [mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True)]
         low, _, high = statistics.quantiles(rounds, n=4)
         return self.median / other.median, low, high
@@ -35,13 +35,13 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time all contenders in turn, ``rounds`` times.
 
-    A round in which one of them was preempted (less processor time than wall time) is repeated,
-    for all of them, at most as often as there are rounds.
+    A round in which one of them was preempted (less processor time than wall time) is repeated for
+    all of them, at most ``rounds`` times in total.
 
     Args:
         contenders: functions by name.
         rounds: samples of each.
-        before: called before each sample, outside of its time.
+        before: called before each sample, not timed.
         warm_up: rounds whose times are dropped.
     """
     found: dict[str, list[float]] = {name: [] for name in contenders}

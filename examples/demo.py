@@ -1,9 +1,9 @@
 """Train a small Llama with Adam and with Adam-mini under TP2 x PP2 x DP2, and compare.
 
-What ``make demo`` runs: three steps, each a command that one can type oneself (they are printed):
-tokenise the Python standard library, train with ``--optimizer adam``, train with ``--optimizer
-adam_mini``. The two runs share model, data, seed and every other flag. Ends with a table and a plot
-of both losses. No GPU is needed; two cores take less than five minutes.
+``make demo`` runs it. It has three steps, each a command that it prints and that also works by
+hand: tokenise the Python standard library, train with ``--optimizer adam``, train with
+``--optimizer adam_mini``. The two runs share model, data, seed and every other flag. It ends with a
+table and a plot of both losses. No GPU is needed; two cores take less than five minutes.
 """
 
 import argparse
@@ -49,12 +49,12 @@ _VALIDATION = re.compile(
 
 
 class RunError(Exception):
-    """A command ended with an error; the message holds the part of its output that tells why."""
+    """A command ended with an error; the message contains the relevant part of its output."""
 
 
 @dataclass
 class Run:
-    """One training run's outcome."""
+    """Result of one training run."""
 
     title: str
     iterations: list[int] = field(default_factory=list)
@@ -66,13 +66,12 @@ class Run:
 def run_command(
     command: Sequence[str], log: Path, on_line: Any = None, timeout_s: float = 600.0
 ) -> None:
-    """Run ``command``, write its output to ``log`` and hand each line to ``on_line`` as it comes.
+    """Run ``command``, write its output to ``log`` and pass each line to ``on_line`` at once.
 
-    Whatever ends this call (an error, an interrupt, the time limit), no process of the command is
-    left behind.
+    However this call ends (error, interrupt, time limit), no process of the command is left.
 
     Raises:
-        RunError: if the command fails, or is not done after ``timeout_s`` seconds.
+        RunError: if the command fails, or does not finish within ``timeout_s`` seconds.
     """
     print("  $ " + shlex.join(command), flush=True)
     # One thread per rank: there are more ranks than cores.
@@ -121,7 +120,7 @@ def run_command(
 
 
 def _excerpt(log: Path, num_lines: int = 40) -> str:
-    """Return the lines from the first error on: what follows it are the other ranks' complaints."""
+    """Return the lines from the first error on: later errors are those of the other ranks."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     first = next((i for i, line in enumerate(lines) if "Traceback (most recent" in line), None)
     start = max(0, len(lines) - num_lines) if first is None else first
@@ -131,8 +130,8 @@ def _excerpt(log: Path, num_lines: int = 40) -> str:
 def _end(process: subprocess.Popen[str]) -> None:
     if process.poll() is not None:
         return
-    # Not SIGKILL first: torchrun puts every rank in a session of its own, and only torchrun can end
-    # them all.
+    # Not SIGKILL first: torchrun gives every rank its own session, and only torchrun can end all of
+    # them.
     process.terminate()
     try:
         process.wait(timeout=45)
@@ -142,7 +141,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def train(title: str, optimizer: str, num_iterations: int, dataset: Path, output: Path) -> Run:
-    """Train with one optimizer and return what Megatron logged and the state that was measured."""
+    """Train with one optimizer and return Megatron's logged numbers and the measured state."""
     run = Run(title)
     report = output / f"{optimizer}-state.json"
     report.unlink(missing_ok=True)

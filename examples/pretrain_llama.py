@@ -1,12 +1,12 @@
 r"""Pre-train a Llama-style model with ``megatron.training``, as Megatron-LM's own scripts do.
 
-Nothing in it is about Adam-mini. The optimizer is chosen on the command line:
+Nothing in it is specific to Adam-mini. The optimizer is selected on the command line:
 
     torchrun --nproc-per-node 8 -m megatron_adam_mini.launch \
         examples/pretrain_llama.py --optimizer adam_mini ...
 
-Every flag of Megatron works as usual. The data comes from ``--data-path``; for what
-``tokenize_bytes.py`` writes, add ``--tokenizer-type NullTokenizer --vocab-size 257``.
+Every flag of Megatron works as usual. The data comes from ``--data-path``; for data from
+``tokenize_bytes.py``, add ``--tokenizer-type NullTokenizer --vocab-size 257``.
 ``--state-report FILE`` measures the optimizer's state at the end (see ``state_report.py``).
 """
 
@@ -37,8 +37,8 @@ def get_batch(data_iterator: Iterator[Batch] | None, vp_stage: int | None) -> Ba
     if not is_first_or_last_pipeline_stage(vp_stage):
         return dict.fromkeys(("tokens", "position_ids", "labels", "loss_mask", "attention_mask"))
 
-    # Only the first rank of a tensor-parallel group reads; the others receive, one broadcast per
-    # type.
+    # Only the first rank of a tensor-parallel group reads; the others receive one broadcast per
+    # dtype.
     sample = None if data_iterator is None else next(data_iterator)
     batch = tensor_parallel.broadcast_data(
         ["tokens", "position_ids", "labels"], sample, torch.int64
@@ -59,7 +59,7 @@ def get_batch(data_iterator: Iterator[Batch] | None, vp_stage: int | None) -> Ba
 def loss_function(
     loss_mask: torch.Tensor, losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the sum of the tokens' losses, the number of tokens, and both for Megatron's log."""
+    """Return the sum of the tokens' losses, the number of tokens, and these for Megatron's log."""
     loss_mask = loss_mask.reshape(-1).float()
     loss = torch.sum(losses.reshape(-1).float() * loss_mask)
     num_tokens = loss_mask.sum().detach().to(torch.int)
@@ -69,7 +69,7 @@ def loss_function(
 def forward_step(
     data_iterator: Iterator[Batch] | None, model: GPTModel
 ) -> tuple[torch.Tensor, partial[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]]:
-    """Run a micro-batch through this stage; Megatron calls the returned loss on the last one."""
+    """Run a micro-batch through this stage; Megatron calls the returned loss on the last stage."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))

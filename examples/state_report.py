@@ -1,8 +1,7 @@
 """Measure the optimizer's state after a Megatron run, summed over all ranks.
 
-An optimizer that can tell its own state (``state_bytes``) and its own communication
-(``communication_per_step``), as Adam-mini can, is asked; for the others the tensors that exist are
-counted.
+If an optimizer has the methods ``state_bytes`` and ``communication_per_step``, as Adam-mini does,
+their results are reported; otherwise its tensors are counted.
 """
 
 import json
@@ -16,7 +15,7 @@ import torch
 
 
 class StateReport:
-    """Remembers the optimizer that Megatron builds, because ``pretrain`` does not hand it out."""
+    """Captures the optimizer that Megatron builds, because ``pretrain`` does not return it."""
 
     def __init__(self) -> None:
         self._optimizer: Any = None
@@ -32,7 +31,7 @@ class StateReport:
         """Sum over all ranks and write the result from rank 0. Collective: every rank must call it.
 
         ``state_bytes`` is the sum over the ranks, by kind of state; ``communication`` is what one
-        step adds to Megatron's own communication on the rank where that is most.
+        step adds to Megatron's own communication on the rank where it adds most.
         """
         members = list(_members(self._optimizer))
         state_bytes: Counter[str] = Counter()
@@ -59,8 +58,8 @@ class StateReport:
 
 
 def _members(optimizer: Any) -> Iterator[Any]:
-    # Megatron chains one optimizer per kind of parameter; a chain that answers for its members is
-    # not taken apart.
+    # Megatron chains one optimizer per kind of parameter; a chain that reports its own state is not
+    # taken apart.
     if hasattr(optimizer, "chained_optimizers") and not hasattr(optimizer, "state_bytes"):
         for member in optimizer.chained_optimizers:
             yield from _members(member)
@@ -69,7 +68,7 @@ def _members(optimizer: Any) -> Iterator[Any]:
 
 
 def _allocated_bytes(member: Any) -> Counter[str]:
-    """Return the bytes of this rank's main parameters and of what the inner optimizer keeps."""
+    """Return the bytes of this rank's main parameters and of the inner optimizer's state."""
     sizes: Counter[str] = Counter()
     for groups in ("shard_fp32_from_float16_groups", "fp32_from_float16_groups"):
         for group in getattr(member, groups, []):

@@ -1,9 +1,9 @@
-"""Tokenise the Python standard library's own source, text that every machine has, for Megatron.
+"""Tokenise the source of the Python standard library, which every machine has, for Megatron.
 
 A token is a byte, and 256 ends a document: use ``--tokenizer-type NullTokenizer --vocab-size 257``.
-One file is one document. The order of the documents is that of a hash of their names, so that it is
-the same for the same Python everywhere, and so that the last documents, from which Megatron's
-``--split`` takes validation, are no special kind.
+One file is one document. Documents are sorted by a hash of their names: the order is the same for
+the same Python everywhere, and the last documents, which Megatron's ``--split`` uses for
+validation, are a random sample.
 
     python examples/tokenize_bytes.py --output-prefix build/stdlib --max-bytes 4000000
 """
@@ -22,11 +22,11 @@ VOCAB_SIZE = 257
 _EXCLUDED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 )
-"""Folders that hold other people's packages, or tests, which some Pythons come without."""
+"""Folders of third-party packages, or of tests, which some Pythons lack."""
 
 
 def list_documents(folder: Path) -> list[Path]:
-    """Return the source files under ``folder`` in a fixed order unrelated to what they contain."""
+    """Return the source files under ``folder`` in a fixed order unrelated to their content."""
     names = [
         name
         for name in (path.relative_to(folder) for path in folder.rglob("*.py"))
@@ -41,7 +41,7 @@ def list_documents(folder: Path) -> list[Path]:
 
 
 def read_documents(paths: list[Path], max_bytes: int) -> Iterator[numpy.ndarray]:
-    """Yield each file's tokens and the end of the document, up to ``max_bytes`` bytes in all."""
+    """Yield each file's tokens with an end of document, up to ``max_bytes`` bytes in total."""
     remaining = max_bytes
     for path in paths:
         text = path.read_bytes()
@@ -56,7 +56,7 @@ def read_documents(paths: list[Path], max_bytes: int) -> Iterator[numpy.ndarray]
 
 def write_dataset(documents: Iterable[numpy.ndarray], output_prefix: Path) -> int:
     """Write ``documents`` to OUTPUT_PREFIX.bin and .idx; return the number of tokens."""
-    # Here, because the import takes seconds: a wrong argument is told at once.
+    # Imported here, because it takes seconds: a wrong argument is reported before.
     from megatron.core.datasets.indexed_dataset import (
         DType,
         IndexedDatasetBuilder,

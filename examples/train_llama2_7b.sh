@@ -14,14 +14,14 @@ set -euo pipefail
 : "${DATA_PATH:?set DATA_PATH to the prefix of an indexed dataset}"
 CHECKPOINTS=${CHECKPOINTS:-checkpoints/llama2-7b-adam-mini}
 
-# Where: one process per GPU, GPUS_PER_NODE x NUM_NODES = TP x PP x DP.
+# Ranks: one process per GPU, GPUS_PER_NODE x NUM_NODES = TP x PP x DP.
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 NUM_NODES=${NUM_NODES:-${SLURM_NNODES:-1}}
 NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
 MASTER_ADDR=${MASTER_ADDR:-localhost}
 MASTER_PORT=${MASTER_PORT:-29500}
 
-# How the model is divided. The rest of the ranks is data parallel.
+# Layout: the remaining factor of the ranks is data parallelism.
 TP=${TP:-4}
 PP=${PP:-1}
 WORLD_SIZE=$((GPUS_PER_NODE * NUM_NODES))
@@ -31,7 +31,7 @@ if ((WORLD_SIZE % (TP * PP) != 0)); then
 fi
 DP=$((WORLD_SIZE / (TP * PP)))
 
-# How long: 4M tokens per step.
+# Duration: 4M tokens per step.
 TRAIN_ITERS=${TRAIN_ITERS:-250000}
 MICRO_BATCH=${MICRO_BATCH:-2}
 GLOBAL_BATCH=${GLOBAL_BATCH:-1024}

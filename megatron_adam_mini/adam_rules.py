@@ -1,4 +1,4 @@
-"""How Megatron's own Adam stores its state, and what that state must fulfil to be used.
+"""How Megatron's own Adam stores its state, and which conditions it must meet to be used.
 
 Standard library only. Used by mcore/adam_import (when a run loads such a checkpoint) and by
 convert (which reads and writes them without Megatron).
@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-#: Keys of state in the model's coordinates start with it.
+#: Prefix of the keys of state in the model's coordinates.
 ADAM_PREFIX = "optimizer.state."
 
-#: Kinds of main parameters: the distributed optimizer's, and the plain optimizer's, which stores
-#: none for weights that are float32 anyway.
+#: Kinds of main parameters: of the distributed optimizer, and of the plain one, which stores
+#: none for float32 weights.
 MAIN_PARAM, PLAIN_MAIN_PARAM = "param", "fp32_param"
 
 #: Options of torch's and Transformer Engine's Adam that Adam-mini does not have.
@@ -28,7 +28,7 @@ ADAM_ONLY: dict[str, Any] = {
     "bias_correction": True,
 }
 
-#: Where main parameters come from that, rounded, are not the weights; and what to do.
+#: Why main parameters, once rounded, can differ from the weights; and what to do.
 UNSOUND_CAUSE = (
     "Megatron-Core 0.16.1 to 0.19.2 write such fully_reshardable checkpoints when a bucket other "
     "than the last is padded at its end (upstream #5077). Save again from the original run as "
@@ -48,11 +48,11 @@ def adam_key(kind: str, model_key: str) -> str:
 
 
 def steps_of(state: Mapping[str, Any]) -> list[int]:
-    """Return the numbers of steps that Adam's state names, each once; sound state has one.
+    """Return the distinct step counts in Adam's state; sound state has one.
 
     Args:
         state: an optimizer's ``state_dict``. Transformer Engine's Adam and the distributed
-            optimizer count in the parameter groups, the plain one in the state.
+            optimizer keep the count in the parameter groups, the plain one in the state.
     """
     found = [group.get("step") for group in state.get("param_groups", [])]
     found.append(state.get("state", {}).get("common_step"))
@@ -60,7 +60,7 @@ def steps_of(state: Mapping[str, Any]) -> list[int]:
 
 
 def steps_problem(steps: list[int]) -> str | None:
-    """Say what is wrong unless there is one number of steps; ``None`` if nothing."""
+    """Describe the problem if there is not exactly one step count; else return ``None``."""
     if len(steps) == 1:
         return None
     return (

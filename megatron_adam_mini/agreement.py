@@ -18,12 +18,12 @@ from megatron_adam_mini.plan.manifest import short_hash
 
 @dataclass(frozen=True)
 class PlanRecord:
-    """What one rank brings to the check.
+    """What one rank contributes to the check.
 
     Attributes:
         stage: ranks with the same stage hold the same parameters and buffers.
-        rules: what must be equal on all ranks: the partition options.
-        layout: what must be equal within a stage: one line per parameter, in buffer order.
+        rules: must be equal on all ranks: the partition options.
+        layout: must be equal within a stage: one line per parameter, in buffer order.
         matched: name patterns of the options that matched a parameter on this rank.
         error: an exception raised while this rank planned, or ``None``.
     """
@@ -46,13 +46,13 @@ def check_agreement(
     One gather of a few hundred bytes per rank; the plans themselves travel only when they differ.
 
     Args:
-        record: this rank's plan, or the error that kept it from having one.
+        record: this rank's plan, or the error that prevented it.
         patterns: name patterns of the options; each must match somewhere.
         group: ranks to compare, default all.
 
     Raises:
         Exception: on the rank that failed to plan, its own error.
-        RuntimeError: on the others; and on every rank when plans differ. Names both sides.
+        RuntimeError: on the others; and on every rank when plans differ. Names the ranks.
         ValueError: on every rank when a name pattern matches no parameter anywhere.
     """
     layout_hash = short_hash(list(record.layout))
@@ -91,14 +91,14 @@ def agree_on_plan[P](
     patterns: Sequence[str],
     group: distributed.ProcessGroup | None = None,
 ) -> P:
-    """Plan on every rank; return this rank's plan once all have one and share what they must.
+    """Plan on every rank; return this rank's plan once all have one and the plans agree.
 
-    Whatever goes wrong on one rank reaches all of them before the first collective of a step,
-    errors that nobody foresaw included.
+    An error on one rank, even an unexpected one, is raised on all of them before the first
+    collective of a step.
 
     Args:
-        make: makes this rank's plan, and what it brings to the check; must not communicate.
-        patterns: as for :func:`check_agreement`, as are the errors.
+        make: makes this rank's plan and its record for the check; must not communicate.
+        patterns: as for :func:`check_agreement`; so are the errors.
         group: ranks to compare, default all.
     """
     try:
@@ -114,8 +114,8 @@ def on_all_ranks[T](work: Callable[[], T], failure: str) -> T:
     """Do something on all ranks, and raise on all of them if it fails on any.
 
     Args:
-        work: what every rank does; it must not leave some ranks waiting for others that fail.
-        failure: what went wrong, for ranks that did not fail themselves.
+        work: called on every rank; it must not leave some ranks waiting for others that fail.
+        failure: message for the ranks that did not fail themselves.
 
     Raises:
         Exception: on a rank that failed, its own error.
@@ -125,7 +125,7 @@ def on_all_ranks[T](work: Callable[[], T], failure: str) -> T:
     error: Exception | CheckpointException | None = None
     try:
         outcome.append(work())
-    except (Exception, CheckpointException) as caught:  # torch's own is no Exception
+    except (Exception, CheckpointException) as caught:  # torch's own is not an Exception
         error = caught
     everyone = _gather(None if error is None else f"{type(error).__name__}: {error}", None)
     if error is not None:
@@ -143,7 +143,7 @@ def _raise_difference(
     right: int,
     what: str,
 ) -> None:
-    """Gather what differs and raise; all ranks get here together, as all saw the same hashes."""
+    """Gather the differences and raise; all ranks get here, since all saw the same hashes."""
     own: Any = record.rules if what == "options" else list(record.layout)
     mine = own if _rank(group) in (left, right) else None
     everyone = _gather(mine, group)

@@ -28,10 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: arguments without the program's name; ``None`` takes the process's.
+        argv: arguments without the program's name; ``None``: those of the process.
 
     Returns:
-        0: done; 1: the checkpoint is wrong; 2: wrong usage or unreadable.
+        0: done; 1: the checkpoint is wrong; 2: wrong usage or unreadable input.
     """
     try:
         args = _parser().parse_args(argv)

@@ -1,11 +1,11 @@
 """The only collectives of a step: data parallel, tensor parallel, norm.
 
 Imports ``plan`` and torch.distributed. Data flow: partial sums of this rank -> **Collectives** ->
-sums of whole blocks, and the squared norm of the whole gradient.
+sums over whole blocks, and the squared norm of the whole gradient.
 
 Every rank calls, in this order, :meth:`Collectives.start_`, :meth:`Collectives.add_norm_` and
-:meth:`Collectives.finish_`. What is sent where follows from the plan, so a collective is left out
-on all ranks of its group or on none.
+:meth:`Collectives.finish_`. The plan alone determines what is sent, so a collective is left out on
+all ranks of its group or on none.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class DomainGroups:
     """Process groups of one domain.
 
     Attributes:
-        dp: shares the slices of each bucket; unused if buckets have one slice.
-        tp: splits the parameters; unused if it has one rank.
-        norm: adds up the parts of the gradient norm; ``None``: all ranks.
+        dp: its ranks share the slices of each bucket; unused if buckets have one slice.
+        tp: its ranks split the parameters; unused if it has one rank.
+        norm: its ranks add up their parts of the gradient norm; ``None``: all ranks.
     """
 
     dp: ProcessGroup | None = None
@@ -70,10 +70,10 @@ class Collectives:
         ]
 
     def start_(self, sum_sq_S: Tensor) -> None:
-        """Complete sums over data parallelism (modified in place), send them off over tensors'.
+        """Complete sums over data parallelism (in place) and start those over tensor parallelism.
 
-        Collectives: all-gather in the dense data-parallel group, in the expert's; all-reduce in
-        the dense tensor-parallel group, in the expert's. The all-reduces stay in flight.
+        Collectives: all-gather in the dense and the expert data-parallel group; all-reduce in the
+        dense and the expert tensor-parallel group. The all-reduces stay in flight.
 
         Args:
             sum_sq_S: this rank's partial sums, float32, shape ``(S,)``.
@@ -84,12 +84,12 @@ class Collectives:
             reduction.start_tp(sum_sq_S[part])
 
     def finish_(self, sum_sq_S: Tensor) -> None:
-        """Wait for what :meth:`start_` sent off, and put the sums in their places."""
+        """Wait for the all-reduces of :meth:`start_`, and put the sums in their places."""
         for reduction, part in self._domains:
             reduction.finish_tp_(sum_sq_S[part])
 
     def add_norm_(self, stats_D2: Tensor) -> None:
-        """Add up the parts of the squared norm, and the counts of non-finite sums, of all ranks.
+        """Add up the squared norms and the counts of non-finite sums over all ranks.
 
         Collectives: one all-reduce, or one per domain where their norm groups differ.
 
@@ -103,7 +103,7 @@ class Collectives:
                 self._all_reduce(row, group.norm)
 
     def add_counts_(self, count_D: Tensor) -> None:
-        """Add up numbers of the model's elements, by domain, as :meth:`add_norm_` does norms."""
+        """Add up counts of the model's elements by domain, over the ranks of the norm."""
         for row, group in zip(count_D, self._groups, strict=True):
             self._all_reduce(row, group.norm)
 
@@ -118,7 +118,7 @@ class Collectives:
         return self._groups[0].norm
 
     def per_step(self) -> dict[str, Any]:
-        """Return the collectives that complete blocks, and the bytes that this rank receives.
+        """Return the collectives that complete cut blocks, and the bytes that this rank receives.
 
         The norm's all-reduce is left out: every optimizer that clips has it.
         """
@@ -139,13 +139,13 @@ class Reduction:
     """Completes the sums of one domain, with preallocated buffers.
 
     A step calls, on all ranks of both groups and in this order, :meth:`complete_over_dp_`,
-    :meth:`start_tp`, :meth:`finish_tp_`; what does not depend on blocks cut by tensor
+    :meth:`start_tp`, :meth:`finish_tp_`; work that does not depend on blocks cut by tensor
     parallelism may run between the last two.
 
     Args:
         plan: this rank's positions.
         num_segments: S of the domain.
-        dp_group: group that shares the buckets' slices; unused if ``plan.dp_size == 1``.
+        dp_group: group whose ranks share the buckets' slices; unused if ``plan.dp_size == 1``.
         tp_group: tensor-parallel group; unused if ``plan.tp_size == 1``.
         device: device of the sums.
     """
@@ -166,8 +166,8 @@ class Reduction:
         def zeros(numel: int) -> Tensor:
             return torch.zeros(numel, dtype=torch.float32, device=device)
 
-        # Parts of the vector that the tensor-parallel group adds up: plain sums, then places of
-        # each rank's own, for sums of segments and for sums of slots.
+        # Parts of the vector that the tensor-parallel group adds up: plain sums, then places that
+        # belong to one rank each, for sums of segments and for sums of slots.
         self._tp_vector = zeros(plan.tp_numel)
         self._plain, places = self._tp_vector.tensor_split([len(plan.tp_plain)])
         begin = plan.tp_rank * plan.num_exact
@@ -216,14 +216,14 @@ class Reduction:
             sum_sq_S.index_copy_(0, self._dp_target, self._dp_sums)
 
     def start_tp(self, sum_sq_S: Tensor) -> None:
-        """Send off the sums of blocks that tensor parallelism cuts.
+        """Start the all-reduce of the sums of blocks that tensor parallelism cuts.
 
         Args:
             sum_sq_S: sums that are complete over data parallelism, float32, shape ``(S,)``.
         """
         if self.plan.tp_numel == 0:
             return
-        if self._in_flight is not None:  # of a step that was skipped
+        if self._in_flight is not None:  # left by a step that was skipped
             self._in_flight.wait()
         self._tp_vector.zero_()
         torch.index_select(sum_sq_S, 0, self._tp_plain, out=self._plain)
@@ -235,7 +235,7 @@ class Reduction:
         )
 
     def finish_tp_(self, sum_sq_S: Tensor) -> None:
-        """Wait for what :meth:`start_tp` sent, and put the sums in their places."""
+        """Wait for the all-reduce of :meth:`start_tp`, and put the sums in their places."""
         if self._in_flight is None:
             return
         self._in_flight.wait()
@@ -250,8 +250,8 @@ class OrderedSum:
     """``out[i] = sum_j source[table[i, j]]``, added from left to right; -1 stands for zero.
 
     The order of additions depends on the table alone, so equal inputs give equal bits on every
-    rank and device. Adding zero is exact, so wider tables change nothing. Allocates when it is
-    made, and not when it is called.
+    rank and device. Adding zero is exact, so wider tables change nothing. Allocates at construction
+    only.
 
     Args:
         table: int64 positions, shape ``(rows, k)``.
@@ -261,7 +261,7 @@ class OrderedSum:
 
     def __init__(self, table: IntArray, num_source: int, device: torch.device) -> None:
         rows = len(table)
-        positions = np.where(table < 0, num_source, table)  # reads the zero at the end
+        positions = np.where(table < 0, num_source, table)  # -1 reads the zero at the end
         self._columns = torch.from_numpy(np.ascontiguousarray(positions.T)).to(device)
         self._padded = torch.zeros(num_source + 1 if rows else 1, device=device)
         self._column = torch.zeros(rows, device=device)

@@ -1,6 +1,6 @@
-"""What a user may choose about Adam-mini: the partition into blocks and where to report it.
+"""The options of Adam-mini: partition into blocks, storage of state, kernels, reports.
 
-Imports the standard library only, so that launchers and offline tools can read it without torch.
+Imports the standard library only, so launchers and offline tools can read it without torch.
 Data flow: command line or ``OptimizerConfig`` -> **AdamMiniConfig** -> partition -> layout -> step.
 """
 
@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-#: How the table of roles is filled in; see ``partition.rule_for``.
+#: Tables of rules by role; see ``partition.rule_for``.
 PRESETS = ("paper", "first", "tensor")
 
-#: What may be asked for one parameter by name.
+#: Rules that a user may set for parameters by name.
 RULES = ("row", "head", "tensor", "element")
 
 #: How m may be stored; Megatron's names.
@@ -26,11 +26,11 @@ class AdamMiniConfig:
     """Options of Adam-mini that are not options of Adam.
 
     Args:
-        preset: ``"paper"`` (default): head for Query and Key, row for Value, projections, MLP,
-            embedding and output. ``"first"``: head for Query and Key, embedding and output with
-            a full second moment, one block per tensor elsewhere. ``"tensor"``: one block per
-            tensor (Query, Key and Value count as one tensor each).
-        value_as_block: Value of one layer is one block instead of one block per row.
+        preset: ``"paper"`` (default): one block per head of Query and Key, one per row of Value,
+            projections, MLP, embedding and output. ``"first"``: one block per head of Query and
+            Key, one second moment per element of embedding and output, one block per tensor
+            elsewhere. ``"tensor"``: one block per tensor (Query, Key and Value are one each).
+        value_as_block: make Value of one layer one block instead of one per row.
         full_v: ``fnmatch`` patterns of parameter names that keep one second moment per element.
         rules: ``(pattern, rule)`` pairs that override the preset, first match wins;
             rule is one of ``row``, ``head``, ``tensor``, ``element``. ``full_v`` comes first.
@@ -38,19 +38,19 @@ class AdamMiniConfig:
             ``triton`` (GPU).
         exp_avg_dtype: how m is stored: ``fp32`` (default) or ``bf16``.
         stochastic_rounding: round a bfloat16 m stochastically instead of to the nearest.
-        param_remainders: store the lower 16 bits of the float32 main parameters only; the upper
+        param_remainders: store only the lower 16 bits of the float32 main parameters; the upper
             ones are the bfloat16 model weights. Training is the same, bit for bit.
-        single_phase: read each gradient once per step instead of twice. Possible where nothing
-            waits for the gradient norm (no clipping, no loss scale); the norm is then not known,
-            and non-finite gradients do not skip the step.
-        manifest: path of a JSON file that rank 0 writes the partition to; ``None`` writes none.
+        single_phase: read each gradient once per step instead of twice. Possible if nothing needs
+            the gradient norm (no clipping, no loss scale); the norm is then not reported, and a
+            non-finite gradient does not skip the step.
+        manifest: path of a JSON file to which rank 0 writes the partition; ``None``: none.
         convert_partition: when a checkpoint has finer blocks, average its v over this run's
             (exact) instead of refusing it.
         check_files: before a load, read the whole checkpoint once (all ranks together) and check
             sizes and checksums.
 
     Raises:
-        ValueError: a value that is not allowed; the message names it and what is.
+        ValueError: a value is not allowed; the message names it and the allowed ones.
 
     Source: Zhang et al., arXiv:2406.16793, Algorithms 1 to 3.
     """
@@ -95,7 +95,7 @@ class AdamMiniConfig:
                 )
 
     def overrides(self) -> tuple[tuple[str, str], ...]:
-        """Return all ``(pattern, rule)`` pairs in the order in which they are tried."""
+        """Return all ``(pattern, rule)`` pairs in the order of precedence."""
         return tuple((pattern, "element") for pattern in self.full_v) + self.rules
 
     def step_fields(self) -> dict[str, Any]:
@@ -110,14 +110,14 @@ def check_adam_values(
     """Check the hyper-parameters that Adam-mini shares with AdamW.
 
     Raises:
-        ValueError: a value outside its range; the message has name, value and range.
+        ValueError: a value is outside its range; the message has name, value and range.
     """
     if lr is not None and not lr >= 0.0:
         raise ValueError(f"lr={lr} is not allowed; it must be >= 0.")
     for index, beta in enumerate(betas):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"beta{index + 1}={beta} is not allowed; it must be in [0, 1).")
-    # eps = 0 would turn a token that was never seen (m = v = 0) into 0 / 0.
+    # With eps = 0 the row of a token that was never seen (m = v = 0) would become 0 / 0.
     if not eps > 0.0:
         raise ValueError(f"eps={eps} is not allowed; it must be > 0 (the usual value is 1e-8).")
     if not weight_decay >= 0.0:

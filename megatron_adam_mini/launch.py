@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 8 -m megatron_adam_mini.launch [--cpu-host] SCRIPT [ARGS...]
 
-``SCRIPT`` is run as ``__main__`` with ``ARGS``, as ``python SCRIPT ARGS`` would; options of the
+``SCRIPT`` is run as ``__main__`` with ``ARGS``, as ``python SCRIPT ARGS`` would do; options of the
 launcher itself come before it.
 """
 
@@ -56,12 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(str(error))
     megatron_adam_mini.register()
     sys.argv = [str(script), *script_arguments]
-    # As for `python SCRIPT`: the script's own folder is where it finds its modules.
+    # As with `python SCRIPT`: modules are found in the script's own folder.
     sys.path.insert(0, str(script.resolve().parent))
     runpy.run_path(str(script), run_name="__main__")
 
 
-# Processes that are spawned import the main module again: this one until the script runs, then the
-# script, which needs a guard like this of its own.
+# Spawned processes import the main module again: this one until the script runs, then the script,
+# which needs such a guard too.
 if __name__ == "__main__":
     main()

@@ -1,9 +1,9 @@
-"""Adam-mini on the slices of one rank: state, and the step under its equations.
+"""Adam-mini on the slices of one rank: the state, and the step next to its equations.
 
 Imports everything below it (config, plan, collectives, state, kernels) and no Megatron. One
 gradient shard goes through a step like this::
 
-    gradients --sum_squares--> partial sums --data, tensor parallel--> sums of whole blocks
+    gradients --sum_squares--> partial sums --data, tensor parallel--> sums over whole blocks
                                     |                                          |
                             norm, non-finite?                         v, step size per block
                                     | decide                                   |
@@ -41,7 +41,7 @@ _CLIP_EPS = 1.0e-6
 
 
 class Outcome(NamedTuple):
-    """What came of a step, on the host.
+    """Result of a step, on the host.
 
     Attributes:
         updated: whether the step was taken.
@@ -55,11 +55,11 @@ class Outcome(NamedTuple):
 
 
 class Decision:
-    """What becomes of the gradients of one step: made on the device, read back at most once.
+    """How the gradients of one step are used: decided on the device, read back at most once.
 
     Args:
         values: float64, ``[grad_scale, squared grad_norm, found_inf]``; ``None``: the step is taken
-            as it is, and its norm is not known (reported as 0, as Megatron does without clipping).
+            unscaled, and its norm is unknown (reported as 0, as Megatron does without clipping).
     """
 
     def __init__(self, values: Tensor | None = None) -> None:
@@ -68,7 +68,7 @@ class Decision:
 
     @property
     def grad_scale(self) -> float | Tensor:
-        """What gradients are multiplied with; NaN: nothing is updated."""
+        """Factor of the gradients; NaN: nothing is updated."""
         return 1.0 if self._values is None else self._values[0]
 
     def read(self) -> Outcome:
@@ -76,7 +76,7 @@ class Decision:
         if self._outcome is None:
             assert self._values is not None
             grad_scale, norm_sq, found_inf = self._values.tolist()
-            # torch's square root on a CPU is not always the nearest number; this one is.
+            # torch's square root on a CPU is not always correctly rounded; this one is.
             grad_norm = math.sqrt(norm_sq) if norm_sq >= 0.0 else math.nan
             self._outcome = Outcome(math.isfinite(grad_scale), grad_norm, found_inf > 0)
         return self._outcome
@@ -94,7 +94,7 @@ class AdamMini:
         groups: process groups of the plan's domains.
         param_groups: torch-style groups; ``lr``, ``weight_decay``, ``eps``, ``betas`` are read in
             every step, so schedulers may write them.
-        group_of_parameter: for each parameter of the plan the index of its group.
+        group_of_parameter: index of the group of each parameter of the plan.
         device: where the buffers are.
 
     Attributes:
@@ -154,8 +154,7 @@ class AdamMini:
         )
         self.exp_avg_sq_E = floats(plan.num_elementwise)
         self._sum_sq_S = self.vectors.sum_sq_SR[: plan.num_segments]
-        # Segments that can be updated at once, and those that wait for other ranks; ``None``: all
-        # segments, and none.
+        # Segments of uncut and of cut blocks; ``None``: all segments and none.
         self._uncut: Tensor | None = None
         self._cut: Tensor | None = None
         if plan.is_cut_S.any():
@@ -168,35 +167,35 @@ class AdamMini:
     # The step.
 
     def sum_squares(self) -> Tensor:
-        """Read every gradient once, and sum up what the step needs to know of all of them.
+        """Read every gradient once, and compute all sums that the step needs.
 
-        All ranks must call it. Collectives, in this order: all-gather in the dense
-        data-parallel group, in the expert's; all-reduce in the dense tensor-parallel group, in
-        the expert's (these stay in flight until :meth:`update` needs them); one all-reduce for
-        the norm. All but the last are left out where nothing is cut.
+        All ranks must call it. Collectives, in this order: all-gather in the dense and the expert
+        data-parallel group; all-reduce in the dense and the expert tensor-parallel group (these
+        stay in flight until :meth:`update` needs them); one all-reduce for the norm. All but the
+        last are left out where no block is cut.
 
         Returns:
             float64 tensor ``[squared gradient norm, number of non-finite sums]`` on the device,
-            of the gradients as they are in the buffers (loss scale included), equal on all
-            ranks. It is overwritten by the next call.
+            for the gradients as they are in the buffers (loss scale included), equal on all
+            ranks. The next call overwrites it.
         """
         # s <- sum(g * g), for each segment
         for state in self.states:
             self._sum(state, state.plan.segments)
             self._sum(state, state.plan.ranges)
-        # norm^2 <- sum(s), of the partial sums: complete ones would count a cut block once per rank
+        # norm^2 <- sum(s) over partial sums: complete ones would count a cut block once per rank
         self.kernels.norm_partials_(self._stats_D2, self.vectors.sum_sq_SR, self._norm_domain_SR)
-        # s <- sum(s over the ranks that hold a part of the block)
+        # s <- sum(s over the ranks that hold segments of the block)
         self.collectives.start_(self._sum_sq_S)
         # norm^2 <- sum(norm^2 over the ranks that hold a part of the model)
         self.collectives.add_norm_(self._stats_D2)
         return self._stats_D2.sum(dim=0) if len(self._stats_D2) > 1 else self._stats_D2[0]
 
     def sum_squares_of_cut_blocks(self) -> None:
-        """Sum up blocks that other ranks hold parts of, and no others; all ranks must call it.
+        """Sum the squares of cut blocks only; all ranks must call it.
 
         For single-phase steps: :meth:`update` then reads the other gradients itself. Collectives
-        as in :meth:`sum_squares`, without the norm.
+        are those of :meth:`sum_squares` without the norm.
         """
         for state in self.states:
             self._sum(state, state.plan.cut)
@@ -210,13 +209,13 @@ class AdamMini:
         inv_scale: Tensor | None = None,
         skip_threshold: float = math.inf,
     ) -> Decision:
-        """Decide on the device what the gradients are multiplied with, and whether to step at all.
+        """Compute on the device the factor of the gradients, and whether to take the step.
 
         Args:
             stats: what :meth:`sum_squares` returned.
             clip_grad: largest norm; 0: no clipping.
             inv_scale: inverse of the loss scale, one float32 number.
-            skip_threshold: a step with a larger norm is skipped.
+            skip_threshold: steps with a larger norm are skipped.
         """
         norm_sq, num_non_finite = stats
         # grad_scale <- 1 / loss_scale
@@ -231,20 +230,19 @@ class AdamMini:
             grad_scale = grad_scale * (clip_grad / (grad_norm + _CLIP_EPS)).clamp(max=1.0)
         found_inf = (num_non_finite > 0) | ~grad_norm.isfinite()
         skip = found_inf | (grad_norm > skip_threshold)
-        # Kernels read it in float32. It is not larger than the float32 number 1 / loss_scale, so
-        # it is finite there if it is finite here: steps that kernels skip are not counted.
+        # Kernels read it as float32. It does not exceed the float32 number 1 / loss_scale, so it
+        # is finite there if it is finite here: steps that kernels skip are not counted.
         grad_scale = grad_scale.masked_fill(skip, math.nan)
         return Decision(torch.stack([grad_scale, norm_sq, found_inf.double()]))
 
     def update(self, decision: Decision) -> None:
         """Advance v, m, main parameters and model weights by one step; local to the rank.
 
-        Blocks that other ranks hold parts of come last: their sums may still be on the way. The
-        step is not counted here, but by :meth:`finish`.
+        Cut blocks come last: their sums may still be in flight. :meth:`finish` counts the step.
 
         Args:
-            decision: if its scale is not finite, nothing changes; on a GPU that is seen there,
-                without waiting for it.
+            decision: if its scale is not finite, nothing changes; a GPU checks this itself, so
+                the host does not wait for it.
 
         Equations, with g the scaled gradient and b its block::
 
@@ -274,7 +272,7 @@ class AdamMini:
             if len(plan.ranges):
                 elements = self.exp_avg_sq_E[plan.elements]
                 kernels.update_elementwise_(tensors, elements, plan.ranges, vectors, scalars)
-        # the same for cut blocks, once their sums are there
+        # the same for cut blocks, once their sums are complete
         self.collectives.finish_(self._sum_sq_S)
         if self._cut is not None:
             kernels.segment_step_size_(vectors, scalars, self._cut)
@@ -328,9 +326,10 @@ class AdamMini:
 
     @torch.no_grad()
     def average_into_v(self, sum_S: Tensor) -> None:
-        """Set v of every block to the mean of values that its elements had; all ranks call it.
+        """Set v of every block to the mean of its elements' values; all ranks must call it.
 
-        Takes the collectives of :meth:`sum_squares`, so blocks that are cut are averaged whole.
+        Cut blocks are averaged over all their ranks, by the collectives of :meth:`sum_squares`
+        without the norm.
 
         Args:
             sum_S: sum of the values over each segment, float32.
@@ -355,7 +354,7 @@ class AdamMini:
         return int(count_D.sum())
 
     def state_bytes(self) -> dict[str, int]:
-        """Return bytes of this rank's optimizer state by kind, as allocated."""
+        """Return the allocated bytes of this rank's optimizer state by kind."""
         kinds = [state.bytes_by_kind() for state in self.states]
         return {
             "main_param": sum(kind["main_param"] for kind in kinds),

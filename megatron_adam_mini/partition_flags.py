@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_adam_mini.config import PRESETS, RULES, AdamMiniConfig
 
-#: With it the flags stand next to Megatron's, in a run and in ``memory``.
+#: Prefix of the flags where they stand next to Megatron's: in a run and in ``memory``.
 RUN_PREFIX = "adam-mini-"
 
 
@@ -20,8 +20,8 @@ def add_partition_flags(group: Any, *, prefix: str = "") -> None:
     """Add the flags to a parser or to a group of it.
 
     Args:
-        group: what has ``add_argument``.
-        prefix: stands before every flag's name, such as ``RUN_PREFIX``.
+        group: any object that has ``add_argument``.
+        prefix: prefix of every flag's name, such as ``RUN_PREFIX``.
     """
     group.add_argument(
         f"--{prefix}preset",
@@ -50,14 +50,14 @@ def add_partition_flags(group: Any, *, prefix: str = "") -> None:
 
 
 def partition_config(args: argparse.Namespace, *, prefix: str = "") -> AdamMiniConfig:
-    """Return what the flags ask for; all other options have their defaults.
+    """Return the options that the flags select; all others have their defaults.
 
     Args:
         args: parsed arguments.
         prefix: as in :func:`add_partition_flags`.
 
     Raises:
-        ValueError: a rules file that cannot be read, or a rule that is not known.
+        ValueError: the rules file cannot be read, or a rule is unknown.
     """
 
     def value(name: str) -> Any:
@@ -75,7 +75,7 @@ def read_rules(path: str | Path) -> tuple[tuple[str, str], ...]:
     """Read ``{"pattern": "rule", ...}`` from a JSON file, keeping its order.
 
     Raises:
-        ValueError: the file does not exist, is no JSON object of strings, or is empty.
+        ValueError: the file does not exist, is not a JSON object of strings, or is empty.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -1,12 +1,12 @@
 """How float32 becomes 16 bits: model weights, exact remainders, and a low-precision ``exp_avg``.
 
-Imports torch. The functions are the specification of what every backend does, bit for bit.
+Imports torch. These functions specify, bit for bit, what every backend does.
 
-A bfloat16 weight is the nearest one, **ties away from zero**. Ties to even, torch's rule, would
-make remainders impossible: an even weight would stand for 65,537 float32 values (both ties round
-to it), one more than 16 bits can tell apart. Away from zero every weight stands for 65,536, so that
-weight and remainder are the float32 value, and all modes train with the same weights. The rules
-differ at exact ties only. Transformer Engine's remainders break ties in the same way.
+A float32 value is rounded to the nearest bfloat16 weight, **ties away from zero**. Ties to even,
+torch's rule, would make remainders impossible: an even weight would stand for 65,537 float32 values
+(both ties round to it), one more than 16 bits can tell apart. With ties away from zero every weight
+stands for 65,536, so weight and remainder make up the float32 value, and all modes train with the
+same weights. The rules differ at exact ties only. Transformer Engine's remainders use the same one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def split(value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def is_rounded(weight: Tensor, value: Tensor) -> Tensor:
-    """Return where float32 ``value`` rounds to ``weight``, whichever way ties go.
+    """Return where float32 ``value`` rounds to ``weight`` under either rule for ties.
 
     For state of any origin: torch breaks ties to even, Transformer Engine's remainders away from
     zero.
@@ -41,7 +41,7 @@ def is_rounded(weight: Tensor, value: Tensor) -> Tensor:
 
 
 def join(weight: Tensor, remainder: Tensor) -> Tensor:
-    """Return the float32 values that :func:`split` took apart."""
+    """Return the float32 values that :func:`split` was given."""
     bits = (weight.view(torch.int16).to(torch.int32) << 16) + remainder.to(torch.int32)
     return bits.view(torch.float32)
 
@@ -63,7 +63,7 @@ def noise16(number: Tensor, key: Tensor) -> Tensor:
 
     Args:
         number: int64 element numbers; only their lower 32 bits count.
-        key: int64 scalar, another one in each step.
+        key: int64 scalar, different in each step.
     """
     return mix32(number + key) & 0xFFFF
 

@@ -1,7 +1,7 @@
-"""The optimizer state of one rank: what is allocated, and how a part of it is read and written.
+"""The optimizer state of one rank: what is allocated, and how a window of it is read and written.
 
-Imports torch, ``plan`` and ``rounding``. Everything is allocated at construction, on every rank
-alike, so that memory does not grow at the first step and a checkpoint can be loaded before it.
+Imports torch, ``plan`` and ``rounding``. Everything is allocated at construction, on all ranks, so
+memory does not grow at the first step, and a checkpoint can be loaded before it.
 
 Data flow: step plan -> **BufferState** -> kernels (modified in place) -> checkpoint.
 """
@@ -18,30 +18,29 @@ from torch import Tensor
 from megatron_adam_mini.plan.buffer_plan import BufferPlan, Window
 from megatron_adam_mini.rounding import join, split, to_weight
 
-#: Elements that are rounded at a time when state is loaded.
+#: Number of elements rounded at a time when state is loaded.
 _STORE_NUMEL = 2**22
 
 
 class Buffer(Protocol):
-    """The live tensors of one of Megatron's buffers; they are asked for anew in each step.
+    """The live tensors of one of Megatron's buffers, fetched again in each step.
 
-    Megatron may move a buffer between steps (offloading), so the step does not keep what these
-    return.
+    Megatron may move a buffer between steps (offloading), so a step does not keep the tensors.
     """
 
     @property
     def grad(self) -> Tensor:
-        """Gradients, float32, bfloat16 or float16, shape ``(N,)``; this rank's slices reduced."""
+        """Gradients, float32, bfloat16 or float16, ``(N,)``; reduced in this rank's slices."""
         ...
 
     @property
     def weight(self) -> Tensor:
-        """Model weights, shape ``(N,)``; float32 weights are their own main parameters."""
+        """Model weights, ``(N,)``; float32 weights are their own main parameters."""
         ...
 
 
 def check_remainders(dtypes: Iterable[torch.dtype]) -> None:
-    """Check that remainders have bfloat16 weights to complete.
+    """Check that the weights can have remainders.
 
     Args:
         dtypes: of the weights; some may be float32, which are their own main parameters.
@@ -62,13 +61,13 @@ def check_remainders(dtypes: Iterable[torch.dtype]) -> None:
 class BufferState:
     """State of this rank's slices of one buffer, the slices one after the other.
 
-    A window (see ``plan.step_plan``) says where elements are in the buffer and where in the state.
+    A window (see ``plan.buffer_plan``) gives the position of elements in buffer and state.
 
     Attributes:
         buffer: live gradients and weights.
         plan: which slices, and where.
-        param: float32 main parameters, shape ``(L,)``. Or int16: what bfloat16 weights lack of
-            their float32 main parameters. ``None``: the float32 model weights themselves.
+        param: float32 main parameters, shape ``(L,)``. Or int16: remainders, which complete
+            bfloat16 weights (see ``rounding``). ``None``: the float32 model weights themselves.
         exp_avg: m, float32 or bfloat16, shape ``(L,)``.
     """
 
@@ -84,7 +83,7 @@ class BufferState:
         """Allocate the state of a buffer, main parameters copied from the model weights.
 
         Raises:
-            ValueError: remainders were asked for weights that are neither bfloat16 nor float32.
+            ValueError: remainders are selected, and weights are neither bfloat16 nor float32.
         """
         weight = buffer.weight.detach()
 
@@ -102,11 +101,11 @@ class BufferState:
 
     @property
     def owns_main_param(self) -> bool:
-        """Whether main parameters are memory of the optimizer."""
+        """Whether the optimizer holds the memory of the main parameters."""
         return self.param is not None
 
     def main_param(self, window: Window) -> Tensor:
-        """Return main parameters of a window, float32: state, weights, or made from remainders."""
+        """Return the main parameters of a window, float32: a view, or joined from remainders."""
         if self.param is None:
             return self.buffer.weight[window.in_buffer].detach()
         if self.param.dtype == torch.float32:
@@ -114,17 +113,17 @@ class BufferState:
         return join(self.buffer.weight[window.in_buffer], self.param[window.in_state])
 
     def as_float32(self, window: Window) -> dict[str, Tensor]:
-        """Return ``param`` and ``exp_avg`` of a window as float32: views where stored so."""
+        """Return ``param`` and ``exp_avg`` of a window as float32: views of float32 state."""
         return {
             "param": self.main_param(window),
             "exp_avg": self.exp_avg[window.in_state].float(),
         }
 
     def store(self, window: Window, values: dict[str, Tensor]) -> None:
-        """Take over what :meth:`as_float32` returned, after somebody wrote to it.
+        """Store what :meth:`as_float32` returned, after the caller has written to it.
 
-        Model weights follow the main parameters. Values that the state's type does not hold are
-        rounded to the nearest.
+        Model weights are set to the rounded main parameters. State of lower precision is rounded
+        to the nearest.
         """
         weight = self.buffer.weight
         # In parts: rounding takes several temporaries of the length of what it rounds.
@@ -141,7 +140,7 @@ class BufferState:
                 weight[in_buffer], self.param[in_state] = split(values["param"][part])
 
     def take_weights(self) -> None:
-        """Set the main parameters to the model's weights, after somebody changed those."""
+        """Set the main parameters to the model's weights, after these were changed."""
         if self.param is None:
             return
         for part in self.plan.slices:

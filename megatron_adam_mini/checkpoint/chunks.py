@@ -1,7 +1,7 @@
 """One stored chunk: a ``torch.save`` container, which is a zip, inside a larger file.
 
 Imports torch and zipfile. torch's own reader ignores the checksums of the zip; here every chunk
-that is read as a whole is checked against them. Tensors are read in windows, so that memory does
+that is read completely is checked against them. Tensors are read in windows, so memory use does
 not depend on the size of a chunk.
 """
 
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from megatron_adam_mini.checkpoint.errors import CorruptError
 
-#: Elements of a window. A few windows of float64 at a time are all that a conversion holds.
+#: Elements of a window. A conversion holds only a few windows of float64 at a time.
 WINDOW_NUMEL = 1 << 22
 
-#: What a storage's class says of its elements; untyped ones count bytes.
+#: Type of a storage's elements by its class; untyped ones hold bytes.
 _STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -45,7 +45,7 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class StoredChunk:
-    """Where the bytes of a chunk are, and what they are for.
+    """Where the bytes of a chunk are, and which part of which entry they hold.
 
     Attributes:
         key: entry of the checkpoint.
@@ -71,7 +71,7 @@ class StoredChunk:
 
 @dataclass(frozen=True)
 class _Header:
-    """What ``data.pkl`` of a chunk says about its tensor."""
+    """Description of a chunk's tensor, from its ``data.pkl``."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -80,7 +80,7 @@ class _Header:
 
 
 class _ByteRange(io.RawIOBase):
-    """A part of a file as a file of its own."""
+    """A part of a file that reads like a file."""
 
     def __init__(self, path: Path, position: int, length: int) -> None:
         self._file = path.open("rb", buffering=0)
@@ -116,8 +116,8 @@ class ChunkReader:
     """Reads one chunk; use it as a context manager.
 
     Raises:
-        CorruptError: file missing or too short, bytes that do not match their checksum, or another
-            tensor than the metadata promised; the message names key and file.
+        CorruptError: the file is missing or too short, a checksum does not match, or the tensor is
+            not the one in the metadata; the message names key and file.
     """
 
     def __init__(self, chunk: StoredChunk) -> None:
@@ -146,7 +146,7 @@ class ChunkReader:
         self._bytes.close()
 
     def object_bytes(self) -> bytes:
-        """Return the whole chunk, all checksums checked."""
+        """Return the whole chunk after checking all checksums."""
         self.check_members()
         self._bytes.seek(0)
         return self._bytes.read()
@@ -171,7 +171,7 @@ class ChunkReader:
         """Yield the tensor in boxes of at most ``WINDOW_NUMEL`` elements (or one row).
 
         Yields:
-            Index of the box in the whole tensor of the key, and its values. The checksum is known
+            Index of the box in the whole tensor of the key, and its values. The checksum is checked
             after the last one only: a caller that writes what it reads must be able to undo that.
         """
         header = self._header()
@@ -195,7 +195,7 @@ class ChunkReader:
             raise self._damaged(error) from error
 
     def box(self, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """Return the part of the tensor at ``offset`` within the chunk; no checksum is checked."""
+        """Return the box of the tensor at ``offset`` in the chunk; no checksum is checked."""
         header = self._header()
         part = tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))
         if not header.contiguous or self._zip.getinfo(header.member).compress_type:
@@ -241,7 +241,7 @@ class ChunkReader:
 
 
 class _HeaderUnpickler(pickle.Unpickler):
-    """Reads shape and dtype of a stored tensor; makes no tensor, and knows no other name."""
+    """Reads shape and dtype of a stored tensor; makes no tensor, and refuses all other names."""
 
     def __init__(self, file: io.BytesIO, member: str) -> None:
         super().__init__(file)
@@ -284,8 +284,8 @@ def boxes_of(shape: tuple[int, ...], limit: int | None = None) -> Iterator[Box]:
     """Cut a tensor into boxes of at most ``limit`` elements, in the order of memory.
 
     Yields:
-        Offset and shape; a box is larger than the limit only if one element of dimension 0 is all
-        that is left to cut.
+        Offset and shape; a box exceeds the limit only if it cannot be cut further along
+        dimension 0.
     """
     limit = WINDOW_NUMEL if limit is None else limit
     if not shape or math.prod(shape) <= limit:

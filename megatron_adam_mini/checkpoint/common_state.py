@@ -1,8 +1,8 @@
 """State that is not a tensor: read without running foreign code, and written back as it was.
 
-Imports torch. ``args`` of a Megatron run mention enumerations and classes of Megatron. They are
-read as inert stand-ins, which keep what was stored and are written as what they stood for; so
-neither Megatron nor its release matters here.
+Imports torch. ``args`` of a Megatron run contain enumerations and classes of Megatron. They are
+read as inert stand-ins, which keep the stored data and are written back as the originals; so
+neither Megatron nor a certain release is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from megatron_adam_mini.checkpoint.errors import UnreadableError
 
-#: Stand-ins are made for names that start with one of these; others are refused.
+#: Stand-ins replace names that start with one of these; others are refused.
 _KNOWN_PREFIXES = (
     "megatron.",
     "transformer_engine.",
@@ -44,7 +44,7 @@ class _StandIn:
         return self
 
     def __init__(self, *_: Any) -> None:
-        self.called = True  # otherwise the pickle made it without calling its constructor
+        self.called = True  # else unpickling did not call the constructor
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -58,12 +58,12 @@ class _StandIn:
         return f"{type(self).__name__}{self.arguments}"
 
 
-#: The pickler in Python: only it can be told how to write a name that is not imported.
+#: The pickler in Python: only this one can be made to write a name that is not imported.
 _PurePickler: Any = vars(pickle)["_Pickler"]
 
 
 class _Pickler(_PurePickler):  # type: ignore[misc]
-    """Writes a stand-in's class as the name that it stands for."""
+    """Writes a stand-in's class under the name of the original."""
 
     def save_global(self, obj: Any, name: str | None = None) -> None:
         if isinstance(obj, type) and issubclass(obj, _StandIn):
@@ -94,15 +94,15 @@ def load_common(data: bytes, where: str) -> dict[str, Any]:
         where: for messages.
 
     Raises:
-        UnreadableError: it cannot be read, or names a class that no Megatron checkpoint needs.
+        UnreadableError: it cannot be read, or contains a class that no Megatron checkpoint needs.
     """
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
         strange = [name for name in sorted(names) if not _known(name)]
         if strange:
             raise pickle.UnpicklingError(f"it names {strange[0]}, which is not allowed")
-        # Only names that nobody has allowed yet are in the list; leaving the context would take
-        # others away from Megatron, if it runs in this process.
+        # Only names that are not allowed yet: leaving the context also removes those that
+        # Megatron, if it runs in this process, has allowed.
         known: list[Any] = [
             (argparse.Namespace if name == "argparse.Namespace" else _stand_in(name), name)
             for name in names
@@ -119,11 +119,11 @@ def load_common(data: bytes, where: str) -> dict[str, Any]:
 
 
 def save_common(state: dict[str, Any], *, as_object: bool) -> bytes:
-    """Return the bytes that :func:`load_common` reads, and Megatron too.
+    """Return bytes that both :func:`load_common` and Megatron can read.
 
     Args:
         state: common state.
-        as_object: as the entry ``common_state``, else as the file ``common.pt``.
+        as_object: for the entry ``common_state``; else for the file ``common.pt``.
     """
     module = types.ModuleType("pickle")
     vars(module).update(vars(pickle))

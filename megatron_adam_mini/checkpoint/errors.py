@@ -1,11 +1,11 @@
-"""What can be wrong, in the two ways that a caller must tell apart."""
+"""The two kinds of errors that callers must distinguish."""
 
 from __future__ import annotations
 
 
 class UnreadableError(ValueError):
-    """Something was asked that cannot be done with this input; exit code 2."""
+    """The request cannot be fulfilled with this input; exit code 2."""
 
 
 class CorruptError(ValueError):
-    """The checkpoint is readable, and what it holds is wrong; exit code 1."""
+    """The checkpoint is readable, but its content is wrong; exit code 1."""

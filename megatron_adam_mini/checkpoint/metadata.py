@@ -1,7 +1,7 @@
 """``.metadata`` of a torch_dist checkpoint: read without trusting it, and written.
 
-Imports torch's metadata classes only. The file is a pickle, and a pickle can call anything; so it
-is read by an unpickler that knows these classes and refuses every other name.
+Imports torch's metadata classes only. The file is a pickle, and a pickle can run any code; so it
+is read by an unpickler that allows these classes and refuses every other name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_adam_mini.checkpoint.errors import UnreadableError
 
 FILE_NAME = ".metadata"
 
-#: Module -> names that a metadata file may mention. Megatron adds the ranks' plans.
+#: Module -> names that a metadata file may contain. Megatron adds the ranks' plans.
 _ALLOWED: dict[str, tuple[str, ...]] = {
     metadata.__name__: (
         "BytesStorageMetadata",
@@ -61,7 +61,7 @@ def read_metadata(folder: Path) -> Metadata:
     """Return the metadata of a checkpoint folder.
 
     Raises:
-        UnreadableError: there is none, or it is no metadata, or it names anything else than
+        UnreadableError: the file is missing, holds no metadata, or contains other names than
             torch's metadata classes; says which.
     """
     path = folder / FILE_NAME
@@ -80,5 +80,5 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def write_metadata(folder: Path, content: Metadata) -> None:
-    """Write the metadata of a checkpoint folder; the last thing to do, as it completes it."""
+    """Write the metadata of a checkpoint folder; this completes it, so call it last."""
     (folder / FILE_NAME).write_bytes(pickle.dumps(content))

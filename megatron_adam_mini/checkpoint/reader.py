@@ -51,7 +51,7 @@ class Checkpoint:
     """An iteration folder, opened for reading.
 
     Args:
-        folder: as ``iter_0000010``; see :func:`iteration_folder`.
+        folder: such as ``iter_0000010``; see :func:`iteration_folder`.
 
     Attributes:
         tensors: by key.
@@ -59,7 +59,7 @@ class Checkpoint:
         common: state that is not a tensor.
 
     Raises:
-        UnreadableError: no complete torch_dist checkpoint, or one that cannot be read.
+        UnreadableError: not a complete torch_dist checkpoint, or it cannot be read.
         CorruptError: the common state is damaged.
     """
 
@@ -82,12 +82,12 @@ class Checkpoint:
 
     @property
     def has_common_file(self) -> bool:
-        """Whether the common state is a file, as older releases of Megatron have it."""
+        """Whether the common state is a file, as older releases of Megatron write it."""
         return COMMON_KEY not in self.objects
 
     @property
     def content(self) -> dict[str, Any]:
-        """Megatron's description of what was saved."""
+        """Megatron's content metadata."""
         return dict(self.common.get("content_metadata") or {})
 
     @property
@@ -107,10 +107,10 @@ class Checkpoint:
                 yield from reader.windows()
 
     def box(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """Return a box of a tensor, put together from the chunks that meet it.
+        """Return a box of a tensor, assembled from the chunks that overlap it.
 
         Raises:
-            CorruptError: a part of it is not stored, or damaged.
+            CorruptError: a part of it is missing or damaged.
         """
         tensor = self.tensors[key]
         found = torch.empty(shape, dtype=tensor.dtype)
@@ -137,7 +137,7 @@ class Checkpoint:
         return found
 
     def read(self, key: str) -> Tensor:
-        """Return a tensor at once, its checksums checked; for what fits into memory."""
+        """Return a whole tensor after checking its checksums; it must fit into memory."""
         tensor = self.tensors[key]
         problem = tiling_problem(tensor)
         if problem:
@@ -191,7 +191,7 @@ def iteration_folder(path: Path) -> tuple[Path, str | None]:
     """Return the iteration folder for a path, and the tracker's text if it is a save folder.
 
     Raises:
-        UnreadableError: neither; or the tracker names a folder that is not there.
+        UnreadableError: it is neither, or the tracker names a folder that does not exist.
     """
     if not path.is_dir():
         raise UnreadableError(f"{path} is no folder.")
@@ -208,9 +208,9 @@ def iteration_folder(path: Path) -> tuple[Path, str | None]:
 
 
 def tiling_problem(tensor: StoredTensor) -> str | None:
-    """Say what is wrong unless the chunks cover every element exactly once; ``None`` if nothing.
+    """Return ``None`` if the chunks cover every element exactly once, else the problem.
 
-    Boxes that neither leave the tensor nor meet each other cover it if their sizes add up to it.
+    Boxes inside the tensor that do not overlap cover it if their sizes add up to its size.
     """
     boxes = tensor.chunks
     for chunk in boxes:
@@ -229,7 +229,7 @@ def tiling_problem(tensor: StoredTensor) -> str | None:
 
 
 def _overlap(boxes: tuple[StoredChunk, ...]) -> tuple[StoredChunk, StoredChunk] | None:
-    """Return two boxes that meet, comparing each with those that start before its end."""
+    """Return two boxes that overlap, comparing each with those that start before its end."""
     if len(boxes) < 2:
         return None
     low = np.array([b.offset for b in boxes], dtype=np.int64).reshape(len(boxes), -1)

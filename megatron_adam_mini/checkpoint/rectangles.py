@@ -1,4 +1,4 @@
-"""A flat slice of a row-major tensor as a few boxes, so that it can be stored in place.
+"""A flat run of a row-major tensor as a few boxes, so that it can be stored without a copy.
 
 Standard library only. Data flow: layout (which elements a rank owns) -> **rectangles**
 -> mcore/model_space (checkpoint entries).
@@ -23,9 +23,9 @@ class Rectangle(NamedTuple):
 def rectangles(shape: tuple[int, ...], begin: int, end: int) -> list[Rectangle]:
     """Cut the elements ``[begin, end)`` of a flattened tensor into boxes, in flat order.
 
-    For a matrix they are the end of a row, whole rows, the start of a row. In general at most
-    ``2 * ndim - 1``; none is empty (a checkpoint identifies a box by its offset alone, so an empty
-    one would take the place of its neighbour).
+    For a matrix they are the end of a row, whole rows, the start of a row. In general there are at
+    most ``2 * ndim - 1``; none is empty (a checkpoint identifies a box by its offset alone, so an
+    empty one would collide with its neighbour).
 
     Raises:
         ValueError: the run is not within the tensor.

@@ -1,7 +1,7 @@
-"""A torch_dist checkpoint, written piece by piece, that exists under its name only when complete.
+"""A torch_dist checkpoint, written box by box, that gets its name only when it is complete.
 
 Imports torch. One process writes ``__0_0.distcp``, ``__0_1.distcp``, ...; ``.metadata`` comes last,
-then the folder gets its name. A folder that has another name than was asked for is not a result.
+then the folder gets its name. A folder under another name is incomplete.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from megatron_adam_mini.checkpoint.reader import (
     iteration_folder,
 )
 
-#: A new file is begun after this many bytes.
+#: A new file is started after this many bytes.
 _FILE_BYTES = 8 << 30
 _BLOCK = 1 << 22
 
@@ -60,7 +60,7 @@ class CheckpointWriter:
         self._number = -1
 
     def copy(self, keys: Sequence[str]) -> None:
-        """Copy entries unchanged, byte for byte, other than the common state."""
+        """Copy entries unchanged, byte for byte, except the common state."""
         for key in keys:
             if key in self._source.tensors:
                 tensor = self._source.tensors[key]
@@ -90,7 +90,7 @@ class CheckpointWriter:
         self._place(key, tuple(offset), tuple(values.shape), buffer.getbuffer())
 
     def finish(self, common: dict[str, Any]) -> None:
-        """Write common state, other files and, last, the metadata."""
+        """Write the common state, other files and finally the metadata."""
         if self._source.has_common_file:
             (self._folder / COMMON_FILE).write_bytes(save_common(common, as_object=False))
         else:
@@ -165,7 +165,7 @@ class AtomicResult:
     """A folder or file that gets its name only when it is complete; use it as a context manager.
 
     Args:
-        source: what it is made from, to tell a save folder from an iteration folder.
+        source: what it is made from, which shows whether it is a save or an iteration folder.
         destination: final path; it must not exist.
 
     Attributes:
@@ -210,7 +210,7 @@ def partial_path(destination: Path) -> Path:
 
 
 def refuse_existing(destination: Path) -> None:
-    """Refuse a destination that exists, or whose folder does not.
+    """Refuse a destination that exists, or whose parent does not.
 
     Raises:
         UnreadableError: says which.
@@ -222,7 +222,7 @@ def refuse_existing(destination: Path) -> None:
 
 
 def _copy_other_files(source: Path, destination: Path) -> None:
-    """Copy what is neither tensors nor metadata; hashes of the old files would be wrong."""
+    """Copy files other than tensors and metadata, but no hashes: they would be wrong."""
     own = {FILE_NAME, COMMON_FILE, "integrity.json"}
     for path in sorted(source.iterdir()):
         if path.name in own or path.suffix == ".distcp":

@@ -4,5 +4,5 @@ May import torch, tqdm, ``checkpoint``, ``plan``, ``config``, ``adam_rules`` and
 
 Data flow: ``parameters`` (of keys) -> ``blocks`` (of parameters) -> ``adam_state``, ``mini_state``,
 ``public_state`` -> ``inspection``, ``verification``, ``from_adam``, ``to_adam`` -> ``from_public``,
-``to_public`` -> ``conversions`` (from path to path).
+``to_public`` -> ``conversions`` (of paths).
 """

@@ -1,8 +1,8 @@
-"""State of Megatron's own Adam in a checkpoint: what there is, and whether it can be trusted.
+"""State of Megatron's own Adam in a checkpoint: where it is, and whether it is sound.
 
 Imports torch. Two formats hold it in the model's coordinates: the distributed optimizer's
 ``fully_reshardable`` (``optimizer.state.{param,exp_avg,exp_avg_sq}.{model key}``) and the plain
-optimizer's (``fp32_param`` instead of ``param``, nothing for weights that are float32 anyway).
+optimizer's (``fp32_param`` instead of ``param``, none for float32 weights).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class AdamState:
         model_keys: parameters, by Megatron's keys.
         main_keys: model key -> key of its main parameters.
         step: steps taken.
-        param_groups: their options, without parameters.
+        param_groups: options of the parameter groups, without parameters.
     """
 
     model_keys: tuple[str, ...]
@@ -60,7 +60,7 @@ def find_adam_state(checkpoint: Checkpoint) -> AdamState:
     """Return the state of Adam in a checkpoint.
 
     Raises:
-        UnreadableError: none, or in a format that cannot be converted; with the remedy.
+        UnreadableError: there is none, or its format cannot be converted; names the remedy.
         CorruptError: parts of it are missing.
     """
     _refuse_other_formats(checkpoint)
@@ -109,12 +109,12 @@ def find_adam_state(checkpoint: Checkpoint) -> AdamState:
 def count_unsound(
     checkpoint: Checkpoint, model_key: str, offset: tuple[int, ...], main: Tensor
 ) -> int:
-    """Return in how many elements main parameters, rounded, differ from the stored weights.
+    """Return the number of elements whose rounded main parameters differ from the stored weights.
 
     Args:
-        checkpoint: that holds the weights.
-        model_key: which of them.
-        offset: where the box lies.
+        checkpoint: checkpoint with the weights.
+        model_key: key of the weight.
+        offset: position of the box.
         main: float32 box of main parameters.
     """
     weight = checkpoint.box(model_key, offset, tuple(main.shape))

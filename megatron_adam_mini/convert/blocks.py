@@ -1,7 +1,7 @@
 """Parameters of a checkpoint -> blocks, by their names, roles and heads.
 
-Imports ``parameters`` and ``plan``. What Megatron knows from the running model is taken from the
-``args`` that its checkpoints carry.
+Imports ``parameters`` and ``plan``. Facts that a run takes from its model come from the ``args`` in
+Megatron's checkpoints.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def args_of(checkpoint: Checkpoint) -> Any:
     """Return the ``args`` of the run that saved.
 
     Raises:
-        UnreadableError: the checkpoint has none.
+        UnreadableError: the checkpoint has no ``args``.
     """
     args = checkpoint.common.get("args")
     if args is None:
@@ -37,7 +37,7 @@ def args_of(checkpoint: Checkpoint) -> Any:
 
 
 def heads_of(args: Any) -> HeadGeometry:
-    """Return the head geometry as Megatron's ``core_transformer_config_from_args`` takes it.
+    """Return the head geometry as Megatron's ``core_transformer_config_from_args`` reads it.
 
     Raises:
         UnreadableError: an argument is missing.
@@ -52,7 +52,7 @@ def heads_of(args: Any) -> HeadGeometry:
 
 
 def info_of(parameter: StoredParameter, name: str, args: Any) -> ParameterInfo:
-    """Return what the partition must know of a parameter; ``args`` say how heads lie in it."""
+    """Return what the partition must know of a parameter; ``args`` give its head geometry."""
     return ParameterInfo.of(
         name,
         parameter.shape,
@@ -64,11 +64,11 @@ def info_of(parameter: StoredParameter, name: str, args: Any) -> ParameterInfo:
 def blocks_of(
     parameters: list[StoredParameter], args: Any, config: AdamMiniConfig
 ) -> dict[str, ParameterBlocks]:
-    """Cut parameters into blocks, by folded key.
+    """Partition parameters into blocks, by folded key.
 
     Raises:
-        UnreadableError: experts, or a pattern of the config that matches no parameter.
-        ValueError: a rule that does not apply; see ``partition.partition_parameter``.
+        UnreadableError: there are experts, or a pattern of the config matches no parameter.
+        ValueError: a rule does not apply; see ``partition.partition_parameter``.
     """
     local = getattr(args, "transformer_impl", None) == "local"
     found = {}

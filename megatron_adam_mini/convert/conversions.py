@@ -1,6 +1,6 @@
-"""The four conversions, from path to path: complete or not at all.
+"""The four conversions, from path to path; a result is complete or does not exist.
 
-Imports the modules of this folder; ``cli`` and scripts call it.
+Imports the modules of this folder; called by ``cli`` and scripts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def adam_to_adam_mini(source: Path, destination: Path, config: AdamMiniConfig) -
         config: partition into blocks.
 
     Raises:
-        UnreadableError: a path or state that cannot be used.
+        UnreadableError: a path or the state cannot be used.
         CorruptError: damaged, incomplete or unsound state.
     """
     with AtomicResult(source, destination) as result:
@@ -57,7 +57,7 @@ def public_to_adam_mini(source: Path, destination: Path, template: Path) -> None
         template: checkpoint of Adam-mini for the same model.
 
     Raises:
-        UnreadableError: another model or structure, or a partition that the file cannot fill.
+        UnreadableError: another model or structure, or a partition finer than the file's v.
         CorruptError: damaged or incomplete state.
     """
     with AtomicResult(template, destination) as result:
@@ -76,7 +76,7 @@ def adam_mini_to_public(source: Path, destination: Path) -> None:
         destination: file; must not exist.
 
     Raises:
-        UnreadableError: a model that is no Llama, or a partition that the package does not have.
+        UnreadableError: the model is not a Llama, or the package does not have the partition.
         CorruptError: damaged or incomplete state.
     """
     destination = Path(os.path.abspath(destination))

@@ -39,7 +39,7 @@ def convert_from_adam(source: Checkpoint, writer: CheckpointWriter, config: Adam
     """Write ``source`` with the state of Adam-mini instead of Adam's.
 
     Raises:
-        UnreadableError: no state of Adam, or one that cannot be converted.
+        UnreadableError: there is no state of Adam, or it cannot be converted.
         CorruptError: damaged, incomplete or unsound state.
     """
     state = find_adam_state(source)
@@ -88,7 +88,7 @@ def _convert_v(
     blocks: dict[str, ParameterBlocks],
     progress: tqdm,
 ) -> dict[int, Tensor]:
-    """Write v that stays per element; return sums over rows, by layer, of the rest."""
+    """Write v of elementwise parameters; return sums over rows, by layer, for the others."""
     sums: dict[int, Tensor] = {
         index: torch.zeros(layer.shape[0], dtype=torch.float64)
         for index, layer in enumerate(layers)
@@ -107,14 +107,14 @@ def _convert_v(
 
 
 def means_of_blocks(blocks: ParameterBlocks, sums: Tensor) -> Tensor:
-    """Return the mean over the block of every row.
+    """Return, for every row, the mean over its block.
 
     Args:
-        blocks: of the parameter.
+        blocks: partition of the parameter.
         sums: float64 sum over each row, shape ``(rows,)``.
 
     Returns:
-        float32, shape ``(rows,)``; rows of one block have one value.
+        float32, shape ``(rows,)``; rows of one block have equal values.
     """
     assert blocks.pattern is not None
     labels = blocks.pattern.block_of_rows()
@@ -138,7 +138,7 @@ def by_layer(
 def _identity(
     blocks: dict[str, ParameterBlocks], config: AdamMiniConfig, args: Any
 ) -> dict[str, Any]:
-    """Return what the new checkpoint says of its state; ``args`` are of the run that saved."""
+    """Return the identity of the new checkpoint's state; ``args`` are those of the saving run."""
     sizes = {
         "tensor": "tensor_model_parallel_size",
         "pipeline": "pipeline_model_parallel_size",

@@ -1,8 +1,8 @@
 """State of the public package -> a Megatron checkpoint of Adam-mini.
 
-The file holds weights and optimizer state only. All the rest (arguments, parameter groups, padding
-of the vocabulary, data types, partition) comes from a template: an Adam-mini checkpoint of the same
-model in Megatron, for example that of its first step.
+The file holds weights and optimizer state only. Everything else (arguments, parameter groups,
+padding of the vocabulary, data types, partition) comes from a template: an Adam-mini checkpoint of
+the same model in Megatron, for example of its first step.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def convert_from_public(file: PublicFile, template: Checkpoint, writer: Checkpoi
     """Write ``template`` with the weights and state of ``file``.
 
     Raises:
-        UnreadableError: another model, or a partition that the file's v cannot fill.
-        CorruptError: values that are not finite.
+        UnreadableError: another model, or a partition finer than the file's v.
+        CorruptError: a value is not finite.
     """
     llama = read_llama(template)
     state, heads, blocks = llama.state, llama.heads, llama.blocks

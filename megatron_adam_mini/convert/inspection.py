@@ -1,4 +1,4 @@
-"""What is in a checkpoint, from its metadata and common state alone; no tensor is read."""
+"""Report of a checkpoint's content, from metadata and common state alone; no tensor is read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_adam_mini.plan.manifest import STATE_PREFIX, format_of
 
 
 def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return a report of plain values: step, format, rules, blocks, bytes by kind, the rest."""
+    """Return a report of plain values: step, format, rules, blocks, bytes by kind and more."""
     common, optimizer = checkpoint.common, checkpoint.optimizer
     identity = optimizer.get("adam_mini")
     chunks = [chunk for tensor in checkpoint.tensors.values() for chunk in tensor.chunks]
@@ -56,7 +56,7 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """Return the report for people."""
+    """Return the report as text."""
     lines = [
         report["checkpoint"],
         f"  iteration     {_or_dash(report['iteration'])}",

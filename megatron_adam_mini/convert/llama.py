@@ -74,7 +74,7 @@ class HuggingFaceParameter:
 
 @dataclass(frozen=True)
 class Llama:
-    """State of Adam-mini for a Llama in Megatron: with what is needed to rename and reorder it."""
+    """State of Adam-mini for a Llama in Megatron, and what is needed to rename and reorder it."""
 
     state: MiniState
     args: Any
@@ -86,7 +86,7 @@ def read_llama(checkpoint: Checkpoint) -> Llama:
     """Find the state of Adam-mini in a checkpoint of a Llama.
 
     Raises:
-        UnreadableError: none, or heads whose rows lie in another order than Hugging Face's
+        UnreadableError: there is none, or rows of heads are in another order than Hugging Face's
             (``--rotary-interleaved``).
         CorruptError: damaged or incomplete state.
     """
@@ -101,11 +101,11 @@ def read_llama(checkpoint: Checkpoint) -> Llama:
 
 
 def parts_of(key: str, num_rows: int, heads: HeadGeometry) -> tuple[HuggingFaceParameter, ...]:
-    """Return what a parameter of Megatron is made of.
+    """Return the Hugging Face parameters within a parameter of Megatron.
 
     Args:
         key: folded key.
-        num_rows: its rows.
+        num_rows: number of its rows.
         heads: geometry of attention.
 
     Raises:

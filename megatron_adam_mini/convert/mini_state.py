@@ -1,4 +1,4 @@
-"""State of Adam-mini in a checkpoint: what there is, by parameter."""
+"""State of Adam-mini in a checkpoint, by parameter."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class MiniState:
     """Where a checkpoint has the state of Adam-mini.
 
     Attributes:
-        identity: what it says of itself.
-        rules: what it says of its parameters, by folded key.
+        identity: identity of the state.
+        rules: manifest entries of its parameters, by folded key.
         parameters: in stored order.
         elementwise: folded keys of parameters with one second moment per element.
         step: steps taken.
-        param_groups: their options, without parameters.
+        param_groups: options of the parameter groups, without parameters.
     """
 
     identity: dict[str, Any]
@@ -52,8 +52,8 @@ def find_mini_state(checkpoint: Checkpoint) -> MiniState:
     """Return the state of Adam-mini in a checkpoint.
 
     Raises:
-        UnreadableError: none, of a newer format, or flat buckets.
-        CorruptError: parts of it are missing, or are of no parameter of the model.
+        UnreadableError: there is none, its format is newer, or it consists of flat buckets.
+        CorruptError: parts of it are missing, or belong to no parameter of the model.
     """
     identity = checkpoint.optimizer.get("adam_mini")
     if not isinstance(identity, dict):
@@ -95,11 +95,11 @@ def find_mini_state(checkpoint: Checkpoint) -> MiniState:
 
 
 def stored_blocks(state: MiniState, parameter: StoredParameter, args: Any) -> ParameterBlocks:
-    """Cut a parameter into the blocks that its v in the checkpoint has.
+    """Partition a parameter into the blocks of its v in the checkpoint.
 
     Raises:
         CorruptError: the checkpoint's manifest lacks it.
-        ValueError: a rule that does not apply.
+        ValueError: its rule does not apply.
     """
     if parameter.key not in state.rules:
         raise CorruptError(f"{parameter.key!r} has state, but is not in the manifest.")

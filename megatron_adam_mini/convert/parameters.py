@@ -1,7 +1,7 @@
 """Keys of a checkpoint -> parameters: which layer of which tensor, and its name in a model.
 
 Imports the reader. A *model key* is Megatron's: equal layers are stacked under one key along a
-leading axis. A *folded key* has the layer's number in it instead, as all of Adam-mini's keys do.
+leading axis. A *folded key* contains the layer's number instead, as all of Adam-mini's keys do.
 Data flow: reader -> **parameters** -> ``blocks`` (blocks), ``adam_state``, ``mini_state``.
 """
 
@@ -16,7 +16,7 @@ from megatron_adam_mini.checkpoint.reader import Checkpoint
 
 _STACKED = re.compile(r"\.layers\.(?!\d)")
 _NUMBERED = re.compile(r"^(.*?\.layers)\.(\d+)\.(.*)$")
-#: Megatron's local layers store their norms under the names that Transformer Engine gives them.
+#: Megatron's local layers store their norms under Transformer Engine's names.
 _LOCAL_NAMES = (
     (".self_attention.linear_qkv.layer_norm_", ".input_layernorm."),
     (".mlp.linear_fc1.layer_norm_", ".pre_mlp_layernorm."),
@@ -25,12 +25,12 @@ _LOCAL_NAMES = (
 
 @dataclass(frozen=True)
 class StoredParameter:
-    """One parameter of one layer, and where a checkpoint has it.
+    """One parameter of one layer, and its place in a checkpoint.
 
     Attributes:
         key: folded key.
         model_key: Megatron's key.
-        layer: place along the leading axis of the model key; ``()`` if it has none.
+        layer: index along the leading axis of the model key; ``()`` if it has none.
         shape: shape of the whole parameter.
         model_shape: shape of the model key's tensor.
     """
@@ -75,7 +75,7 @@ def _stacked(match: re.Match[str]) -> tuple[str, tuple[int, ...]]:
 
 
 def keys_by_kind(checkpoint: Checkpoint, prefix: str) -> dict[str, list[str]]:
-    """Return the keys below ``prefix{kind}.``, by kind, without that prefix, in stored order."""
+    """Return the keys that start with ``prefix{kind}.``, by kind and without it, as ordered."""
     found: dict[str, list[str]] = {}
     for key in checkpoint.tensors:
         if key.startswith(prefix):
@@ -85,11 +85,11 @@ def keys_by_kind(checkpoint: Checkpoint, prefix: str) -> dict[str, list[str]]:
 
 
 def name_of(key: str, *, local: bool) -> str:
-    """Return the parameter's name in the running model, by which rules select it.
+    """Return the parameter's name in the running model, which rules match.
 
     Args:
         key: folded key.
-        local: whether the model is made of Megatron's own layers (``--transformer-impl local``).
+        local: whether the model consists of Megatron's own layers (``--transformer-impl local``).
     """
     if local:
         for stored, name in _LOCAL_NAMES:

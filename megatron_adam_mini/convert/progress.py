@@ -1,4 +1,4 @@
-"""How far a tool is: a bar on a terminal, nothing elsewhere."""
+"""Progress of a tool: a bar on a terminal, nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def bytes_bar(total: int, label: str) -> tqdm:
     """Return a progress bar that counts bytes; use it as a context manager.
 
     Args:
-        total: bytes at the end.
-        label: what is done with them.
+        total: total number of bytes.
+        label: text before the bar.
     """
     return tqdm(total=total, desc=label, unit="B", unit_scale=True, unit_divisor=1024, disable=None)

@@ -42,7 +42,7 @@ class PublicParameter:
 class PublicFile:
     """A file ``torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()})``.
 
-    Other entries are ignored. Parameters are mapped, not read, until they are asked for.
+    Other entries are ignored. Parameters are memory-mapped and read when they are used.
 
     Args:
         content: what ``torch.load(..., weights_only=True)`` returned.
@@ -73,7 +73,7 @@ class PublicFile:
         return list(self._groups)
 
     def options(self) -> dict[str, Any]:
-        """Return lr, betas, eps and the largest weight decay; they are the same for all."""
+        """Return lr, betas and eps, which are the same for all, and the largest weight decay."""
         group = next(iter(self._groups.values()))
         decay = max(float(g["weight_decay"]) for g in self._groups.values())
         return {
@@ -88,11 +88,11 @@ class PublicFile:
 
         Args:
             name: Hugging Face's.
-            head_dim: rows of a head, which the blocks of Query and Key must have.
+            head_dim: rows of a head, which the blocks of Query and Key must match.
 
         Raises:
-            UnreadableError: it is missing, never took a step, or has blocks that are no heads.
-            CorruptError: values that are not finite, or a negative v.
+            UnreadableError: it is missing, never took a step, or has blocks that are not heads.
+            CorruptError: a value is not finite, or v is negative.
         """
         state = self._state.get(self._numbers.get(name.lower()))
         weight = self._weights.get(name)
@@ -127,7 +127,7 @@ def entry_of(name: str, exp_avg: Tensor, vmean: Tensor, step: int) -> dict[str, 
     """Return one entry of ``optimizer.state_dict()["state"]`` as the package writes it.
 
     Args:
-        name: Hugging Face's; decides the kind of entry.
+        name: Hugging Face's; determines the kind of entry.
         exp_avg: m, whole shape.
         vmean: one number per block, shape ``(blocks,)``.
         step: steps taken.

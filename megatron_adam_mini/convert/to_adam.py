@@ -1,7 +1,7 @@
 """Adam-mini -> Megatron's Adam, in the distributed optimizer's ``fully_reshardable`` format.
 
-Main parameters and m are copied bit for bit. Every element gets the v of its block, so the first
-step of Adam scales as the next step of Adam-mini would have done.
+Main parameters and m are copied bit for bit. Every element gets the v of its block: the history
+from which the next step of Adam-mini would have started.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def convert_to_adam(source: Checkpoint, writer: CheckpointWriter) -> None:
     """Write ``source`` with the state of Adam instead of Adam-mini's.
 
     Raises:
-        UnreadableError: no state of Adam-mini, or flat buckets.
+        UnreadableError: there is no state of Adam-mini, or it consists of flat buckets.
         CorruptError: damaged or incomplete state.
     """
     state = find_mini_state(source)
@@ -72,7 +72,7 @@ def _convert_parameter(
         return
     rows = source.read(state_key("v_row", parameter.key))
     narrow = (1,) * (len(parameter.shape) - 1)
-    # The boxes of m, so that the three tensors of a parameter have one grid.
+    # The boxes of m, so that the three tensors of a parameter have the same boxes.
     for chunk_offset, window in source.windows(source.tensors[state_key("exp_avg", parameter.key)]):
         first, count = chunk_offset[0], len(window)
         values = rows[first : first + count].reshape(count, *narrow).expand(window.shape)

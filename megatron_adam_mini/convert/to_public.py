@@ -1,7 +1,7 @@
 """A Megatron checkpoint of Adam-mini -> weights and state for the public package.
 
-The result is what a user of ``adam_mini.Adam_mini`` 1.1.1 with Hugging Face's Llama would have
-saved: ``{"model": ..., "optimizer": ..., "names": ...}``. Weights are the float32 main parameters.
+The result is the file that a user of ``adam_mini.Adam_mini`` 1.1.1 with Hugging Face's Llama would
+save: ``{"model": ..., "optimizer": ..., "names": ...}``. Weights are the float32 main parameters.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def public_content(source: Checkpoint) -> dict[str, Any]:
-    """Return what to save for the public package; holds weights and m of the whole model.
+    """Return the content of the file, with weights and m of the whole model in memory.
 
     Raises:
-        UnreadableError: a model that is no Llama, or blocks that the package does not have.
+        UnreadableError: the model is not a Llama, or the package does not have such blocks.
         CorruptError: damaged or incomplete state.
     """
     llama = read_llama(source)
@@ -66,7 +66,7 @@ def public_content(source: Checkpoint) -> dict[str, Any]:
 def _v_of_rows(
     source: Checkpoint, state: MiniState, parameter: StoredParameter, blocks: ParameterBlocks
 ) -> tuple[IntArray, IntArray]:
-    """Return v of each row (the mean where every element has its own) and the row's block."""
+    """Return v of each row (its mean, if every element has its own) and the row's block."""
     if parameter.key in state.elementwise:
         values = source.read(state_key("v_element", parameter.key)).double()
         rows = values.reshape(len(values), -1).mean(dim=1)

@@ -1,6 +1,6 @@
-"""Whether a checkpoint is what it says: every byte, every element, every block.
+"""Check that a checkpoint is consistent: every byte, every element, every block.
 
-Imports torch. Goes on after a problem, so that one run names all of them.
+Imports torch. Continues after a problem, so that one run reports all of them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megatron_adam_mini.plan.parameter_info import ParameterInfo
 from megatron_adam_mini.plan.partition import rule_for
 from megatron_adam_mini.plan.roles import role_of
 
-#: How keys of v and of main parameters start, whichever optimizer wrote them.
+#: Prefixes of the keys of v and of main parameters, for either optimizer.
 _V = (state_key("v_row", ""), state_key("v_element", ""), adam_key("exp_avg_sq", ""))
 _MAIN = (
     state_key("param", ""),
@@ -46,9 +46,9 @@ class Findings:
     """What was checked and found.
 
     Attributes:
-        problems: each makes the checkpoint unfit.
-        notes: what could not be checked, or is odd without being wrong.
-        checked: counts of what was looked at.
+        problems: each makes the checkpoint unusable.
+        notes: what could not be checked, or is unusual without being wrong.
+        checked: numbers of checked items.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -158,7 +158,7 @@ def _weight_of(checkpoint: Checkpoint, key: str) -> tuple[str | None, tuple[int,
 
 
 def _check_adam_mini(checkpoint: Checkpoint, broken: set[str], findings: Findings) -> None:
-    """Check what the identity says of Adam-mini's state against what is stored."""
+    """Check the stored state of Adam-mini against its identity."""
     identity = checkpoint.optimizer["adam_mini"]
     if checkpoint.content.get("adam_mini") != identity:
         findings.problems.append(
@@ -185,7 +185,7 @@ def _check_adam_mini(checkpoint: Checkpoint, broken: set[str], findings: Finding
 
 
 def _parameters_in_manifest(state: MiniState, findings: Findings) -> list[StoredParameter]:
-    """Return the parameters that the manifest has; it must have all of them, and no other."""
+    """Return the parameters that the manifest lists; it must list all of them and no others."""
     for parameter in state.parameters:
         if parameter.key not in state.rules:
             findings.problems.append(f"{parameter.key} has state, but is not in the manifest.")
@@ -198,12 +198,12 @@ def _parameters_in_manifest(state: MiniState, findings: Findings) -> list[Stored
 def _check_manifest(
     state: MiniState, parameters: list[StoredParameter], findings: Findings
 ) -> None:
-    """Check that the options make the rules, and names, shapes and rules the hash."""
+    """Check that the options yield the rules; and names, shapes and rules, the hash."""
     config, hashed = config_of(state.identity), []
     for parameter in parameters:
         name, rule, _ = state.rules[parameter.key]
         role = role_of(name, len(parameter.shape))
-        # Options select by the names of the run that saved, either implementation's.
+        # Patterns match the names of the run that saved, which depend on its implementation.
         made = [
             rule_for(ParameterInfo(name=called, shape=parameter.shape, role=role), config)
             for called in (name, name_of(parameter.key, local=True))
@@ -230,7 +230,7 @@ def _check_blocks(
     rows: Tensor,
     findings: Findings,
 ) -> None:
-    """Check that rows of one block hold one value, and that there are as many as promised."""
+    """Check that rows of one block hold one value, and that the number of blocks is right."""
     name, rule, promised = state.rules[parameter.key]
     args = checkpoint.common.get("args")
     if args is None and rule in ("qkv", "head"):

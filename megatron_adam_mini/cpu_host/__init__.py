@@ -1,9 +1,9 @@
 """CPU host: unmodified Megatron-Core on CPU cores, with gloo.
 
-Megatron-Core takes CUDA for granted. ``enable`` answers the questions that it puts to
-``torch.cuda``, so that a run under any layout of tensor, pipeline and data parallelism can be
-started, debugged and tested on a machine without a GPU. It changes no computation: the same torch
-operations run on the same values, on the CPU.
+Megatron-Core requires CUDA. ``enable`` replaces the functions of ``torch.cuda`` that it calls, so
+a run under any layout of tensor, pipeline and data parallelism can be started, debugged and tested
+on a machine without a GPU. It changes no computation: the same torch operations run on the same
+values, on the CPU.
 
 What a CPU host cannot show: streams are always empty, so a race between communication and
 computation stays hidden; NCCL, Transformer Engine and FP8 do not run.
@@ -23,11 +23,11 @@ from megatron_adam_mini.cpu_host.flags import CPU_FLAGS, with_cpu_flags
 __all__ = ["CPU_FLAGS", "enable", "is_enabled", "with_cpu_flags"]
 
 _ENVIRONMENT = {
-    # Read by torch in this process and in those it starts: generated kernels would need a compiler
+    # For torch in this process and in its children: generated kernels would need a compiler run
     # for each rank.
     "TORCHDYNAMO_DISABLE": "1",
     "TORCH_COMPILE_DISABLE": "1",
-    # Megatron wants it for the order of CUDA kernels and refuses to start without it.
+    # Megatron needs it for the order of CUDA kernels and refuses to start without it.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
 }
 
@@ -35,19 +35,19 @@ _enabled = False
 
 
 def is_enabled() -> bool:
-    """Return whether ``enable`` was called; if so, ``torch.cuda.is_available()`` proves no GPU."""
+    """Return whether ``enable`` was called; then ``torch.cuda.is_available()`` is always true."""
     return _enabled
 
 
 def enable(force: bool = False) -> None:
-    """Answer for ``torch.cuda`` in this process, so that Megatron-Core runs on the CPU.
+    """Replace ``torch.cuda`` in this process, so that Megatron-Core runs on the CPU.
 
-    To be called before Megatron-Core is imported. A second call does nothing. There is no way back
-    within a process. The redirection of tensors holds in the thread that calls; another thread that
-    asks for a CUDA device gets torch's error.
+    Call it before Megatron-Core is imported. A second call does nothing. It cannot be undone
+    within a process. Tensors are redirected in the calling thread only; another thread that
+    requests a CUDA device gets torch's error.
 
     Args:
-        force: also where CUDA is available, whose devices then stay unused.
+        force: enable it even if CUDA is available; its devices then stay unused.
 
     Raises:
         RuntimeError: if CUDA is available and ``force`` is False, or if Megatron-Core has already
@@ -78,5 +78,5 @@ def enable(force: bool = False) -> None:
 
 
 def _run_eagerly(model: Any = None, **_: Any) -> Any:
-    """Stand for a disabled ``torch.compile``, without the seconds that its import costs a rank."""
+    """Replace a disabled ``torch.compile``, whose import would take seconds on every rank."""
     return (lambda function: function) if model is None else model

@@ -1,6 +1,6 @@
 """Megatron's command line on a host without CUDA: the flags that a run needs.
 
-Standard library only, so that a launcher can read it before torch is imported.
+Standard library only, so a launcher can import it before torch.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ CPU_FLAGS: tuple[tuple[str, ...], ...] = (
     ("--transformer-impl", "local"),
     ("--attention-backend", "unfused"),
     ("--use-cpu-initialization",),
-    # Kernels that are written in CUDA, or that torch.compile would have to build.
+    # No kernels that are written in CUDA, or that torch.compile would have to build.
     ("--no-masked-softmax-fusion",),
     ("--no-bias-gelu-fusion",),
     ("--no-bias-swiglu-fusion",),
@@ -40,15 +40,15 @@ _NEED_CUDA = {
 
 
 def with_cpu_flags(arguments: Sequence[str]) -> list[str]:
-    """Return ``arguments`` followed by every flag of ``CPU_FLAGS`` that they lack.
+    """Return ``arguments`` followed by every missing flag of ``CPU_FLAGS``.
 
-    A flag that the user gave keeps the user's value (``--num-workers 2`` stays).
+    Flags in ``arguments`` keep their values (``--num-workers 2`` stays).
 
     Args:
         arguments: the training script's arguments, without the script's own name.
 
     Raises:
-        ValueError: if the arguments ask for something that needs CUDA; the message says what.
+        ValueError: an argument selects something that needs CUDA; the message says what.
     """
     given: dict[str, str | None] = {}
     for position, argument in enumerate(arguments):

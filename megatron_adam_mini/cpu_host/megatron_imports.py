@@ -1,7 +1,7 @@
-"""Three functions of Megatron-Core that no answer of torch can satisfy, changed at their import.
+"""Three functions of Megatron-Core that replacing ``torch.cuda`` cannot fix, changed on import.
 
-Each of them refuses, or silently does something else, for a reason that does not hold on the CPU
-host. Nothing of Megatron is imported here: a hook on the import system waits for the modules.
+Each of them refuses, or silently does something else, for a reason that does not apply to the CPU
+host. Nothing of Megatron is imported here: an import hook changes the modules when they load.
 """
 
 import copy
@@ -22,8 +22,8 @@ __all__ = ["install"]
 
 
 def _keep_built_dataset_helper(module: ModuleType) -> None:
-    # Rank 0 runs ``make`` for an index builder that the wheel already contains, without the
-    # Makefile. In a source tree, where the builder is not there yet, the original builds it.
+    # Rank 0 runs ``make`` for an index builder that the wheel already contains, but without the
+    # Makefile. In a source tree without the builder, the original builds it.
     original = module.compile_helpers
 
     @functools.wraps(original)
@@ -35,8 +35,8 @@ def _keep_built_dataset_helper(module: ModuleType) -> None:
 
 
 def _convert_splits_of_cpu_tensors(module: ModuleType) -> None:
-    # The original converts to numpy only what it first copies from the GPU; all_to_all needs the
-    # splits as numbers.
+    # The original converts only tensors on the GPU to numpy; all_to_all needs the splits as
+    # numbers.
     original = module.maybe_move_tensor_to_cpu
 
     @functools.wraps(original)
@@ -51,9 +51,9 @@ def _convert_splits_of_cpu_tensors(module: ModuleType) -> None:
 
 
 def _mark_torch_norms_as_sequence_parallel(module: ModuleType) -> None:
-    # The original refuses sequence parallelism because it cannot mark torch's norm. The mark on its
-    # parameters is all that is missing: with it, Megatron sums their gradients over the
-    # tensor-parallel group.
+    # The original refuses sequence parallelism because it cannot mark torch's norm. Only the mark
+    # on its parameters is missing: with it, Megatron sums their gradients over the tensor-parallel
+    # group.
     norm_class = module.WrappedTorchNorm
     original = norm_class.__new__
 
@@ -93,7 +93,7 @@ class _ChangingLoader(importlib.abc.Loader):
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the modules that are to be changed, and no others."""
+    """Finds only the modules that must be changed."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -108,12 +108,12 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def _concerns_this_host(record: logging.LogRecord) -> bool:
-    # Megatron forks the GPU's random state for each dropout and warns if the CPU's moves meanwhile.
-    # Here they are one generator, which the fork sets back at its end.
+    # Megatron forks the GPU's random state for each dropout and warns if the CPU's changes
+    # meanwhile. Here they are one generator, which the end of the fork restores.
     return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
 
 
 def install() -> None:
-    """Put the hook in front of the import system's finders, and silence one idle warning."""
+    """Put the hook in front of the import system's finders, and silence one irrelevant warning."""
     sys.meta_path.insert(0, _Finder())
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_concerns_this_host)

@@ -1,7 +1,7 @@
-"""Streams and events of the CPU host: nothing is ever pending, so waiting is returning.
+"""Streams and events of the CPU host: nothing is ever pending, so a wait returns at once.
 
-Only what Megatron asks of them exists. Anything else (a handle for a CUDA library, say) is an
-AttributeError that names it.
+Only the attributes that Megatron uses exist. Any other (such as a handle for a CUDA library) raises
+an AttributeError that names it.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ __all__ = ["Event", "Stream", "current_stream", "default_stream", "set_stream", 
 
 
 class Stream:
-    """A queue that is always empty: a CPU operation has finished when its call returns."""
+    """A queue that is always empty: a CPU operation is finished when its call returns."""
 
     def __init__(self, device: Any = None, priority: int = 0, **_: Any) -> None:
         self.device = torch.device("cpu")
@@ -24,10 +24,10 @@ class Stream:
         """Return at once: ``stream`` has nothing left to do."""
 
     def wait_event(self, event: "Event") -> None:
-        """Return at once: whatever came before ``event`` is done."""
+        """Return at once: all work before ``event`` is done."""
 
     def record_event(self, event: "Event | None" = None) -> "Event":
-        """Record ``event`` (a new one if None) and return it; the dispatcher of experts uses it."""
+        """Record ``event`` (a new one if None) and return it; the expert dispatcher uses it."""
         event = Event() if event is None else event
         event.record(self)
         return event
@@ -48,11 +48,11 @@ class Stream:
 
 
 _default = Stream()
-_current: list[Stream] = [_default]  # the last is in use; ``with`` blocks nest
+_current: list[Stream] = [_default]  # the last is current; ``with`` blocks nest
 
 
 class Event:
-    """A point in time that has passed once it is recorded, which it keeps."""
+    """A recorded point in time; once recorded, it has passed."""
 
     def __init__(
         self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False
@@ -61,7 +61,7 @@ class Event:
         self._recorded_at: float | None = None
 
     def record(self, stream: Stream | None = None) -> None:
-        """Note the present time."""
+        """Store the current time."""
         self._recorded_at = time.perf_counter()
 
     def wait(self, stream: Stream | None = None) -> None:
@@ -78,8 +78,8 @@ class Event:
         """Return the milliseconds from this event to ``end_event``, measured on the host's clock.
 
         Raises:
-            RuntimeError: if either event was made without ``enable_timing``, or was never
-                recorded, as with CUDA.
+            RuntimeError: as with CUDA, if either event was made without ``enable_timing`` or was
+                never recorded.
         """
         if not (self._enable_timing and end_event._enable_timing):
             raise RuntimeError(
@@ -98,7 +98,7 @@ def current_stream(device: Any = None) -> Stream:
 
 
 def default_stream(device: Any = None) -> Stream:
-    """Return the stream that is in use where nothing else was chosen."""
+    """Return the stream that is current unless another one is set."""
     return _default
 
 
@@ -110,6 +110,6 @@ def set_stream(stream: Stream) -> None:
 def use_stream(stream: Stream | None) -> contextlib.AbstractContextManager[Any]:
     """Make ``stream`` the current one for ``with`` blocks; None changes nothing, as in torch.
 
-    Like torch's own, the result may be entered again: Megatron uses one for two reductions.
+    Like torch's own, the result may be entered repeatedly: Megatron uses one for two reductions.
     """
     return contextlib.nullcontext() if stream is None else stream

@@ -1,6 +1,6 @@
-"""Tensors that a program asks to have on a CUDA device are made, or stay, in CPU memory.
+"""Redirection of tensors: those requested on a CUDA device are made, or stay, in CPU memory.
 
-Also gives the CUDA spelling of a tensor's type, which Megatron's optimizers compare as text.
+Also returns a tensor's type under its CUDA name, which Megatron's optimizers compare as text.
 Imports torch only.
 """
 
@@ -55,9 +55,9 @@ _TENSOR_METHODS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 class _CpuTensors(TorchFunctionMode):
-    """While active, torch functions read every CUDA device in their arguments as the CPU.
+    """While active, replaces every CUDA device in arguments of torch functions by the CPU.
 
-    No other argument and no result is touched, so what is computed stays what it is.
+    No other argument and no result is changed, so computations stay the same.
     """
 
     def __torch_function__(
@@ -80,7 +80,7 @@ class _CpuTensors(TorchFunctionMode):
 
 def install() -> None:
     """Redirect tensors in the calling thread, for the life of the process."""
-    # Not by the mode: torch looks at the type of the stream before it asks the mode.
+    # Not by the mode: torch checks the type of the stream before it calls the mode.
     torch.Tensor.record_stream = _record_stream  # type: ignore[assignment]
     # A mode is not active within the functions that it intercepts. torch.autograd.backward is one,
     # and it runs Megatron's own backward passes.
@@ -92,5 +92,5 @@ def install() -> None:
             return run_backward(*args, **kwargs)
 
     torch.autograd._engine_run_backward = run_redirected_backward  # type: ignore[attr-defined]
-    # Never left: a Megatron that is redirected by half would be of no use.
+    # Never left: partial redirection would be useless.
     _CpuTensors().__enter__()  # type: ignore[no-untyped-call]

@@ -1,10 +1,10 @@
-"""Answers for ``torch.cuda`` on a host where every tensor lives in CPU memory.
+"""Replacements of ``torch.cuda`` functions on a host where every tensor is in CPU memory.
 
-Megatron-Core asks ``torch.cuda`` for streams, events, random state and memory numbers. Here each
-question that has a true answer on a CPU gets it (a CPU operation is complete when its call returns,
-so a stream is always idle and an event always passed), and every other public function of
-``torch.cuda`` raises with its own name: an unforeseen call must not return something
-that merely looks right.
+Megatron-Core calls ``torch.cuda`` for streams, events, random state and memory numbers. Functions
+that have a correct result on a CPU return it (a CPU operation is complete when its call returns, so
+a stream is always idle and every event has passed). Every other public function of ``torch.cuda``
+raises an error with its own name: an unexpected call must not return a result that merely looks
+right.
 
 Imports torch only. ``install`` is called once, by ``enable``.
 """
@@ -53,13 +53,13 @@ class _DeviceProperties:
 
 
 class _DefaultGenerators(Sequence[torch.Generator]):
-    """One device, whose generator is the one that CPU operations draw from."""
+    """Generators of the one device: that of CPU operations."""
 
     def __len__(self) -> int:
         return 1
 
     def __getitem__(self, index: Any) -> Any:
-        if index not in (0, -1, _CPU):  # the last is what current_device() says
+        if index not in (0, -1, _CPU):  # the last is what current_device() returns
             raise IndexError(
                 f"the CPU host has one device; there is no generator for device {index!r}"
             )
@@ -67,13 +67,13 @@ class _DefaultGenerators(Sequence[torch.Generator]):
 
 
 # Megatron only compares the compute capability with thresholds, to refuse bf16 below 8 and to
-# choose kernels for 10 and above. Ampere's allows bf16 and asks for none of the special kernels.
+# choose kernels for 10 and above. Ampere's allows bf16 and selects none of the special kernels.
 _CAPABILITY = (8, 0)
 _NAME = "CPU host"
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """Answer for what is already so, or means nothing, when every operation is synchronous."""
+    """Do nothing: for calls that have no effect when every operation is synchronous."""
 
 
 def _total_memory() -> int:
@@ -89,7 +89,7 @@ def _memory(device: Any = None) -> int:
     try:
         with open("/proc/self/statm", encoding="ascii") as statm:
             return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except FileNotFoundError:  # no procfs: the peak is the closest number there is
+    except FileNotFoundError:  # no procfs: the peak is the closest number available
         return _peak_memory()
 
 
@@ -118,7 +118,7 @@ def _set_rng_state_all(new_states: Sequence[torch.Tensor]) -> None:
 
 
 def _manual_seed(seed: int) -> None:
-    # Not torch.manual_seed, which calls torch.cuda.manual_seed_all in its turn.
+    # Not torch.manual_seed, which itself calls torch.cuda.manual_seed_all.
     torch.default_generator.manual_seed(int(seed))
 
 
@@ -134,7 +134,7 @@ _ANSWERS: dict[str, Any] = {
     "_lazy_init": _nothing,
     "_lazy_call": _call_now,
     "device_count": lambda: 1,
-    # Not the index 0: within a backward pass torch redirects nothing, and Megatron allocates there.
+    # Not the index 0: torch redirects nothing in a backward pass, and Megatron allocates there.
     "current_device": lambda: _CPU,
     "set_device": _nothing,
     "device": _DeviceContext,
@@ -176,10 +176,10 @@ _ANSWERS: dict[str, Any] = {
     "device_memory_used": _memory,
     "memory_stats": _memory_stats,
 }
-"""Answers by the name under which ``torch.cuda`` or one of its submodules offers the question."""
+"""Replacements by their names in ``torch.cuda`` or one of its submodules."""
 
 _NVTX_ANSWERS: dict[str, Any] = {
-    # Marks for a profiler of CUDA, which cannot be attached here.
+    # Marks for a CUDA profiler, which cannot be attached here.
     "mark": _nothing,
     "range": lambda *_, **__: contextlib.nullcontext(),
     "range_push": _nothing,
@@ -199,11 +199,11 @@ _REFUSED_CLASSES = frozenset(
         "graph",
     }
 )
-"""Classes that stand for something that only a GPU has. (Exceptions and tensor types stay.)"""
+"""Classes for features that only a GPU has. (Exceptions and tensor types are kept.)"""
 
 
 def _answer(original: Callable[..., Any], answer: Callable[..., Any]) -> Callable[..., Any]:
-    # A function of its own for every name: torch._dynamo, which torch.optim imports, lists these
+    # A separate function for every name: torch._dynamo, which torch.optim imports, lists these
     # functions by identity.
     @functools.wraps(original)
     def give_answer(*args: Any, **kwargs: Any) -> Any:
@@ -232,20 +232,20 @@ def _refused_class(name: str, original: type) -> type:
 
 
 def _replacement(name: str, original: Any, answers: dict[str, Any]) -> Any:
-    """Return what stands for ``original``, which may be itself."""
+    """Return the replacement of ``original``, which may be ``original`` itself."""
     qualified_name = f"torch.cuda.{name}"
     if name in answers:
         return _answer(original, answers[name]) if inspect.isfunction(original) else answers[name]
     defined_in = str(getattr(original, "__module__", ""))
     if name.startswith("_") or not defined_in.startswith("torch.cuda"):
-        return original  # internals of torch, and what its modules import
+        return original  # internals of torch, and imports of its modules
     if name in _REFUSED_CLASSES:
         return _refused_class(qualified_name, original)
     return _refusal(qualified_name, original) if inspect.isfunction(original) else original
 
 
 def install() -> None:
-    """Replace the public functions of ``torch.cuda`` (in place) by answers and refusals."""
+    """Replace the public functions of ``torch.cuda`` (in place)."""
     cuda = torch.cuda
     replaced: dict[Any, Any] = {}
     for module, answers in (
@@ -263,5 +263,5 @@ def install() -> None:
             if original not in replaced:
                 replaced[original] = _replacement(name, original, answers)
             setattr(module, name, replaced[original])
-    # Data loaders ask torch.accelerator whether pinned memory makes sense.
+    # Data loaders call it to find out whether pinned memory is useful.
     torch.accelerator.is_available = lambda: False

@@ -1,6 +1,6 @@
-"""Plan a run without running it: bytes per rank of any model and layout, in seconds on a laptop.
+"""Memory of a run without running it: bytes per rank for any model and layout, within seconds.
 
 May import numpy, ``config`` and ``plan``; no torch, no Megatron. Data flow: flags
 -> ``parallel``, ``models`` -> ``stages`` (the parameters that a rank will hold) -> ``buckets``
-(where Megatron will put them) -> ``memory`` (what that allocates) -> ``report`` (text and JSON).
+(where Megatron will put them) -> ``memory`` (bytes that these take) -> ``report`` (text and JSON).
 """

@@ -1,4 +1,4 @@
-"""Parameters of a rank -> the buckets that Megatron's distributed optimizer will make of them.
+"""Parameters of a rank -> the buckets into which Megatron's distributed optimizer will put them.
 
 Imports ``layout``, ``models`` and ``parallel``. Reproduces, for the released 0.19.2,
 DistributedOptimizer._compute_per_buffer_param_layout and the bucket sizes of megatron.training;
@@ -18,7 +18,7 @@ from megatron_adam_mini.estimate.stages import EMBEDDING, stage_parameters
 from megatron_adam_mini.plan.layout import BucketLayout, BufferLayout, Placement
 from megatron_adam_mini.plan.partition import ParameterBlocks, partition_parameter
 
-#: Elements to which a parameter's start is aligned.
+#: Parameters start at multiples of this many elements.
 _ALIGNMENT = 64
 
 
@@ -27,9 +27,9 @@ class StagePlan:
     """Parameters and buckets of one rank of a pipeline stage.
 
     Attributes:
-        parameters: those of all its virtual stages, which placements refer to by index.
-        dense: buffers that the data-parallel group shares, one per virtual stage.
-        expert: buffers that the expert-data-parallel group shares.
+        parameters: those of all its virtual stages; placements index into them.
+        dense: buffers shared by the data-parallel group, one per virtual stage.
+        expert: buffers shared by the expert-data-parallel group.
     """
 
     parameters: list[ParameterBlocks]
@@ -86,7 +86,7 @@ def plan_stage(
 
 
 def _bucket_size(parallel: Parallel, num_parameters: int) -> int | None:
-    """Return the elements at which a bucket is closed, ``None`` for a single bucket.
+    """Return the number of elements at which a bucket is closed, ``None`` for a single bucket.
 
     Source: megatron.training.training.resolve_ddp_bucket_size.
     """
@@ -107,7 +107,7 @@ def _fill(
     pad_for_busbw: bool,
     tied: bool,
 ) -> list[BucketLayout]:
-    """Place parameters one after the other, the last of the model first.
+    """Place parameters one after the other, in reverse order of the model.
 
     Source: megatron.core.optimizer.distrib_optimizer, _compute_per_buffer_param_layout.
     """

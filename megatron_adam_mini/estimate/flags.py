@@ -1,4 +1,4 @@
-"""Command line -> model and layout: Megatron's own flags, made from the two descriptions.
+"""Command line -> model and layout: Megatron's own flags, derived from the two dataclasses.
 
 Imports ``models`` and ``parallel``.
 """
@@ -13,12 +13,12 @@ from typing import Any, get_args, get_type_hints
 from megatron_adam_mini.estimate.models import MODELS, Model
 from megatron_adam_mini.estimate.parallel import Parallel, flag
 
-#: Flags that switch off what is on by default.
+#: Flags of attributes that are true by default.
 _NEGATED = {"add_bias_linear": "--disable-bias-linear"}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of model and layout; only those that are given become attributes."""
+    """Add the flags of model and layout; only flags that are given become attributes."""
     group = parser.add_argument_group("model (flags of Megatron; they override those of --model)")
     group.add_argument("--model", choices=tuple(MODELS), help="a public model")
     _add_fields(group, Model)
@@ -37,7 +37,7 @@ def model_of(args: argparse.Namespace) -> Model:
     """Return the model that the flags describe.
 
     Raises:
-        ValueError: flags that are missing or do not fit together.
+        ValueError: flags are missing or inconsistent.
     """
     given = _given(args, Model)
     if args.model is not None:
@@ -60,7 +60,7 @@ def parallel_of(args: argparse.Namespace) -> Parallel:
     """Return the layout that the flags describe.
 
     Raises:
-        ValueError: sizes that do not fit together.
+        ValueError: sizes are inconsistent.
     """
     given = _given(args, Parallel)
     world_size: int | None = getattr(args, "world_size", None)
@@ -84,7 +84,7 @@ def parallel_of(args: argparse.Namespace) -> Parallel:
 
 
 def vars_of(description: Model | Parallel) -> dict[str, Any]:
-    """Return the fields of a description, without what it caches."""
+    """Return the fields of a description, without cached values."""
     return {field.name: getattr(description, field.name) for field in fields(description)}
 
 

@@ -1,12 +1,11 @@
 """Buckets -> bytes that each rank allocates for weights, gradients and optimizer state.
 
 Imports numpy, ``layout`` and the modules before it. Numbers of segments come from
-``layout.slice_size``, which walks slices as the optimizer does; nothing here is a formula for
-the number of blocks.
+``layout.slice_size``, which walks slices as the optimizer does, not from a formula.
 
-What is counted: Megatron's parameter and gradient buffers with their padding, and the tensors of
-the optimizer's state. Adam's state has no padding; Adam-mini's master and m mirror the slices, at
-the places of ``layout.state_starts``.
+Counted are Megatron's parameter and gradient buffers with their padding, and the tensors of the
+optimizer's state. Adam's state has no padding; Adam-mini's main parameters and m mirror the slices,
+at the positions of ``layout.state_starts``.
 Ranks are numbered in Megatron's default order, tp-cp-ep-dp-pp.
 """
 
@@ -36,10 +35,10 @@ class StateFormat:
 
     Attributes:
         label: name in the report.
-        main_param: of the main parameter; 2 for the 16 bits that bf16 lacks of float32.
-        exp_avg: of m.
-        exp_avg_sq: of v.
-        blocks: v is one number per block, and the rest mirrors slices with their padding.
+        main_param: bytes of the main parameter; 2 for 16-bit remainders.
+        exp_avg: bytes of m.
+        exp_avg_sq: bytes of v.
+        blocks: whether v is one number per block, and the rest mirrors slices with their padding.
     """
 
     label: str
@@ -60,7 +59,7 @@ FORMATS = {
     ),
 }
 
-#: Larger data-parallel sizes are not tried.
+#: Largest data-parallel size that is tried.
 MAX_SHARING = 2**16
 
 
@@ -71,7 +70,7 @@ class StageMemory:
     Attributes:
         num_parameters: elements of the parameters of one rank.
         buffer_numel: elements of its buffers, padding included.
-        gradient_bytes: of one gradient.
+        gradient_bytes: bytes of one gradient.
         elements: elements of parameters in its slices, by rank of the stage.
         second_moments: Adam-mini's numbers of v, by rank of the stage.
         state_numel: elements of Adam-mini's m, padding included, by rank of the stage.
@@ -104,7 +103,7 @@ class Planner:
     """Memory of one model under several layouts; parameters are described once per stage.
 
     Raises:
-        ValueError: a layout that does not fit the model, or name patterns that match nothing.
+        ValueError: the layout does not fit the model, or a name pattern matches nothing.
     """
 
     def __init__(self, model: Model, parallel: Parallel, options: AdamMiniConfig) -> None:
@@ -113,7 +112,7 @@ class Planner:
         self.options = options
         self.layers = stage_layers(parallel, model.num_layers)
         self._blocks: dict[Hashable, list[list[ParameterBlocks]]] = {}
-        #: Numbers of stages and ranks by what they hold; see ``_number``.
+        #: Numbers of stages and ranks by their content; see ``_number``.
         self._numbers: dict[Hashable, int] = {}
         self._number_of: dict[tuple[int, int, int], int] = {}
         names = [
@@ -130,7 +129,7 @@ class Planner:
             )
 
     def num_parameters(self) -> int:
-        """Return the elements of the whole model, a tied embedding counted once."""
+        """Return the number of elements of the model, a tied embedding counted once."""
         alone = stage_parameters(self.model, Parallel(), pp_rank=0)
         return sum(info.numel for chunk in alone for info in chunk)
 
@@ -145,7 +144,7 @@ class Planner:
         """Return the memory of every pipeline stage.
 
         Args:
-            parallel: may differ from the planner's own in the number of data-parallel ranks only.
+            parallel: may differ from the planner's own only in the number of data-parallel ranks.
         """
         known: dict[Hashable, IntArray] = {}
         return [self._stage(parallel, stage, known) for stage in range(parallel.pp)]
@@ -153,7 +152,7 @@ class Planner:
     def _stage(
         self, parallel: Parallel, stage: int, known: dict[Hashable, IntArray]
     ) -> StageMemory:
-        """Return the memory of a stage; equal work is done once, see ``known``."""
+        """Return the memory of a stage; ``known`` caches results of equal work."""
         plan = plan_stage(self.model, parallel, self._stage_blocks(stage, 0, 0), pp_rank=stage)
 
         def sizes(tp_rank: int, expert_tp_rank: int, expert: bool) -> IntArray:
@@ -201,7 +200,7 @@ class Planner:
         return self._blocks[key]
 
     def _number(self, stage: int, tp_rank: int, expert_tp_rank: int) -> int:
-        """Return a number; where it is equal, equal buckets have slices with equal segments."""
+        """Return a number; if equal, slices of equal buckets have equal segments."""
         place = (stage, tp_rank, expert_tp_rank)
         if place not in self._number_of:
             chunks = self._stage_blocks(*place)
@@ -225,7 +224,7 @@ class Planner:
 def _slice_sizes(
     buffers: Sequence[BufferLayout], parameters: Sequence[ParameterBlocks], num_slices: int
 ) -> IntArray:
-    """Return what each rank's slices of some buffers hold, shape ``(slices, 3)``.
+    """Return the content of each rank's slices of some buffers, shape ``(slices, 3)``.
 
     Columns: elements of parameters, numbers of v, elements of m.
     """
@@ -240,7 +239,7 @@ def _slice_sizes(
 
 
 def largest_rank(stages: Sequence[StageMemory], form: StateFormat) -> dict[str, Any]:
-    """Return bytes by kind and in total of the rank that holds most, and which rank that is."""
+    """Return the rank that holds most, and its bytes by kind and in total."""
     best: dict[str, Any] = {}
     first = 0
     for number, stage in enumerate(stages):
@@ -259,24 +258,24 @@ def largest_rank(stages: Sequence[StageMemory], form: StateFormat) -> dict[str, 
 
 
 class Sharing:
-    """How many ranks may share the state before a saving becomes too small.
+    """The number of ranks that may share the state before a saving becomes too small.
 
-    The layout is the planner's, with context parallelism and several optimizer instances left
-    out: d data-parallel ranks share the state of a dense parameter, and ``tp * d / (etp * ep)``
-    that of an expert. Savings are of all ranks together: which rank holds most, and whether its
-    slices hold elementwise parameters, may change with d.
+    The layout is the planner's, without context parallelism and with one optimizer instance:
+    d data-parallel ranks share the state of a dense parameter, and ``tp * d / (etp * ep)`` that
+    of an expert. Savings are of all ranks together: which rank holds most, and whether its slices
+    hold elementwise parameters, may change with d.
     """
 
     def __init__(self, planner: Planner) -> None:
         self._planner = planner
         parallel = planner.parallel
         unit = parallel.etp * parallel.expert_model_parallel_size
-        #: Smallest number of data-parallel ranks with which the experts divide.
+        #: Smallest number of data-parallel ranks among which the experts can be divided.
         self.step = unit // int(np.gcd(unit, parallel.tp))
         self._totals: dict[int, dict[str, int]] = {}
 
     def saving(self, name: str, ranks: int) -> float:
-        """Return the share of Adam's bytes that a format saves, over all ranks together."""
+        """Return the share of Adam's bytes that a kind of state saves, over all ranks together."""
         if ranks not in self._totals:
             parallel = replace(
                 self._planner.parallel,
@@ -295,8 +294,8 @@ class Sharing:
     def largest(self, name: str, share: float) -> int | None:
         """Return the largest number of ranks at which at least ``share`` is saved.
 
-        The saving falls with the number of ranks (up to padding), so this is a bisection.
-        ``None``: not even with the fewest; :data:`MAX_SHARING`: that many, or more.
+        The saving falls with the number of ranks (except for padding), so this is a bisection.
+        ``None``: not even with the fewest; :data:`MAX_SHARING`: with that many or more.
         """
         good, bad = 0, 1
         while self.saving(name, bad * self.step) >= share:

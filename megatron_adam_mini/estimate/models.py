@@ -1,4 +1,4 @@
-"""Description of a model in Megatron's flags, and presets of known models.
+"""Description of a model by Megatron's flags, and presets of known models.
 
 Imports ``partition`` and ``parallel``. Data flow: flags or the name of a preset -> **Model**
 -> ``stages``.
@@ -25,7 +25,7 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _frequency(text: str) -> int | list[int]:
-    """Read ``N`` or a list expression of integers, ``+`` and ``*``, as ``--moe-layer-freq``."""
+    """Read ``N`` or a list expression of integers, ``+`` and ``*``, like ``--moe-layer-freq``."""
 
     def value(node: ast.expr) -> int | list[int]:
         if isinstance(node, ast.Constant) and type(node.value) is int and node.value >= 0:
@@ -54,10 +54,10 @@ def _frequency(text: str) -> int | list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A GPT-like model; attributes are named, and have defaults, as Megatron's arguments.
+    """A GPT-like model; attributes have the names and defaults of Megatron's arguments.
 
     Raises:
-        ValueError: values that Megatron would not accept or would ignore in silence.
+        ValueError: Megatron would refuse a value or silently ignore it.
     """
 
     num_layers: int
@@ -94,7 +94,7 @@ class Model:
     transformer_impl: str = "transformer_engine"
 
     def __post_init__(self) -> None:
-        """Check values, and what depends on one another."""
+        """Check values and their combinations."""
         for name, value in vars(self).items():
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 raise ValueError(f"{flag(name)}={value} is not allowed; it must be at least 1.")
@@ -122,7 +122,7 @@ class Model:
                 "--group-query-attention; add that, or leave the groups out."
             )
         if self.group_query_attention and self.num_query_groups is None:
-            # The default of the flag; in Megatron's config None means one group for each head.
+            # The flag's default; in Megatron's config None means one group for each head.
             object.__setattr__(self, "num_query_groups", 1)
         if self.group_query_attention and self.multi_latent_attention:
             raise ValueError(
@@ -142,7 +142,7 @@ class Model:
 
     @cached_property
     def heads(self) -> HeadGeometry:
-        """How Query, Key and Value lie in their fused weight."""
+        """Head geometry of the fused Query, Key and Value weight."""
         return HeadGeometry.of(self)
 
     @property
@@ -169,7 +169,7 @@ class Model:
         return tuple(entry == 1 for entry in frequency)
 
     def vocabulary(self, tp: int) -> int:
-        """Return the rows of the embedding, padded as Megatron pads them."""
+        """Return the number of rows of the embedding, with Megatron's padding."""
         if self.padded_vocab_size is not None:
             return self.padded_vocab_size
         assert self.vocab_size is not None
@@ -192,7 +192,7 @@ _LLAMA = Model(
 _LLAMA_3 = replace(_LLAMA, vocab_size=128256, group_query_attention=True, num_query_groups=8)
 
 #: Public models by name. ``-like``: without multi-token prediction and without buffers that are
-#: no parameters.
+#: not parameters.
 MODELS = {
     "llama-2-7b": _LLAMA,
     "llama-2-13b": replace(

@@ -1,6 +1,6 @@
 """How a job's ranks are divided, and which layers each pipeline stage holds.
 
-Standard library only. Attributes are named as Megatron's flags.
+Standard library only. Attributes have the names of Megatron's flags.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """A layout of ranks, and how its gradients are bucketed; see Megatron's flags of these names.
+    """A layout of ranks and its gradient buckets; see Megatron's flags of these names.
 
     Raises:
-        ValueError: sizes that do not fit together.
+        ValueError: sizes are inconsistent.
     """
 
     tensor_model_parallel_size: int = 1
@@ -89,7 +89,7 @@ class Parallel:
 
     @property
     def expert_ranks(self) -> int:
-        """Ranks that hold one copy of the experts."""
+        """Number of ranks that hold one copy of the experts."""
         return self.etp * self.expert_model_parallel_size * self.pp
 
     @property
@@ -99,35 +99,35 @@ class Parallel:
 
     @property
     def dense_shards(self) -> int:
-        """Ranks that share the optimizer state of a dense parameter."""
+        """Number of ranks that share the optimizer state of a dense parameter."""
         return self.data_parallel_with_context // self.num_distributed_optimizer_instances
 
     @property
     def expert_shards(self) -> int:
-        """Ranks that share the optimizer state of an expert parameter."""
+        """Number of ranks that share the optimizer state of an expert parameter."""
         return self.world_size // self.expert_ranks // self.num_distributed_optimizer_instances
 
     @property
     def experts_have_own_groups(self) -> bool:
-        """Whether expert parameters are reduced over groups other than the dense ones."""
+        """Whether expert parameters are reduced over other groups than dense ones."""
         return self.expert_model_parallel_size > 1 or self.etp != self.tp
 
     @property
     def data_parallel_with_context(self) -> int:
-        """Ranks that Megatron's default bucket size grows with."""
+        """Number of ranks by which Megatron's default bucket size grows."""
         return self.data_parallel_size * self.context_parallel_size
 
 
 def flag(name: str) -> str:
-    """Return Megatron's flag of an attribute."""
+    """Return Megatron's flag for an attribute."""
     return "--" + name.replace("_", "-")
 
 
 def stage_layers(parallel: Parallel, num_layers: int) -> list[list[range]]:
-    """Return, for each pipeline stage and each of its virtual stages, the layers in it from 0.
+    """Return the layers of each virtual stage of each pipeline stage, counted from 0.
 
     Raises:
-        ValueError: layers that do not divide as Megatron requires.
+        ValueError: the layers do not divide as Megatron requires.
 
     Source: megatron.core.transformer.transformer_block.get_num_layers_to_build.
     """
@@ -140,7 +140,7 @@ def stage_layers(parallel: Parallel, num_layers: int) -> list[list[range]]:
                 f"count) cannot be cut into {virtual} virtual stages; choose a divisor of {layers}."
             )
     sizes = [[layers // virtual] * virtual for layers in per_rank]
-    # Where they count as layers of the split, embedding and loss take the place of one.
+    # If embedding and loss count as layers in the split, each takes the place of one.
     sizes[0][0] -= parallel.account_for_embedding_in_pipeline_split
     sizes[-1][-1] -= parallel.account_for_loss_in_pipeline_split
     if min(min(stage) for stage in sizes) < 0:
@@ -148,7 +148,7 @@ def stage_layers(parallel: Parallel, num_layers: int) -> list[list[range]]:
             f"{num_layers} layers are too few for this pipeline: a stage would hold less than its "
             "embedding or loss. Use fewer stages."
         )
-    # Virtual stages go round: the first of every rank, then the second of every rank.
+    # Virtual stages go round-robin: the first of every rank, then the second of every rank.
     found: list[list[range]] = [[] for _ in sizes]
     layer = 0
     for chunk in range(virtual):
@@ -159,7 +159,7 @@ def stage_layers(parallel: Parallel, num_layers: int) -> list[list[range]]:
 
 
 def _layers_per_stage(parallel: Parallel, num_layers: int) -> list[int]:
-    """Return layers per pipeline stage, with embedding and loss as layers if they count."""
+    """Return layers per pipeline stage, including embedding and loss if they count as layers."""
     pp = parallel.pp
     first, last = (
         parallel.decoder_first_pipeline_num_layers,

@@ -38,10 +38,10 @@ _HEADS = {
 def memory_report(
     model: Model, parallel: Parallel, options: AdamMiniConfig, *, every_rank: bool = False
 ) -> dict[str, Any]:
-    """Return bytes per rank for every optimizer, and how far each saving reaches.
+    """Return bytes per rank for every kind of state, and the number of ranks each saving reaches.
 
     Raises:
-        ValueError: a layout that does not fit the model, or options that do not apply.
+        ValueError: the layout does not fit the model, or options do not apply.
     """
     planner = Planner(model, parallel, options)
     stages = planner.stages(parallel)

@@ -1,11 +1,11 @@
 """Description of a model -> facts about every parameter that a rank will hold, in Megatron's order.
 
-Imports ``partition``, ``parallel`` and ``models``. They are what ``mcore/param_info``
-finds in the real model: names, shapes, roles, how they are split (``tests/test_memory.py`` lets
-Megatron build the model, and compares).
+Imports ``partition``, ``parallel`` and ``models``. The facts are those that ``mcore/param_info``
+finds in the real model: names, shapes, roles, tensor-parallel split (``tests/test_memory.py``
+compares them with a model that Megatron builds).
 
 Mixture-of-experts models can be described although the optimizer does not train them yet: a
-weight of an expert follows the rule of the same weight of a dense MLP.
+weight of an expert has the rule of its counterpart in a dense MLP.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def stage_parameters(
     """Return the parameters of each virtual stage of one rank, in the model's own order.
 
     Raises:
-        ValueError: sizes that the layout does not divide.
+        ValueError: the layout does not divide the model's sizes.
     """
     check_fits(model, parallel)
     stages = stage_layers(parallel, model.num_layers)
@@ -47,7 +47,7 @@ def check_fits(model: Model, parallel: Parallel) -> None:
     """Check that tensor and expert parallelism divide the model's sizes.
 
     Raises:
-        ValueError: with the sizes and the flags to change.
+        ValueError: it does not; names the sizes and the flags to change.
     """
     tp, etp, ep = parallel.tp, parallel.etp, parallel.expert_model_parallel_size
     sizes = [
@@ -111,11 +111,11 @@ class _Chunk:
             if model.untie_embeddings_and_output_weights:
                 self._add("output_layer.weight", embedding, 0)
             elif not first:
-                # Megatron calls the copy output_layer.weight; it is one parameter with the first.
+                # Megatron names the copy output_layer.weight; both are one parameter.
                 self._add(EMBEDDING, embedding, 0, shared=True)
 
     def _layer(self, name: str, experts: bool) -> None:
-        fused = self.engine  # norms are part of the linear layer behind them
+        fused = self.engine  # norms are part of the next linear layer
         if not fused or self.model.multi_latent_attention:
             self._norm(name + "input_layernorm.", self.model.hidden_size)
         if self.model.multi_latent_attention:
@@ -146,7 +146,7 @@ class _Chunk:
         heads, hidden = model.num_attention_heads, model.hidden_size
         query = heads * (model.qk_head_dim + model.qk_pos_emb_head_dim)
         key_value = heads * (model.qk_head_dim + model.v_head_dim)
-        # Transformer Engine's down projections are whole on every tensor-parallel rank.
+        # Transformer Engine's down projections are replicated on every tensor-parallel rank.
         down = None if self.engine else 0
         fused = self.engine and model.qk_layernorm
         self._linear(name + "linear_proj.", (hidden, heads * model.v_head_dim), 1)
@@ -220,7 +220,7 @@ class _Chunk:
     ) -> None:
         self._add(prefix + "weight", shape, split, expert=expert)
         if self.model.add_bias_linear if bias is None else bias:
-            # The bias of a row-parallel layer is added after the sum: it is whole everywhere.
+            # The bias of a row-parallel layer is added after the sum, so it is replicated.
             self._add(prefix + "bias", shape[:1], 0 if split == 0 else None, expert=expert)
 
     def _add(

@@ -1,7 +1,7 @@
 """The arithmetic of a step on flat tensors; each backend has the same functions.
 
-``reference`` (plain torch) is the specification: what another backend computes must equal it
-within the rounding of the order of additions. ``cpu`` is C++, ``triton`` is for GPUs.
+``reference`` (plain torch) is the specification: results of another backend may differ from it only
+by the rounding that the order of additions causes. ``cpu`` is C++, ``triton`` is for GPUs.
 
 Arguments are the same everywhere: tensors of a buffer, a segment table, vectors with one entry per
 segment, the numbers of the step. Data flow: gradients -> ``segment_sum_sq_`` -> collectives ->
@@ -35,13 +35,13 @@ def select_backend(name: str, device: torch.device) -> ModuleType:
     """Return the module that holds the kernels of a backend.
 
     Args:
-        name: one of ``config.BACKENDS``; ``auto`` takes the one for the device, ``cpu`` or
-            ``triton``; where that is missing, plain torch, with a warning that says why.
-        device: where the slices are. The device decides, not what torch says of the machine.
+        name: one of ``config.BACKENDS``; ``auto`` selects ``cpu`` or ``triton`` by device, and
+            plain torch if that is not installed, with a warning that gives the reason.
+        device: where the slices are; what devices torch finds on the machine does not matter.
 
     Raises:
-        ValueError: the backend is not known, or does not run on the device.
-        ImportError: it was asked for by name and is not installed.
+        ValueError: the backend is unknown, or does not run on the device.
+        ImportError: the backend was selected by name and is not installed.
     """
     if name not in BACKENDS:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What kernels get besides a segment table and the numbers of the step: tensors and vectors.
+"""Arguments of kernels besides a segment table and the step's scalars: tensors and vectors.
 
 Imports torch. The C++ structs ``Slice`` and ``Segments`` hold the same.
 """
@@ -13,14 +13,14 @@ from torch import Tensor
 class BufferTensors(NamedTuple):
     """Tensors of one buffer, and of the state of this rank's slices of it.
 
-    A segment table has a position in both: ``weight`` and ``grad`` are read at the first (shape
-    ``(N,)``), ``exp_avg`` and ``param`` at the second (shape ``(L,)``). Only float32 weights, which
-    are their own main parameters, are ``param`` with shape ``(N,)``, read at the first; ``weight``
-    is ``None`` then.
+    A segment table has a position in the buffer, where ``weight`` and ``grad`` (shape ``(N,)``) are
+    read, and one in the state, where ``exp_avg`` and ``param`` (shape ``(L,)``) are. Exception:
+    float32 weights are their own main parameters, so ``param`` is then the buffer, with shape
+    ``(N,)``, and ``weight`` is ``None``.
 
     Attributes:
-        param: float32 main parameters; or int16 remainders, with which bfloat16 ``weight`` makes up
-            the main parameters (see ``rounding``).
+        param: float32 main parameters; or int16 remainders, which together with a bfloat16
+            ``weight`` make up the main parameters (see ``rounding``).
         exp_avg: m, float32 or bfloat16.
         weight: model weights, bfloat16 or float16; ``None``: ``param`` is the weight.
         grad: float32, bfloat16 or float16; only read.
@@ -33,7 +33,7 @@ class BufferTensors(NamedTuple):
 
 
 class SegmentVectors(NamedTuple):
-    """Vectors with one entry per segment of the rank, and some with one per element range behind.
+    """Vectors with one entry per segment of the rank; in ``_SR``, one per element range follows.
 
     Attributes:
         exp_avg_sq_S: v of the segment's block, float32.
@@ -41,9 +41,9 @@ class SegmentVectors(NamedTuple):
         sum_sq_SR: sums of squares of the gradient, float32.
         inv_numel_S: 1 / elements of the segment's whole block, float32.
         group_SR: parameter group, int32.
-        origin_SR: ``None``: a bfloat16 m is rounded to the nearest. Otherwise stochastically;
-            int32, whose bits are the number of each segment's first element. Noise depends on an
-            element's number, counted on from there, and on the step.
+        origin_SR: ``None``: a bfloat16 m is rounded to the nearest. Otherwise stochastically:
+            int32, whose bits are the number of each segment's first element. The noise of an
+            element depends on its number, counted from there, and on the step.
     """
 
     exp_avg_sq_S: Tensor

@@ -15,7 +15,7 @@
 
 namespace {
 
-// A piece of work, see cpu_tiles.py.
+// One tile, see cpu_tiles.py.
 struct Tile {
   int64_t start, length, count, index, packed, within, partial, shift;
 };

@@ -1,8 +1,8 @@
 """C++ kernels for the CPU, called through ctypes; signatures and meaning as in ``reference``.
 
 Imports torch, ctypes and the shared library that ``setup.py`` builds from ``cpu.cpp``. The library
-knows neither torch nor Python, so one build serves all of their versions. Pointers are taken from
-the live tensors in every call: Megatron may move its buffers between steps.
+depends on neither torch nor Python, so one build serves all of their versions. Pointers are taken
+from the live tensors in every call: Megatron may move its buffers between steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NAME = "cpu"
 #: What cpu.cpp's adam_mini_abi returns.
 _ABI = 3
 
-#: Elements of one piece of work: enough to hide its overhead, few enough to share among threads.
+#: Elements of one tile: enough to hide its overhead, few enough to balance threads.
 _TILE_NUMEL = 65536
 _PARTIAL = TILE_FIELDS.index("partial")
 
@@ -73,7 +73,7 @@ def library() -> ctypes.CDLL:
     """Load the shared library.
 
     Raises:
-        ImportError: it was not built, or is of another version of the package.
+        ImportError: it was not built, or was built for another version of the package.
     """
     found = sorted(Path(__file__).parent.glob("_cpu*.so"))
     if not found:
@@ -101,7 +101,7 @@ def library() -> ctypes.CDLL:
 
 
 def describe() -> str:
-    """Return what the kernels run with: instruction set and threads."""
+    """Return the instruction set and the number of threads that the kernels use."""
     threads = f"{torch.get_num_threads()} threads" if library().adam_mini_has_threads() else (
         "1 thread (built without OpenMP)"
     )  # fmt: skip
@@ -109,14 +109,14 @@ def describe() -> str:
 
 
 class _Work:
-    """Tiles of one table, and where the parts of long segments leave their sums."""
+    """Tiles of one table, and scratch for the sums of parts of long segments."""
 
     def __init__(self, table: SegmentTable) -> None:
         in_parts = tiles(table, _TILE_NUMEL, split=True)
         unsplit = tiles(table, _TILE_NUMEL, split=False)
         partials = np.zeros(int(in_parts[:, _PARTIAL].max(initial=-1)) + 1)
         self._kept = in_parts, unsplit, partials
-        #: Address and number of the tiles; of those in which long segments are not split.
+        #: Address and number of the tiles, with long segments split into parts and not split.
         self.in_parts = in_parts.ctypes.data, len(in_parts)
         self.unsplit = unsplit.ctypes.data, len(unsplit)
         self.partials_at = partials.ctypes.data

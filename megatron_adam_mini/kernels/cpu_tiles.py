@@ -1,4 +1,4 @@
-"""How the C++ kernels cut a table of segments into pieces of work for threads.
+"""How the C++ kernels cut a table of segments into tiles for threads.
 
 Imports numpy. Data flow: SegmentTable -> **tiles** -> kernels (``cpu``).
 """
@@ -15,7 +15,7 @@ TILE_FIELDS = ("start", "length", "count", "index", "packed", "within", "partial
 
 
 def tiles(table: SegmentTable, limit: int, *, split: bool) -> IntArray:
-    """Cut the runs into pieces of work of at most about ``limit`` elements.
+    """Cut the runs into tiles of at most about ``limit`` elements.
 
     A tile is either ``count`` whole segments of ``length`` elements each, or (``split``, and
     only if the segment is longer than ``limit``) a part of one segment.
@@ -25,7 +25,7 @@ def tiles(table: SegmentTable, limit: int, *, split: bool) -> IntArray:
         ``length``, ``count``, ``index`` of the first segment's entry, ``packed`` elements of
         the table before the tile, ``within`` elements of the segment before the tile,
         ``partial``: -1 for whole segments, else the number of the part among all parts, and
-        ``shift``: place in the state minus place in the buffer.
+        ``shift``: position in the state minus position in the buffer.
     """
     found: list[IntArray] = [np.empty((0, len(TILE_FIELDS)), dtype=np.int64)]
     packed = parts = 0
@@ -47,7 +47,7 @@ def tiles(table: SegmentTable, limit: int, *, split: bool) -> IntArray:
             parts += len(segment)
         else:
             rows = max(1, limit // run.length)
-            rows -= rows % 8 if rows > 8 else 0  # the loops take eight rows at once
+            rows -= rows % 8 if rows > 8 else 0  # the loops treat eight rows at once
             first = np.arange(0, run.count, rows)
             columns = [
                 run.start + first * run.length,

@@ -1,6 +1,6 @@
-"""Plain-torch kernels: the specification that the fast ones are tested against.
+"""Plain-torch kernels: the specification against which the fast ones are tested.
 
-Every function modifies its first arguments in place. Being a specification, they are not frugal:
+Every function modifies its first arguments in place. As a specification, they are not economical:
 temporaries take up to 16 bytes per element of the largest run of equal segments, usually one
 parameter's rows in the slice; and they read ``grad_scale`` on the host.
 
@@ -34,8 +34,8 @@ def segment_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: SegmentTable) -> N
 
     Args:
         sum_sq_SR: float32, the table's entries are overwritten.
-        grad_N: gradients of the buffer; squares are taken and added in at least float32 (here:
-            squared in float32, added in float64).
+        grad_N: gradients of the buffer; squared and added in at least float32 (here: squared in
+            float32, added in float64).
         table: segments, or element ranges.
     """
     for run in table.runs:
@@ -48,9 +48,9 @@ def norm_partials_(stats_D2: Tensor, sum_sq_SR: Tensor, domain_SR: Tensor) -> No
 
     Args:
         stats_D2: float64, overwritten: ``[sum of the sums, 0]`` per domain; ``stats[0, 1]`` is the
-            number of non-finite sums among all, whether they count in the norm or not.
+            number of all non-finite sums, whether or not they count in the norm.
         sum_sq_SR: float32.
-        domain_SR: int8, the domain in whose norm a sum counts, -1 for none.
+        domain_SR: int8, the domain whose norm includes the sum, -1 for none.
     """
     stats_D2.zero_()
     for domain in range(len(stats_D2)):
@@ -61,7 +61,7 @@ def norm_partials_(stats_D2: Tensor, sum_sq_SR: Tensor, domain_SR: Tensor) -> No
 def segment_step_size_(
     vectors: SegmentVectors, scalars: StepScalars, index: Tensor | None = None
 ) -> None:
-    """Advance v of every segment's block, and turn it into the step size of its elements.
+    """Advance v of every segment's block, and compute the step size of its elements.
 
     ``v <- beta2 v + (1 - beta2) grad_scale^2 sum_sq / numel``,
     ``step_size = lr / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)``.
@@ -70,7 +70,7 @@ def segment_step_size_(
         vectors: ``exp_avg_sq_S`` and ``step_size_S`` are modified in place; ``sum_sq_SR`` holds
             complete sums of squares of the gradients as they are in the buffer.
         scalars: numbers of this step.
-        index: int64, entries to treat; default all segments.
+        index: int64, entries to update; default all segments.
     """
     if not scalars.grad_scale.isfinite():
         return
@@ -89,7 +89,7 @@ def update_(
     """Update the elements of all segments.
 
     ``m <- beta1 m + (1 - beta1) grad_scale g``, ``p <- decay p - step_size m``, ``weight <- p``.
-    The step takes m before it is rounded.
+    The step uses m before it is rounded.
 
     Args:
         tensors: ``param``, ``exp_avg`` and ``weight`` are modified in place.
@@ -110,11 +110,11 @@ def update_(
 def update_in_one_pass_(
     tensors: BufferTensors, table: SegmentTable, vectors: SegmentVectors, scalars: StepScalars
 ) -> None:
-    """Do all of a step for segments that are uncut blocks, in one pass over memory.
+    """Do the whole step for segments of uncut blocks, in one pass over memory.
 
-    The three kernels above in one, for steps in which nothing waits for the gradient norm.
-    ``sum_sq_SR`` and ``step_size_S`` are written as they would write them, so that the norm is
-    known afterwards. Non-finite gradients enter v, m and p, as they do without a norm.
+    The three kernels above in one, for steps in which nothing needs the gradient norm first.
+    ``sum_sq_SR`` and ``step_size_S`` are written as by these kernels, so the norm is known
+    afterwards. Non-finite gradients enter v, m and p, as they do without a norm.
 
     Args: as above.
     """
@@ -133,7 +133,7 @@ def update_elementwise_(
     vectors: SegmentVectors,
     scalars: StepScalars,
 ) -> None:
-    """Update the elements that have a second moment of their own: AdamW.
+    """Update the elements that have their own second moments: AdamW.
 
     Args:
         tensors: as for :func:`update_`.

@@ -1,4 +1,4 @@
-"""The numbers that change from step to step, where kernels read them: on the device.
+"""The numbers that change from step to step, stored on the device for the kernels.
 
 Imports torch and ``rounding``. Data flow: parameter groups, step, clipping -> **StepScalars**
 -> kernels.
@@ -17,11 +17,11 @@ from megatron_adam_mini.rounding import mix32
 
 
 class StepScalars:
-    """Hyper-parameters of one step in tensors that are made once and refilled in place.
+    """Hyper-parameters of one step in tensors that are allocated once and refilled in place.
 
     On a CPU, kernels read what :meth:`fill` writes. A GPU gets one asynchronous copy of it from
-    pinned memory, so neither :meth:`fill` nor a kernel that reads them waits for the device (unless
-    it is a whole step behind).
+    pinned memory, so :meth:`fill` does not wait for the device (unless that is a whole step
+    behind), nor does a kernel that reads it.
 
     Args:
         num_groups: parameter groups, ``G``.
@@ -29,18 +29,18 @@ class StepScalars:
         seed: of stochastic rounding.
 
     Attributes:
-        grad_scale: what gradients are multiplied with (inverse loss scale times clipping),
-            float32 scalar. **Not finite means: skip the step**; kernels then write nothing.
+        grad_scale: factor of the gradients (inverse loss scale times clipping), float32 scalar.
+            **Not finite means: skip the step**; kernels then write nothing.
         bias_corrections: ``1 - beta1 ** step`` and ``1 - beta2 ** step``, float32, shape ``(2,)``.
         hyper_G3: ``lr``, ``eps``, ``1 - lr * weight_decay``, float32, shape ``(G, 3)``.
-        noise_key: int64 scalar in ``[0, 2**32)``, another one in each step.
+        noise_key: int64 scalar in ``[0, 2**32)``, different in each step.
         beta1: decay of m.
         beta2: decay of v.
     """
 
     def __init__(self, num_groups: int, device: torch.device, *, seed: int = 0) -> None:
         floats, on_gpu = 3 + 3 * num_groups, device.type == "cuda"
-        # One buffer, so one copy: 8 bytes for the key of the noise, then float32.
+        # One tensor, so one copy: 8 bytes for the key of the noise, then float32.
         self._host = torch.zeros(1 + -(-floats // 2), dtype=torch.int64, pin_memory=on_gpu)
         self._device = self._host if device.type == "cpu" else self._host.to(device)
         self._host_key = self._host.numpy()[:1]
@@ -61,9 +61,9 @@ class StepScalars:
         step: int,
         grad_scale: float | Tensor,
     ) -> None:
-        """Set everything for step ``step`` (counts from 1)."""
+        """Set all numbers for step ``step`` (counted from 1)."""
         if self._copied is not None:
-            self._copied.synchronize()  # the step before may not have read its numbers yet
+            self._copied.synchronize()  # the previous step may not have read its numbers yet
         self.beta1, self.beta2 = betas
         known = 0.0 if isinstance(grad_scale, Tensor) else grad_scale
         values = [known, 1 - self.beta1**step, 1 - self.beta2**step]

@@ -1,19 +1,19 @@
 """The kernels on a GPU, in Triton; same functions as ``reference``, which specifies them.
 
-Imports triton. Launches per call: one per buffer and function, and
+Imports triton. Launches: one per buffer and function, and
 
-* one more where segments do not start at a vector, which is rare: Megatron aligns parameters;
-* ``segment_sum_sq_`` and ``update_in_one_pass_`` one per width of short rows (powers of two below
-  2048; all longer rows are one width), and one that adds up the parts of segments above 16,384
-  elements; ``update_in_one_pass_`` updates these by another one: their g is too large to keep;
-* ``norm_partials_`` two.
+* one more if segments do not start at a vector, which is rare: Megatron aligns parameters;
+* ``segment_sum_sq_`` and ``update_in_one_pass_``: one per width of short rows (powers of two below
+  2048; all longer rows have one width), and one that adds up the parts of segments above 16,384
+  elements; ``update_in_one_pass_`` updates these in one more: their g is too large to keep;
+* ``norm_partials_``: two.
 
 Nothing waits for the device. The first call for a table makes its launch tables and scratch,
 later ones allocate nothing, and numbers that change from step to step are read on the device, so
-calls can be captured in a CUDA graph after one ordinary step (never tried). Scratch of a table is
-used by one stream at a time.
+calls could be captured in a CUDA graph after one ordinary step (not tested). Only one stream at a
+time may use the scratch of a table.
 
-Deterministic: no atomics; sums are added in an order that follows from the table alone.
+Deterministic: no atomics; the order of additions depends on the table alone.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from megatron_adam_mini.plan.segment_table import SegmentTable
 NAME = "triton"
 
 #: Eight warps: 8 elements per thread and stream, two 16-byte vectors of float32. No contraction
-#: to fused multiply-add: results equal the reference bit for bit, and kernels that wait for
-#: memory lose nothing.
+#: to fused multiply-add: results equal the reference bit for bit, and memory-bound kernels lose
+#: nothing.
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
-#: Entries per program of the kernels that treat one entry per segment.
+#: Entries per program, in kernels over vectors with one entry per segment.
 ENTRIES = 256
 NORM_ENTRIES = 2048
 #: Parts of a long segment that are added at once.
@@ -57,7 +57,7 @@ PARTS = 1024
 def segment_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: SegmentTable) -> None:
     """Write the sum of squares of each segment; see ``reference.segment_sum_sq_``.
 
-    Squares are added in float32 within 16,384 elements, and then in float64.
+    Squares are added in float32 within 16,384 elements, beyond that in float64.
     """
     if not len(table):
         return
@@ -119,7 +119,7 @@ def update_(
 def update_in_one_pass_(
     tensors: BufferTensors, table: SegmentTable, vectors: SegmentVectors, scalars: StepScalars
 ) -> None:
-    """Do all of a step for segments that are uncut blocks; see the reference.
+    """Do the whole step for segments of uncut blocks; see the reference.
 
     One pass over memory for segments of up to 16,384 elements; longer ones are summed first. If
     ``grad_scale`` is not finite, sums of parts stay in scratch, and nothing else is written.
@@ -156,7 +156,7 @@ def update_elementwise_(
     vectors: SegmentVectors,
     scalars: StepScalars,
 ) -> None:
-    """Update the elements that keep their own second moment; see the reference."""
+    """Update the elements that have their own second moments; see the reference."""
     if not len(table):
         return
     param, exp_avg, weight, grad = tensors
@@ -174,7 +174,7 @@ def update_elementwise_(
 
 
 class _Plan:
-    """Launch tables and scratch of one table of segments, made when first asked for."""
+    """Launch tables and scratch of one table of segments, made on first use."""
 
     def __init__(self, segments: SegmentTable, device: torch.device) -> None:
         self.segments = segments
@@ -185,7 +185,7 @@ class _Plan:
 
     @cached_property
     def short(self) -> _Plan:
-        """Plan of the segments that are summed in one piece."""
+        """Plan of the segments that are summed whole."""
         return _Plan(self.segments.subset(~is_long(self.segments)), self.device)
 
     @cached_property
@@ -201,14 +201,14 @@ class _Plan:
         return self._windows[vec, packed]
 
     def rows(self, vec: int) -> list[tuple[RowTiles, Tensor]]:
-        """Return, for each launch, what kind of row tiles it treats, and these."""
+        """Return, for each launch, its kind of row tiles, and the tiles on the device."""
         if vec not in self._rows:
             found = row_tiles(self.segments, vec)
             self._rows[vec] = [(kind, self._to(kind.tiles)) for kind in found]
         return self._rows[vec]
 
     def parts(self, vec: int) -> tuple[Tensor, Tensor]:
-        """Return entry, first part and number of parts of long segments; scratch for the parts."""
+        """Return entry, first part and number of parts of long segments, and their scratch."""
         if vec not in self._parts:
             start, _, index_S, segment_T = parts(self.segments, vec)
             first_S = np.searchsorted(segment_T, np.arange(len(index_S)))
@@ -272,7 +272,7 @@ def _bits(stream: Tensor | None) -> Tensor | None:
 
 
 def _decays(scalars: StepScalars) -> tuple[float, float, float, float]:
-    """Return what kernels multiply with; 1 - beta is taken in double, as by the reference."""
+    """Return the betas and their complements, computed in double as by the reference."""
     return scalars.beta1, 1 - scalars.beta1, scalars.beta2, 1 - scalars.beta2
 
 

@@ -1,13 +1,13 @@
 """The kernels in Triton's language; ``triton_gpu`` launches them.
 
 Imports triton. They compute what ``reference`` computes, in its order, operation by operation:
-they are launched without contraction to fused multiply-add, divisions and square roots are the
-correctly rounded ones, and rounding to bfloat16 is integer arithmetic. So results equal the
-reference bit for bit, but for sums of many elements, which are added in another (fixed) order.
+they are launched without contraction to fused multiply-add, divisions and square roots are
+correctly rounded, and rounding to bfloat16 is integer arithmetic. So results equal the reference
+bit for bit, except for sums of many elements, which are added in another (fixed) order.
 
-A 16-bit float stream other than float16 arrives as int16, its bits. Two kinds of tiles, see
-``triton_tiles``: *windows*, whose elements are treated one by one, and *row tiles*, which hold
-whole segments. Both are looked at as vectors of ``VEC`` elements that one thread moves in one
+bfloat16 tensors are passed as int16, their bits. There are two kinds of tiles, see
+``triton_tiles``: *windows*, whose elements are independent of each other, and *row tiles*, which
+hold whole segments. Both are treated as vectors of ``VEC`` elements that one thread moves in one
 access: masks are per vector, because a mask per element would split the access.
 
 Shape legend: ``NV`` vectors and ``V`` elements in each; ``RCV`` rows, vectors of a row, elements.
@@ -35,7 +35,7 @@ def _load(stream, offset, mask):
 
 @triton.jit
 def _bits(value):
-    """Return the bits of float32 values, of NaNs always the same."""
+    """Return the bits of float32 values, the same for all NaNs."""
     return tl.where(value != value, 0x7FC00000, value.to(tl.int32, bitcast=True))
 
 
@@ -54,7 +54,7 @@ def _noise16(number):
 
 @triton.jit
 def _load_param(param, weight, offset, mask):
-    """Load main parameters, or make them up from weight and remainder."""
+    """Load main parameters, or join them from weight and remainder."""
     if param.dtype.element_ty == tl.int16:
         high = tl.load(weight + offset, mask=mask, other=0).to(tl.int32) << 16
         low = tl.load(param + offset, mask=mask, other=0).to(tl.int32)
@@ -82,7 +82,7 @@ def _store_param(param, weight, offset, mask, p):
 
 @triton.jit
 def _store_moment(exp_avg, offset, mask, m, number, STOCHASTIC: tl.constexpr):
-    """Store m, rounded to bfloat16 where it is kept so: to the nearest, or with noise."""
+    """Store m; if it is stored as bfloat16, round it to the nearest or with noise."""
     if exp_avg.dtype.element_ty == tl.int16:
         bits = _bits(m) + (_noise16(number) if STOCHASTIC else 0x8000)
         tl.store(exp_avg + offset, (bits >> 16).to(tl.int16), mask=mask)
@@ -111,10 +111,10 @@ def _vectors(COUNT: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def _state(param, exp_avg, weight, tiles, FIELDS: tl.constexpr, VEC: tl.constexpr):
-    """Return where the state of a tile would begin if it lay at the places of the buffer.
+    """Return pointers to the state, such that positions in the buffer address it.
 
-    The last field of a tile says how much further it lies. float32 weights, which are their own
-    main parameters, lie in the buffer.
+    The last field of a tile is the shift from buffer to state. float32 weights, which are their
+    own main parameters, lie in the buffer.
     """
     tile = tiles + tl.program_id(0).to(tl.int64) * FIELDS
     shift = tl.multiple_of(tl.load(tile + FIELDS - 1), VEC)
@@ -125,7 +125,7 @@ def _state(param, exp_avg, weight, tiles, FIELDS: tl.constexpr, VEC: tl.constexp
 
 @triton.jit
 def _window(tiles, VEC: tl.constexpr, TILE: tl.constexpr):
-    """Return a window's start, vectors ``(NV, 1)`` of it with mask, row and place in the row."""
+    """Return a window's start, and its vectors ``(NV, 1)`` with mask, row and place in the row."""
     tile = tiles + tl.program_id(0).to(tl.int64) * 9
     start = tl.multiple_of(tl.load(tile), VEC)
     low = tl.load(tile + 1).to(tl.int32)
@@ -186,7 +186,7 @@ def update_elementwise_kernel(
     beta1, one_minus_beta1, beta2, one_minus_beta2,
     VEC: tl.constexpr, TILE: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    """Update the elements of a window that have a second moment of their own."""
+    """Update the elements of a window that have their own second moments."""
     scale = tl.load(grad_scale)
     if _finite(scale):
         start, first_NV, inside_NV, row_NV, place_NV = _window(tiles, VEC, TILE)
@@ -222,7 +222,7 @@ def update_elementwise_kernel(
 
 @triton.jit
 def _row_tile(tiles, VEC: tl.constexpr):
-    """Return a row tile's start, length of rows, number of rows, first entry, number as a part."""
+    """Return a row tile's start, row length, number of rows, first entry, and part number."""
     tile = tiles + tl.program_id(0).to(tl.int64) * 6
     start = tl.multiple_of(tl.load(tile), VEC)
     length = tl.multiple_of(tl.load(tile + 1).to(tl.int32), VEC)
@@ -286,7 +286,7 @@ def _step_sizes(
     exp_avg_sq, step_size, total, inv_numel, group, hyper, corrections,
     at, mask, scale, beta2, one_minus_beta2,
 ):  # fmt: skip
-    """Advance v of the entries ``at`` where ``mask``, and return their step sizes and groups."""
+    """Advance v of the entries ``at`` under ``mask``, and return their step sizes and groups."""
     group_at = tl.load(group + at, mask=mask, other=0)
     v, step = _advanced_v(
         tl.load(exp_avg_sq + at, mask=mask, other=0),
@@ -339,9 +339,9 @@ def combine_kernel(
     sum_sq, partials, owners, exp_avg_sq, step_size, inv_numel, group, hyper, corrections,
     grad_scale, beta2, one_minus_beta2, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add up the parts of one long segment; with ``exp_avg_sq``, do what follows from the sum.
+    """Add up the parts of one long segment; with ``exp_avg_sq``, also advance v from the sum.
 
-    ``grad_scale`` not finite: the sum is not written either if v is given.
+    If ``exp_avg_sq`` is given and ``grad_scale`` is not finite, not even the sum is written.
     """
     owner = owners + tl.program_id(0).to(tl.int64) * 3
     at, first, count = tl.load(owner), tl.load(owner + 1), tl.load(owner + 2).to(tl.int32)
@@ -376,7 +376,7 @@ def update_rows_kernel(
     VEC: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, ONCE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    """Do all of a step for uncut blocks; rows of one rectangle keep their g in registers."""
+    """Do the whole step for uncut blocks; rows of one rectangle keep their g in registers."""
     scale = tl.load(grad_scale)
     if _finite(scale):
         start, length, count, index, _ = _row_tile(tiles, VEC)
@@ -422,7 +422,7 @@ def norm_kernel(
     partials, sum_sq, domain, num,
     DOMAINS: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write, per program, a row of sums by domain and at its end the number of non-finite ones."""
+    """Write, per program, a row of sums by domain, followed by the number of non-finite sums."""
     total_D = tl.zeros((STRIDE,), tl.float64)
     column = tl.arange(0, STRIDE)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

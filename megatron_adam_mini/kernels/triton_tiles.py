@@ -1,11 +1,10 @@
-"""How the Triton kernels cut a table of segments into pieces of work, one per program.
+"""How the Triton kernels cut a table of segments into tiles, one per program.
 
 Imports numpy. Data flow: SegmentTable -> **windows, row tiles** -> launch tables (triton_gpu).
 
-Everything about alignment is decided here, once and from integers. Kernels move ``vec`` elements
-per access; a tile suits them if each of its vectors lies in one segment, wholly inside of the
-tile, at a multiple of ``vec`` in the buffer and in the state. Tiles that do not suit go to a launch
-with single elements.
+Alignment is decided here, once and from integers. Kernels move ``vec`` elements per access; a tile
+suits this if each of its vectors lies in one segment, entirely inside the tile, at a multiple of
+``vec`` in the buffer and in the state. Other tiles go to a launch with single elements.
 
 Shape suffixes: ``_T`` tiles, ``_N`` runs of segments (see ``SegmentTable.runs``).
 """
@@ -22,9 +21,9 @@ from megatron_adam_mini.plan.segment_table import SegmentTable
 
 #: Elements of a window, and of the rectangle that one pass over a row tile loads.
 TILE_NUMEL = 2048
-#: A longer segment is summed in parts of this length, and its second read of g goes to memory.
+#: Longer segments are summed in parts of this length; their g is read from memory twice.
 ROW_LIMIT = 16384
-#: Narrower rows share the smallest rectangle, so that there are few kernels to compile.
+#: Width of the smallest rectangle; narrower rows share it, so there are few kernels to compile.
 MIN_COLUMNS = 32
 
 WINDOW_FIELDS = (
@@ -43,16 +42,16 @@ ROW_FIELDS = ("start", "length", "count", "index", "partial", "shift_state")
 
 @dataclass(frozen=True)
 class RowTiles:
-    """Row tiles that one launch treats.
+    """Row tiles of one launch.
 
     Attributes:
         vec: elements per access.
-        columns: width of the rectangle that is loaded at once, a power of two. Rows are not
-            longer, unless it is ``TILE_NUMEL``: then they take several passes.
+        columns: width of the rectangle that is loaded at once, a power of two. Only at
+            ``TILE_NUMEL`` may rows be longer; they then take several passes.
         tiles: int64, shape ``(T, 6)``, columns :data:`ROW_FIELDS`: ``start`` in the buffer, and
             ``count`` rows of ``length`` elements with entries from ``index`` on; or one part of a
-            segment, with ``partial`` its number among all parts (else -1). The state of an
-            element lies ``shift_state`` further than the element in the buffer.
+            segment, with ``partial`` its number among all parts (else -1). ``shift_state``:
+            position in the state minus position in the buffer.
     """
 
     vec: int
@@ -66,21 +65,20 @@ class RowTiles:
 
 
 def windows(table: SegmentTable, vec: int, *, packed: bool) -> dict[int, IntArray]:
-    """Cut the runs into windows of the buffer, for kernels that look at elements one by one.
+    """Cut the runs into windows of the buffer, for elementwise kernels.
 
     Args:
         table: segments.
         vec: elements per access of the main path, a power of two.
-        packed: a stream that holds the table's elements without gaps must suit too.
+        packed: whether a stream that holds the table's elements without gaps must be aligned too.
 
     Returns:
-        windows by elements per access (``vec`` and 1; none that is empty): int64, shape
-        ``(T, 9)``, columns :data:`WINDOW_FIELDS`. Element ``x`` of a window, ``low <= x < high``,
-        is element ``start + x`` of the buffer, ``start + x + shift_state`` of the state and
-        ``packed + x`` of the packed stream. It is in
-        row ``(shift + x) // length`` of the rows with entries from ``index`` on, at
-        ``(shift + x) % length`` of it, plus ``skip`` in row 0: ``length`` is clipped to the
-        window, so that numbers stay small in segments of any length.
+        windows by elements per access (``vec`` and 1, without empty ones): int64, shape ``(T, 9)``,
+        columns :data:`WINDOW_FIELDS`. Element ``x`` of a window, ``low <= x < high``, is element
+        ``start + x`` of the buffer, ``start + x + shift_state`` of the state and ``packed + x`` of
+        the packed stream. It lies in row ``(shift + x) // length`` of the rows with entries from
+        ``index`` on, at ``(shift + x) % length``, plus ``skip`` in row 0: ``length`` is clipped to
+        the window, so numbers stay small in segments of any length.
     """
     if not len(table):
         return {}
@@ -128,7 +126,7 @@ def row_tiles(table: SegmentTable, vec: int) -> list[RowTiles]:
         vec: elements per access of the main path, a power of two.
 
     Returns:
-        one entry per launch; tiles of equal rectangles are together.
+        one entry per launch, of tiles with equal rectangles.
     """
     if not len(table):
         return []
@@ -171,10 +169,10 @@ def row_tiles(table: SegmentTable, vec: int) -> list[RowTiles]:
 
 
 def parts(table: SegmentTable, vec: int) -> tuple[IntArray, IntArray, IntArray, IntArray]:
-    """Return the parts of long segments: start, end; entries of these segments; owner of a part.
+    """Return start and end of the parts of long segments, these segments' entries, and owners.
 
-    Only the first part of a segment starts, and only the last one ends, elsewhere than at a
-    multiple of ``vec``.
+    Only the first part of a segment may start, and only the last one may end, at a position that
+    is not a multiple of ``vec``.
     """
     chosen = np.flatnonzero(is_long(table))
     start_S, end_S = table.start_S[chosen], table.end_S[chosen]
@@ -190,7 +188,7 @@ def parts(table: SegmentTable, vec: int) -> tuple[IntArray, IntArray, IntArray, 
 
 
 def is_long(table: SegmentTable) -> NDArray[np.bool_]:
-    """Tell which segments are summed in parts."""
+    """Return which segments are summed in parts."""
     long: NDArray[np.bool_] = table.end_S - table.start_S > ROW_LIMIT
     return long
 
@@ -209,12 +207,12 @@ def _by_vec(tiles: IntArray, suits: NDArray[np.bool_], vec: int) -> dict[int, In
 
 
 def _repeat(count: IntArray) -> tuple[IntArray, IntArray]:
-    """Return owner and number of ``count[i]`` items that each ``i`` has."""
+    """Return owner ``i`` and number of each item, if every ``i`` has ``count[i]`` items."""
     owner = np.repeat(np.arange(len(count)), count)
     return owner, np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
 
 
 def _power_of_two(number: IntArray) -> IntArray:
-    """Return the smallest power of two that is not less, for numbers from 1 to 2**53."""
+    """Return the smallest power of two not below ``number``, from 1 to 2**53."""
     powers: IntArray = 2 ** np.ceil(np.log2(number)).astype(np.int64)
     return powers

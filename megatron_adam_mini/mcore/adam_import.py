@@ -1,12 +1,12 @@
 """Start Adam-mini from a checkpoint of Megatron's own Adam.
 
 Imports megatron.core's checkpoint types; used by ``checkpoint`` when a checkpoint carries no
-identity of Adam-mini. Main parameters and m are taken as they are; v of a block becomes the mean
+identity of Adam-mini. Main parameters and m are copied unchanged; v of a block becomes the mean
 of Adam's v over it, which is what Adam-mini would have accumulated from the same gradients, since
-the mean of a mean is linear.
+v is linear in their squares.
 
 Three formats are read: ``fully_reshardable`` and ``dp_reshardable`` of the distributed optimizer,
-and the plain one without it.
+and that of the plain optimizer.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ FORMATS = ("fully_reshardable", FLAT_BUCKETS, "plain")
 def prepare_load(
     view: StateView, model_state: Mapping[str, Any], metadata: Mapping[str, Any]
 ) -> PendingLoad:
-    """Ask a checkpoint of Adam for this rank's slices.
+    """Request this rank's slices from a checkpoint of Adam.
 
     Raises:
-        ValueError: a format that cannot be read.
+        ValueError: the format cannot be read.
     """
     adam_format = metadata.get("distrib_optim_sharding_type") or "plain"
     if adam_format not in FORMATS:
@@ -100,9 +100,9 @@ def common_from_adam(
     """Return step, groups and loss scale in Adam-mini's own form; all ranks must call it.
 
     Raises:
-        ValueError: the main parameters are not those of the model's weights. Megatron-Core 0.16.1
-            to 0.19.2 write such ``fully_reshardable`` checkpoints when the end of a bucket other
-            than the last is padded (fixed upstream in #5077).
+        ValueError: the main parameters do not belong to the model's weights. Megatron-Core 0.16.1
+            to 0.19.2 write such ``fully_reshardable`` checkpoints if a bucket other than the last
+            is padded at its end (fixed upstream in #5077).
     """
     pieces = zip(view.inner.plan.pieces, pending.floats, strict=True)
     wrong = [
@@ -130,7 +130,7 @@ def common_from_adam(
 
 
 def _in_bucket(view: StateView, piece: Piece, kind: str, flat: Tensor) -> ShardedTensor:
-    """Ask for a piece where Megatron's ``dp_reshardable`` format has it: in its flat bucket."""
+    """Request a piece from its flat bucket, where Megatron's ``dp_reshardable`` format has it."""
     state = view.state_of(piece)
     assert isinstance(state.buffer, ShardedBuffer)
     bucket = state.plan.slices[piece.bucket].bucket

@@ -1,6 +1,6 @@
 """Adam-mini's launch flags, next to Megatron's own.
 
-Imports ``config``, ``partition_flags`` and ``preflight``; Megatron's parser is an argument here.
+Imports ``config``, ``partition_flags`` and ``preflight``; Megatron's parser is passed in.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def config_from_args(args: argparse.Namespace) -> AdamMiniConfig:
-    """Return the options that the flags select; bad values raise ``ValueError``."""
+    """Return the options that the flags select; invalid values raise ``ValueError``."""
     return replace(
         partition_config(args, prefix=RUN_PREFIX),
         backend=args.adam_mini_backend,
@@ -92,8 +92,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Check what ``--optimizer adam_mini`` cannot be combined with, before Megatron's own checks.
 
     Raises:
-        ValueError: a value that is not allowed.
-        NotImplementedError: a combination that is not supported.
+        ValueError: a value is not allowed.
+        NotImplementedError: a combination is not supported.
     """
     refuse_unsupported(args)
     for name in ("main_params_dtype", "main_grads_dtype", "exp_avg_sq_dtype"):
@@ -132,13 +132,13 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def _dtype_name(dtype: Any) -> str:
-    """Return Megatron's name of a dtype, which its arguments hold as text or as torch's."""
+    """Return Megatron's name of a dtype, which its arguments hold as text or as torch dtype."""
     names = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
     return names.get(str(dtype), str(dtype))
 
 
 def refuse_stray_options(args: argparse.Namespace, options: dict[str, tuple[str, Any]]) -> None:
-    """Refuse ``--adam-mini-*`` flags that another optimizer would ignore in silence.
+    """Refuse ``--adam-mini-*`` flags that another optimizer would silently ignore.
 
     Args:
         args: parsed arguments.

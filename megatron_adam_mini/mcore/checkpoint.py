@@ -1,20 +1,20 @@
 """Optimizer state in Megatron's ``torch_dist`` checkpoints: what is written, read and refused.
 
-Imports ``entries`` (state as entries of a checkpoint) and ``adam_import``. No collective over
-state, neither on save nor on load; only the conversion of v to other blocks adds block sums.
+Imports ``entries`` (state as entries of a checkpoint) and ``adam_import``. State takes part in no
+collective, neither on save nor on load, except that converting v to other blocks adds block sums.
 
 Format ``model_space``, used unless Megatron asks for ``dp_reshardable``: float32 tensors in the
 model's coordinates, keys ``optimizer.adam_mini.{kind}.{parameter}`` with the layer number in the
 parameter's name; kind is
 
 * ``param``: main parameters, and ``exp_avg``: m, both shaped like the parameter;
-* ``v_row``: one number per row, rows of one block repeat it;
+* ``v_row``: one number per row, repeated for the rows of one block;
 * ``v_element``: v of parameters that keep one per element, shaped like the parameter.
 
-Format ``dp_reshardable``: ``param`` and ``exp_avg`` as flat buckets instead, as Megatron's own; v
-as above. Such a checkpoint loads under another data-parallel size only.
+Format ``dp_reshardable``: ``param`` and ``exp_avg`` as flat buckets, like Megatron's own; v as
+above. Such a checkpoint loads under another data-parallel size, but no other change of layout.
 
-The identity of the state travels twice: in the content metadata, so that it is known before
+The identity of the state is stored twice: in the content metadata, where it is known before
 anything is read, and in the common state, for callers that pass no metadata.
 """
 
@@ -62,7 +62,7 @@ ONLY_TORCH_DIST = (
 def state_to_save(
     view: StateView, model_state: Mapping[str, Any], metadata: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Return this rank's part of the optimizer state, as views wherever that is safe."""
+    """Return this rank's part of the optimizer state, as views where that is safe."""
     wanted = (metadata or {}).get("distrib_optim_sharding_type")
     checkpoint_format = FLAT_BUCKETS if wanted == FLAT_BUCKETS else MODEL_SPACE
     identity = identity_of(
@@ -74,7 +74,7 @@ def state_to_save(
     if metadata is not None:
         metadata["adam_mini"] = identity
         if checkpoint_format == MODEL_SPACE:
-            # What Megatron asks before it lets a run with other TP or PP sizes load the state.
+            # Megatron checks this before it lets a run with other TP or PP sizes load the state.
             metadata["distrib_optim_sharding_type"] = "fully_reshardable"
     shards: Shards = {}
     entries = entries_by_parameter(model_state)
@@ -117,10 +117,10 @@ def state_to_save(
 def prepare_load(
     view: StateView, model_state: Mapping[str, Any], metadata: Mapping[str, Any] | None
 ) -> PendingLoad:
-    """Return what this rank asks a checkpoint for; it is read into the state in place.
+    """Return what this rank requests from a checkpoint; it is read into the state in place.
 
     All ranks must call it: a refusal that concerns the parameters of one pipeline stage is raised
-    on all of them, before any waits for the others in the load.
+    on all of them, before any rank waits for the others in the load.
     """
     return on_all_ranks(
         lambda: _prepare_load(view, model_state, metadata),
@@ -177,12 +177,12 @@ def _prepare_load(
 
 
 def finish_load(view: StateView, pending: PendingLoad, loaded: Mapping[str, Any]) -> None:
-    """Finish a load: v of all blocks, step, groups, loss scale, this rank's model weights.
+    """Finish a load: set v of all blocks, step, groups, loss scale, this rank's model weights.
 
     All ranks must call it, after the load that :func:`prepare_load` prepared.
 
     Raises:
-        ValueError: parameter groups or identity do not fit this run.
+        ValueError: parameter groups or identity do not match this run.
     """
     if not pending.checked:
         _refuse_surprise(view, loaded["adam_mini"])
@@ -210,10 +210,10 @@ def _blocks_of_checkpoint(view: StateView, saved: Mapping[str, Any]) -> list[Par
 
 
 def _refuse_surprise(view: StateView, saved: Mapping[str, Any]) -> None:
-    """Refuse state that was asked for without the metadata that says what it is, and is otherwise.
+    """Refuse state that was requested without metadata and turns out to be of another kind.
 
     Raises:
-        ValueError: another partition or format, also one that a load with metadata would convert.
+        ValueError: partition or format differ, even if a load with metadata would convert them.
     """
     if _blocks_of_checkpoint(view, saved) != list(view.inner.plan.parameters):
         raise ValueError(
@@ -224,7 +224,7 @@ def _refuse_surprise(view: StateView, saved: Mapping[str, Any]) -> None:
 
 
 def _load_groups(view: StateView, saved: list[dict[str, Any]]) -> None:
-    """Copy the saved values of each parameter group to the group that it describes."""
+    """Copy the saved values of each parameter group to the matching group."""
 
     def identifier(group: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(group.get(key) for key in param_group_identifier_keys)

@@ -1,9 +1,9 @@
 """What depends on the release of Megatron-Core: private names, probes, functions that are wrapped.
 
-Imports megatron.core, and megatron.training only if it is there. A new release needs a look here
-and at ``slices``, which reads DDP's buffers. Releases that are named were looked up in the sources
-of 0.16.1, 0.17.1, 0.18.2, 0.19.2 and main (0.20); "all" means these. The tests run on
-:data:`TESTED_VERSIONS` alone.
+Imports megatron.core, and megatron.training only if it is installed. For a new release, check this
+module and ``slices``, which reads DDP's buffers. Statements about releases come from the sources of
+0.16.1, 0.17.1, 0.18.2, 0.19.2 and main (0.20); "all" means these. The tests run on
+:data:`TESTED_VERSIONS` only.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ logger = logging.getLogger(__name__)
 class Hook(NamedTuple):
     """A function of Megatron that ``registration`` wraps.
 
-    Megatron looks it up as a global of its module at call time, so it does not matter who imported
-    its callers before.
+    Megatron looks it up as a global of its module at call time, so its callers may have been
+    imported before.
     """
 
     module: str
     name: str
 
 
-#: Where ``get_megatron_optimizer`` sends every optimizer that is neither Adam nor SGD. Private;
-#: since 0.18. Before, there is no such place, and 0.17.1 looks the getter itself up by an imported
-#: name in megatron.training.training.
+#: ``get_megatron_optimizer`` calls it for every optimizer that is neither Adam nor SGD. Private;
+#: since 0.18. Before, there is no such function, and megatron.training.training in 0.17.1 calls
+#: the getter by an imported name.
 FACTORY = Hook("megatron.core.optimizer", "_get_megatron_emerging_optimizer")
-#: Loads and what reads the common state before them. Public; all.
+#: Loads a checkpoint; the next two read its common state before that. Public; all.
 CHECKPOINT_LOAD = Hook("megatron.core.dist_checkpointing", "load")
 CHECKPOINT_COMMON = (
     Hook("megatron.core.dist_checkpointing", "load_common_state_dict"),
@@ -51,19 +51,19 @@ CHECKPOINT_COMMON = (
 )
 #: Adds all flags to a parser. Public; all that have megatron.training.
 ADD_ARGUMENTS = Hook("megatron.training.arguments", "add_megatron_arguments")
-#: Checks arguments. Public; all. Since 0.18 it takes the distributed optimizer from every
+#: Checks arguments. Public; all. Since 0.18 it switches off the distributed optimizer for every
 #: optimizer that is neither Adam nor SGD.
 VALIDATE_ARGUMENTS = Hook("megatron.training.arguments", "validate_args")
-#: Makes the optimizer's config of arguments. Public; all, but before 0.18 it raises for names that
-#: it does not know.
+#: Makes the optimizer's config from arguments. Public; all, but before 0.18 it raises for unknown
+#: optimizers.
 OPTIMIZER_CONFIG = Hook("megatron.training.training", "get_megatron_optimizer_config")
 #: Writes the logs. Public; all, with more arguments since 0.18.
 TRAINING_LOG = Hook("megatron.training.training", "training_log")
 
 
 def warn_if_untested() -> None:
-    """Warn, once per registration, when this release of Megatron-Core was not tested."""
-    # Megatron-Core adds the commit of the git folder around it, whichever that is: 0.19.2+c943483.
+    """Warn, once per registration, if this release of Megatron-Core was not tested."""
+    # Megatron-Core appends the commit of any git folder that contains it: 0.19.2+c943483.
     if MCORE_VERSION.partition("+")[0] not in TESTED_VERSIONS:
         logger.warning(
             "megatron-adam-mini was tested with megatron-core %s, but this is %s. Run "
@@ -79,9 +79,9 @@ def warn_if_untested() -> None:
 
 
 def optional_module(name: str) -> Any:
-    """Import a module of megatron.training, or return ``None`` where only megatron.core is.
+    """Import a module of megatron.training, or return ``None`` if only megatron.core is installed.
 
-    The wheels have megatron.training since 0.17; before, only a source tree has it.
+    The wheels contain megatron.training since 0.17; before, only a source tree does.
     """
     try:
         return importlib.import_module(name)
@@ -92,18 +92,18 @@ def optional_module(name: str) -> Any:
 
 
 def training_arguments() -> Any:
-    """Return the arguments that megatron.training has parsed, ``None`` before or without it.
+    """Return the arguments that megatron.training has parsed, ``None`` if there are none.
 
-    ``get_args`` asserts that there are some. ``_GLOBAL_ARGS`` is private; all.
+    ``get_args`` would raise then. ``_GLOBAL_ARGS`` is private; all.
     """
     variables = sys.modules.get("megatron.training.global_vars")
     return getattr(variables, "_GLOBAL_ARGS", None)
 
 
 def repair_help(parser: Any) -> None:
-    """Escape the bare ``%`` of a help text, with which ``--help`` raises (in place).
+    """Escape (in place) the bare ``%`` in a help text that makes ``--help`` raise.
 
-    0.18.2 and 0.19.2 have one, 0.17.1 has none. What is private here is argparse's.
+    0.18.2 and 0.19.2 have one, 0.17.1 has none. The private names here are argparse's.
     """
     for action in parser._actions:
         if action.help:
@@ -114,9 +114,9 @@ def repair_help(parser: Any) -> None:
 
 
 def argument_reader(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """Return a function that takes the arguments of a call and returns the one with this name.
+    """Return a function that takes the arguments of a call and returns the one named ``name``.
 
-    Its place among the positional arguments may differ between releases.
+    Its position among the arguments may differ between releases.
     """
     signature = inspect.signature(function)
 
@@ -130,9 +130,9 @@ def argument_reader(function: Callable[..., Any], name: str) -> Callable[..., An
 
 
 def grad_norm_skip_threshold(config: Any) -> float:
-    """Return the gradient norm above which a step is skipped; infinite where there is none.
+    """Return the gradient norm above which a step is skipped; infinite if there is none.
 
-    A field of ``OptimizerConfig`` since 0.18; not among the arguments of any release yet.
+    A field of ``OptimizerConfig`` since 0.18; no release has a flag for it yet.
     """
     return float(getattr(config, "grad_norm_skip_threshold", math.inf))
 
@@ -153,7 +153,7 @@ def factory_defaults(factory: Callable[..., Any]) -> dict[str, Any]:
 def param_groups_of(
     model_chunks: Sequence[Any], config: Any, overrides: Mapping[Any, Any] | None
 ) -> list[dict[str, Any]]:
-    """Let Megatron sort parameters into groups; all ranks of the job must call it.
+    """Call Megatron to sort parameters into groups; all ranks of the job must call it.
 
     ``_get_param_groups`` is private; all, with this signature.
     """
@@ -166,8 +166,8 @@ def param_groups_of(
 def expert_tp_group(groups: Any) -> ProcessGroup:
     """Return the tensor-parallel group of experts.
 
-    ``ProcessGroupCollection.expt_tp``; all. A collection that a caller made lacks the fields that
-    were not given.
+    ``ProcessGroupCollection.expt_tp``; all. A collection made by a caller lacks the fields that it
+    was not given.
     """
     group: ProcessGroup = getattr(groups, "expt_tp", None) or groups.tp
     return group
@@ -176,8 +176,8 @@ def expert_tp_group(groups: Any) -> ProcessGroup:
 def norm_group(groups: Any) -> ProcessGroup | None:
     """Return the ranks of one distributed-optimizer instance, ``None`` for all ranks of the job.
 
-    ``ProcessGroupCollection.intra_dist_opt``; all. Missing or ``None`` where a caller made the
-    collection.
+    ``ProcessGroupCollection.intra_dist_opt``; all. May be missing or ``None`` in a collection made
+    by a caller.
     """
     group: ProcessGroup | None = getattr(groups, "intra_dist_opt", None)
     return group
@@ -203,7 +203,7 @@ def is_not_tp_duplicate(
 
 
 def has_norm_of_its_own(param: Parameter) -> bool:
-    """Return whether a parameter is left out of the main gradient norm: since 0.19, for MTP."""
+    """Return whether the main gradient norm leaves a parameter out: since 0.19, for MTP."""
     return getattr(param, "grad_norm_group", None) is not None
 
 

@@ -1,8 +1,8 @@
-"""The optimizer that Megatron's training loop holds: one object for all chunks of a rank.
+"""The optimizer of Megatron's training loop: one object for all model chunks of a rank.
 
 Imports megatron.core and ``optimizer``. It replaces both Megatron's chain of optimizers and its
-distributed optimizer: gradients are read where the reduce-scatter left them, and weights are
-written where the parameter all-gather takes them.
+distributed optimizer: it reads gradients where the reduce-scatter left them, and writes weights
+where the parameter all-gather reads them.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         manifest: dict[str, Any],
         groups: ProcessGroupCollection,
     ) -> None:
-        # MegatronOptimizer.__init__ is for a wrapped torch optimizer, which does not exist here.
+        # MegatronOptimizer.__init__ expects a wrapped torch optimizer, which does not exist here.
         self.inner = inner
         self.config = config
         self.model_chunks = list(model_chunks)
         self.manifest = manifest
         self.grad_scaler = _grad_scaler(config)
-        # Never a stub, even where nothing is trainable: each rank takes part in saving and norms.
+        # Never a stub, even without trainable parameters: each rank takes part in saves and norms.
         self.is_stub_optimizer = False
         self._groups = param_groups
         self._parameters = list(parameters)
@@ -83,8 +83,8 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
     def step(self) -> tuple[bool, float | None, int | None]:
         """Take one step; all ranks must call it.
 
-        Clipping and the decision to skip the step are made on the device; the host waits for it
-        only at the end, for what it has to return.
+        Clipping, and whether to skip the step, are computed on the device; the host waits for it
+        only at the end, for the values to return.
 
         Returns:
             ``(updated, grad_norm, num_zeros_in_grad)``. A step with a non-finite gradient on any
@@ -107,7 +107,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         return outcome.updated, outcome.grad_norm, num_zeros
 
     def _decide_at_once(self) -> Decision:
-        """Take all sums and decide, without waiting for the device."""
+        """Compute all sums and decide, without waiting for the device."""
         with self._timer("optimizer-block-sums"):
             if self.inner.config.single_phase:
                 self.inner.sum_squares_of_cut_blocks()
@@ -124,14 +124,14 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
-        """Take all sums; return whether any gradient of any rank is not finite."""
+        """Compute all sums; return whether any gradient of any rank is not finite."""
         if self.inner.config.single_phase:
             raise RuntimeError(
                 "A single-phase step has no phases to drive one by one; call step(), or drop "
                 "--adam-mini-single-phase."
             )
         with self._timer("optimizer-block-sums"):
-            # The loss scale of these gradients: the scaler moves on before they are used.
+            # The loss scale of these gradients: the scaler changes it before they are used.
             self._sums = self.inner.sum_squares(), self._inv_scale()
             stats, inv_scale = self._sums
             self._decision = self.inner.decide(stats, inv_scale=inv_scale)
@@ -141,15 +141,14 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
     @torch.no_grad()
     def get_grad_norm(self) -> float:
-        """Return the norm of all gradients of the model, loss scale removed, before clipping."""
+        """Return the norm of the model's gradient, without the loss scale, before clipping."""
         return self._decided("get_grad_norm").read().grad_norm
 
     @torch.no_grad()
     def clip_grad_norm(self, clip_grad: float) -> float:
-        """Fold clipping into the update, and return the norm before it.
+        """Set the clipping factor of the update, and return the norm before clipping.
 
-        The gradient itself is never rewritten: code that reads ``main_grad`` after the step sees
-        it unclipped.
+        Gradients are never rewritten: after the step, ``main_grad`` is unclipped.
         """
         grad_norm = self.get_grad_norm()
         assert self._sums is not None
@@ -174,7 +173,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         return None if self.grad_scaler is None else self.grad_scaler.inv_scale
 
     def _update(self, decision: Decision) -> None:
-        """Update state and weights; start the weights' all-gather unless the forward pass does."""
+        """Update state and weights; start their all-gather unless the forward pass does that."""
         with self._timer("optimizer-inner-step"):
             self.inner.update(decision)
         if self._ddp_config.use_distributed_optimizer and not (
@@ -198,11 +197,11 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         """Return the number of zeros in the model's gradients, each parameter counted once."""
         return self.inner.count_zeros()
 
-    # What the training loop asks of any optimizer.
+    # What the training loop needs of any optimizer.
 
     @property
     def chained_optimizers(self) -> list[AdamMiniOptimizer]:
-        """The optimizer itself: Megatron's loop walks the members of its chain."""
+        """This optimizer alone: Megatron's loop iterates over the members of a chain."""
         return [self]
 
     @property
@@ -235,7 +234,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
     @torch.no_grad()
     def reload_model_params(self, state_dict: dict[str, Any] | None = None) -> None:
-        """Copy model weights to the main parameters, after somebody changed the weights."""
+        """Copy model weights to the main parameters, after the weights were changed."""
         if state_dict is not None:
             raise NotImplementedError(
                 "Adam-mini cannot take main parameters from a model state dict "
@@ -245,11 +244,11 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
             state.take_weights()
 
     def state_bytes(self) -> dict[str, int]:
-        """Return this rank's optimizer state in bytes: main_param, exp_avg, exp_avg_sq."""
+        """Return the bytes of this rank's optimizer state: main_param, exp_avg, exp_avg_sq."""
         return self.inner.state_bytes()
 
     def communication_per_step(self) -> dict[str, Any]:
-        """Return what Adam-mini adds per step on this rank: collectives, bytes, by group."""
+        """Return what Adam-mini adds per step on this rank: collectives, and bytes by group."""
         return self.inner.collectives.per_step()
 
     # Checkpoints; see the module ``checkpoint``.
@@ -264,13 +263,13 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         """Return what this rank writes to a ``torch_dist`` checkpoint, or reads from one.
 
         Args:
-            model_sharded_state_dict: the model's sharded state dict, parameters and all.
+            model_sharded_state_dict: the model's whole sharded state dict.
             is_loading: whether to read.
-            metadata: content metadata of the checkpoint; on save, what identifies Adam-mini's
+            metadata: content metadata of the checkpoint; on save, the identity of Adam-mini's
                 state is added to it (modified in place).
 
         Raises:
-            ValueError: the checkpoint's state is of another partition, or of another optimizer.
+            ValueError: the checkpoint's state has another partition, or is another optimizer's.
         """
         view = self._state_view()
         if not is_loading:
@@ -280,11 +279,11 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what a checkpoint load returned; all ranks must call it.
+        """Store what a checkpoint load returned; all ranks must call it.
 
         Raises:
             RuntimeError: no load was prepared.
-            ValueError: parameter groups or identity do not fit this run.
+            ValueError: parameter groups or identity do not match this run.
         """
         pending, self._pending_load = self._pending_load, None
         if pending is None:
@@ -293,7 +292,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
                 + checkpoint.ONLY_TORCH_DIST
             )
         checkpoint.finish_load(self._state_view(), pending, state_dict)
-        # Megatron reads the model's weights on its own, and they need not be the rounded main
+        # Megatron loads the model's weights itself, and they need not be the rounded main
         # parameters (another precision, another checkpoint).
         if self._ddp_config.use_distributed_optimizer:
             for chunk in self.model_chunks:
@@ -355,9 +354,9 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
             timer.stop()
 
     def _point_at_main_params(self) -> None:
-        """Give 16-bit parameters the ``main_param`` view that Megatron's parameter norm reads.
+        """Set the ``main_param`` views of 16-bit parameters, which Megatron's parameter norm reads.
 
-        Remainders have no such view; Megatron then takes the norm of the weights.
+        Remainders allow no such view; Megatron then computes the norm of the weights.
         """
         if self.inner.config.param_remainders:
             return

@@ -1,4 +1,4 @@
-"""Pieces of this rank's state as entries of a checkpoint, and back.
+"""Pieces of this rank's state <-> entries of a checkpoint.
 
 Imports megatron.core's checkpoint types, ``optimizer`` and ``model_space``. Used by ``checkpoint``
 (Adam-mini's own formats) and ``adam_import`` (those of Megatron's Adam).
@@ -30,30 +30,30 @@ from megatron_adam_mini.plan.partition import ParameterBlocks
 from megatron_adam_mini.plan.step_plan import Piece
 from megatron_adam_mini.state import BufferState
 
-#: Names within the optimizer's state dict; Megatron's own optimizers use neither.
+#: Keys of the optimizer's state dict; Megatron's own optimizers use neither.
 SHARDS, OBJECTS = "adam_mini_shards", "adam_mini_objects"
-#: Tells ``load_guard`` that a load is Adam-mini's, and whether it is to check the files.
+#: Marks a load as Adam-mini's for ``load_guard``; the value: whether to check the files.
 MARK = "adam_mini_check_files"
 
-#: Entries of a state dict by name, each a few boxes.
+#: Entries of a state dict by name, a few boxes each.
 Shards = dict[str, dict[str, ShardedTensor]]
 
 
 @dataclass(frozen=True)
 class StateView:
-    """What saving and loading need to know of an optimizer.
+    """The parts of an optimizer that saving and loading use.
 
     Attributes:
         inner: state of this rank.
         parameters: the model's parameters, in the plan's numbering.
-        param_groups: a load writes their values.
+        param_groups: groups whose values a load sets.
         grad_scaler: Megatron's loss scaler, or ``None``.
         manifest: partition of the whole model.
-        replica: number of the optimizer instance, by which holders of one slice are told apart;
+        replica: number of the optimizer instance, which distinguishes holders of one slice;
             ``None`` without the distributed optimizer: every data-parallel rank holds everything.
         model_parallel_rank: returns the number among the model's tensor- and pipeline-parallel
             parts. Called where it is needed: a caller's own process groups may lack its group.
-        sizes: returns those of the parallel layout, for the record in checkpoints; likewise.
+        sizes: returns the sizes of the parallel layout, recorded in checkpoints; likewise.
     """
 
     inner: AdamMini
@@ -66,7 +66,7 @@ class StateView:
     sizes: Callable[[], dict[str, int]]
 
     def state_of(self, piece: Piece) -> BufferState:
-        """Return the state that a piece is a part of."""
+        """Return the state that contains a piece."""
         return self.inner.states[piece.buffer]
 
     def blocks_of(self, piece: Piece) -> ParameterBlocks:
@@ -95,18 +95,18 @@ class StateView:
 
 @dataclass
 class PendingLoad:
-    """What was asked of a checkpoint, until the load has brought it.
+    """What was requested from a checkpoint, until the load has returned it.
 
     Attributes:
-        asked: entries by name, as put in the state dict.
+        asked: entries by name, as in the state dict.
         floats: state, window, and float32 tensors that the entries of ``param`` and ``exp_avg``
             are views of; see ``BufferState.store``.
         rows: row values of each piece, by the piece's number.
         elements: element values of each piece whose v is averaged over blocks.
         objects: entries that are not tensors.
-        average: whether v is averaged over blocks rather than taken as it is.
+        average: whether v is averaged over blocks rather than copied.
         adam_format: format of Megatron's Adam that is read, ``None`` for Adam-mini's own.
-        checked: whether the identity of the state was known and checked before it was asked for.
+        checked: whether the identity of the state was checked before it was requested.
     """
 
     asked: Shards = field(default_factory=dict)
@@ -119,13 +119,13 @@ class PendingLoad:
     checked: bool = True
 
     def floats_of(self, state: BufferState, window: Window) -> dict[str, Tensor]:
-        """Return float32 tensors to read ``param`` and ``exp_avg`` of a window into."""
+        """Return float32 tensors into which ``param`` and ``exp_avg`` of a window are read."""
         values = state.as_float32(window)
         self.floats.append((state, window, values))
         return values
 
     def state_dict(self, *, check_files: bool) -> dict[str, Any]:
-        """Return what was asked for as a state dict."""
+        """Return the requested entries as a state dict."""
         return {MARK: LocalNonpersistentObject(check_files)} | {
             key: dict(value)
             for key, value in ((SHARDS, self.asked), (OBJECTS, self.objects))
@@ -140,7 +140,7 @@ def add_entries(shards: Shards, name: str, found: list[ShardedTensor]) -> None:
 
 
 def tp_rank_of_rows(view: StateView, piece: Piece) -> int | None:
-    """Return the tensor-parallel rank if each of its ranks holds a part of every row."""
+    """Return the tensor-parallel rank if every rank of its group holds a part of each row."""
     blocks = view.blocks_of(piece)
     return blocks.info.tp_rank if row_parallel(blocks) else None
 
@@ -162,9 +162,9 @@ def to_save(state: BufferState, window: Window) -> dict[str, Tensor]:
 
 
 def rows_from_v(view: StateView, piece: Piece) -> Tensor:
-    """Return v of every row that the piece touches, from row ``begin // width`` on."""
+    """Return v of every row with elements in the piece, from row ``begin // width`` on."""
     first, last, width = _segments_in_rows(view, piece)
-    # Segments end at row ends, except where the slice does: only the first can start within a row.
+    # Segments end at row ends or at the slice's end, so only the first can start within a row.
     counts = -(-last // width) - first // width
     v = view.inner.v_of_segments(piece)
     return torch.repeat_interleave(v, counts, output_size=int(counts.sum()))
@@ -177,7 +177,7 @@ def v_from_rows(view: StateView, piece: Piece, rows: Tensor) -> None:
 
 
 def sums_over_segments(view: StateView, pending: PendingLoad) -> Tensor:
-    """Return, for each segment, the sum over its elements of the v that they had."""
+    """Return, for each segment, the sum of its elements' v in the checkpoint."""
     inner = view.inner
     sum_S = torch.zeros(inner.plan.num_segments, dtype=torch.float32, device=inner.device)
     for number, piece in enumerate(inner.plan.pieces):
@@ -209,7 +209,7 @@ def _segments_in_rows(view: StateView, piece: Piece) -> tuple[Tensor, Tensor, in
 
 
 def refuse_flat_buckets(view: StateView, checkpoint_format: str) -> None:
-    """Refuse a checkpoint of flat buckets in a run that has none of its own.
+    """Refuse a checkpoint of flat buckets in a run without buckets.
 
     Raises:
         ValueError: ``dp_reshardable`` without the distributed optimizer.
@@ -223,11 +223,11 @@ def refuse_flat_buckets(view: StateView, checkpoint_format: str) -> None:
 
 
 def bucket_shards(view: StateView, pending: PendingLoad | None) -> Shards:
-    """Return ``param`` and ``exp_avg`` of whole bucket slices, padding at the end left out.
+    """Return ``param`` and ``exp_avg`` of whole slices, without padding at the bucket's end.
 
     Args:
         view: the optimizer.
-        pending: the load that they are asked for; ``None``: they are to be saved.
+        pending: the load that requests them; ``None``: to save them.
     """
     shards: Shards = {}
     number = 0

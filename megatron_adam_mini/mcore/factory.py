@@ -1,6 +1,6 @@
 """Megatron's configs and model chunks -> an optimizer, or one clear error on all ranks.
 
-Imports megatron.core and everything below it. Collect parameters, plan, agree, allocate.
+Imports megatron.core and everything below it. Steps: collect parameters, plan, agree, allocate.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ def build_optimizer(
     """Build Adam-mini for DDP-wrapped model chunks; all ranks of the job must call it.
 
     Args:
-        config: ``optimizer="adam_mini"``; options of Adam-mini travel as its attribute
-            ``adam_mini``, an :class:`AdamMiniConfig` (default options without it).
+        config: ``optimizer="adam_mini"``; its attribute ``adam_mini``, an
+            :class:`AdamMiniConfig`, holds Adam-mini's options (defaults if missing).
         model_chunks: chunks wrapped in megatron.core's ``DistributedDataParallel``.
         config_overrides: per-parameter overrides of learning rate and weight decay.
         pg_collection: process groups; default Megatron's global ones.
 
     Raises:
-        NotImplementedError: a combination that is not supported.
-        ValueError: a value or name pattern that is not allowed.
-        TypeError: chunks that are not wrapped in ``DistributedDataParallel``.
+        NotImplementedError: a combination is not supported.
+        ValueError: a value or name pattern is not allowed.
+        TypeError: a chunk is not wrapped in ``DistributedDataParallel``.
         RuntimeError: ranks disagree on the plan, or another rank failed.
     """
     options: AdamMiniConfig = getattr(config, "adam_mini", None) or AdamMiniConfig()
@@ -88,14 +88,14 @@ def build_optimizer(
 
 @dataclass(frozen=True)
 class _Planned:
-    """What one rank knows before the first collective.
+    """What one rank has planned before the first collective.
 
     Attributes:
         plan: all integers of the step.
         parameters: the model's parameters, in the plan's numbering.
         buffers: live tensors of the plan's buffers.
         groups: Megatron's process groups.
-        domain_groups: those of the plan's only domain.
+        domain_groups: process groups of the plan's only domain.
         device: where the buffers are.
     """
 
@@ -132,7 +132,7 @@ def _plan(
     patterns = frozenset(pattern for pattern, _ in options.overrides())
     record = PlanRecord(
         stage=f"pipeline stage {groups.pp.rank()}",
-        # The partition, and what would let ranks drift apart or wait for each other.
+        # The partition, and options on which ranks must agree or they diverge or hang.
         rules={**partition_fields(options), "backend": backend, **options.step_fields()},
         layout=plan.shared_part(),
         matched=patterns.difference(unmatched_patterns(names, options)),
@@ -171,7 +171,7 @@ def _check_options(
 
 
 def _check_distributed_optimizer(config: OptimizerConfig, model_chunks: Sequence[Any]) -> None:
-    """Refuse configs that disagree on who owns which gradients: sums would be wrong in silence."""
+    """Refuse configs that disagree on which rank owns which gradients: sums would be wrong."""
     for chunk in model_chunks:
         wrapped = bool(chunk.ddp_config.use_distributed_optimizer)
         if wrapped != bool(config.use_distributed_optimizer):
@@ -199,12 +199,12 @@ def _dense_domain(
     params: Sequence[Parameter],
     groups: ProcessGroupCollection,
 ) -> tuple[DomainLayout, list[Buffer], DomainGroups]:
-    """Return integers, live tensors and process groups of the dense parameters."""
+    """Return layout, live tensors and process groups of the dense parameters."""
     buffers = dense_buffers(model_chunks)
     index_of = {param: index for index, param in enumerate(params)}
     dp_group: ProcessGroup | None = None
     if config.use_distributed_optimizer:
-        # With several optimizer instances this is the group inside one of them: Megatron has
+        # With several optimizer instances this is the group within one of them: Megatron has
         # already added the gradients of the others.
         dp_group = buffers[0].data_parallel_group if buffers else None
         layouts, live = sharded_buffers(buffers, index_of, dp_group.size() if dp_group else 1)
@@ -234,7 +234,7 @@ def _dense_domain(
 def _param_groups(
     model_chunks: Sequence[Any], config: OptimizerConfig, overrides: dict[Any, Any] | None
 ) -> list[dict[str, Any]]:
-    """Let Megatron make its groups, and add what Adam's own constructor would add."""
+    """Return Megatron's groups, with the fields that Adam's own constructor would add."""
     groups = compat.param_groups_of(model_chunks, config, overrides)
     for group in groups:
         group.setdefault("lr", config.lr)
@@ -245,7 +245,7 @@ def _param_groups(
 
 
 def _gather_manifest(planned: _Planned, options: AdamMiniConfig) -> dict[str, Any]:
-    """Join the manifests of all pipeline stages; every rank gets the whole."""
+    """Join the manifests of all pipeline stages; every rank gets the result."""
     own = [
         entry.manifest_entry()
         for param, entry in zip(planned.parameters, planned.plan.parameters, strict=True)

@@ -1,13 +1,13 @@
-"""A damaged or hostile checkpoint is found before anything is loaded, and every rank says so.
+"""Find a damaged or hostile checkpoint before anything is loaded, and raise on every rank.
 
-Imports ``checkpoint`` (readers that check checksums and run no code) and torch.distributed. Wrapped
-around three functions of ``megatron.core.dist_checkpointing``: ``load``, for loads that Adam-mini
-asked for, and those that read the common state before it, ``load_common_state_dict`` and
+Imports ``checkpoint`` (readers that check checksums and run no code) and torch.distributed. Wraps
+three functions of ``megatron.core.dist_checkpointing``: ``load``, for loads that Adam-mini
+requested, and the two that read the common state before it, ``load_common_state_dict`` and
 ``load_content_metadata``.
 
-Without it, torch reads a flipped bit without noticing, reports a truncated file without its name,
+Without it, torch reads a flipped bit without notice, reports a truncated file without its name,
 and raises on one rank only, while the others wait for it in their next collective. And it
-unpickles ``.metadata`` and every entry that is no tensor, which can call anything.
+unpickles ``.metadata`` and every entry that is not a tensor, which can run any code.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megatron_adam_mini.plan.manifest import STATE_PREFIX
 
 
 def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``dist_checkpointing.load`` with the check before it and its errors on all ranks."""
+    """Wrap ``dist_checkpointing.load``: check files first, and raise its errors on all ranks."""
 
     @functools.wraps(original)
     def load(
@@ -57,9 +57,9 @@ def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_load_common(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that reads the common state, with the check of its classes before it.
+    """Wrap a function that reads the common state: check its classes first.
 
-    Every rank reads the same two entries and raises the same error, so nothing is exchanged:
+    Every rank reads the same two entries and raises the same error, so nothing is communicated:
     Megatron's tools call these functions without a process group.
     """
 
@@ -75,7 +75,7 @@ def wrap_load_common(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refuse_foreign_classes(chunk: StoredChunk) -> None:
-    """Refuse an entry that is no tensor if it holds more than data and Megatron's safe classes.
+    """Refuse a non-tensor entry if it holds more than data and Megatron's safe classes.
 
     Raises:
         UnreadableError: names the entry and the class.
@@ -99,12 +99,12 @@ def refuse_foreign_classes(chunk: StoredChunk) -> None:
 def check_share(folder: Path, rank: int, size: int) -> None:
     """Check every ``size``-th chunk of a checkpoint from number ``rank`` on.
 
-    All ranks together read the checkpoint once: sizes, checksums of all bytes, classes of entries
-    that are no tensors, and that the boxes of Adam-mini's state cover their tensors.
+    All ranks together read the checkpoint once. Checked are sizes, checksums of all bytes, classes
+    of non-tensor entries, and that the boxes of Adam-mini's state cover their tensors.
 
     Raises:
-        ValueError: names file and entry of what is missing, truncated, damaged, not covered, or
-            more than data.
+        ValueError: something is missing, truncated, damaged, not covered, or more than data; names
+            file and entry.
     """
     checkpoint = Checkpoint(folder)
     chunks = [chunk for tensor in checkpoint.tensors.values() for chunk in tensor.chunks]
@@ -121,7 +121,7 @@ def check_share(folder: Path, rank: int, size: int) -> None:
 
 
 def _checks_files() -> bool:
-    """Return whether this run checks files, as far as Megatron's arguments tell already."""
+    """Return whether this run checks files, according to Megatron's arguments."""
     args = training_arguments()
     if args is None or args.optimizer != OPTIMIZER:
         return args is None

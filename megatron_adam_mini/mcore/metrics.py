@@ -26,11 +26,11 @@ def observe(optimizer: AdamMiniOptimizer) -> None:
 
 
 def metrics_of(optimizer: AdamMiniOptimizer) -> dict[str, int]:
-    """Return what is logged, of the rank that logs (Megatron's last one).
+    """Return the metrics of the rank that logs (Megatron's last one).
 
     ``adam-mini/state-bytes/KIND``: bytes of optimizer state that the rank holds.
     ``adam-mini/added-collectives-per-step`` and ``adam-mini/added-bytes-per-step/GROUP``: what
-    completing cut blocks takes beyond what any distributed optimizer sends.
+    completing cut blocks adds to the communication of any distributed optimizer.
     """
     added = optimizer.communication_per_step()
     found = {f"adam-mini/state-bytes/{k}": n for k, n in optimizer.state_bytes().items()}

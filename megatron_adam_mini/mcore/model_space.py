@@ -1,13 +1,13 @@
 """Optimizer state in the model's own coordinates, stored and read slice by slice.
 
 Imports megatron.core's checkpoint types and ``rectangles``. Data flow: the model's sharded state
-dict says where a parameter lies in the whole tensor; a rank's flat slice of it becomes boxes
-there. Every rank writes what it owns, any layout reads what it needs, nothing is gathered.
+dict gives the position of a shard in the whole tensor; a rank's flat piece of it becomes boxes
+there. Every rank writes what it owns and reads what it needs, under any layout, without a gather.
 
-What megatron-core 0.19 accepts for such a box (each point was found by its failure): irregular
-grid (``axis_fragmentations=None``), ``prepend_axis_num=0``, no empty box, never two boxes of one
-key at the same offset with different shapes. The layer goes into the key, because torch compares
-all boxes of one key with each other when they span several layers.
+megatron-core 0.19 accepts such boxes only (each point was found by its failure) with an irregular
+grid (``axis_fragmentations=None``) and ``prepend_axis_num=0``, not empty, and never two boxes of
+one key at the same offset with different shapes. The layer goes into the key, because torch
+compares all boxes of one key with each other when they span several layers.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class ModelEntry:
     """Where one parameter of this rank lies in the whole model.
 
     Args:
-        entry: what the model's sharded state dict holds for the parameter.
-        replicas: ranks that hold the same slice are told apart by this number; 0 writes.
-            ``None``: the whole parameter is held, and the model's own number applies.
+        entry: the parameter's entry in the model's sharded state dict.
+        replicas: number that distinguishes ranks with the same slice; 0 writes. ``None``: the rank
+            holds the whole shard, and the model's own number applies.
     """
 
     def __init__(self, entry: ShardedBase, replicas: int | None) -> None:
@@ -48,7 +48,7 @@ class ModelEntry:
             flat: these elements, shape ``(end - begin,)``; read on save, written on load.
             begin: first element, in the flattened tensor-parallel shard.
             end: one past the last.
-            fold: layer number in the key (ours); else as leading axis (Megatron's own keys).
+            fold: whether the layer number is in the key (ours) or a leading axis (Megatron's keys).
         """
         found = []
         for start, view in self._views:
@@ -68,19 +68,19 @@ class ModelEntry:
         loading: bool,
         tp_rank: int | None,
     ) -> list[ShardedTensor]:
-        """Describe one number for each row that elements ``[begin, end)`` touch.
+        """Describe one number for each row with elements in ``[begin, end)``.
 
         A row that is cut between ranks is written by the rank that holds its first element, and
         read by all of them.
 
         Args:
             kind: prefix of the key.
-            values: one number per touched row, from row ``begin // width`` on.
-            begin: first element of the slice.
+            values: one number per such row, from row ``begin // width`` on.
+            begin: first element.
             end: one past the last.
             loading: whether the entries are for reading.
-            tp_rank: this rank in the tensor-parallel group if each of its ranks holds a part of
-                every row (row-parallel weights), else ``None``.
+            tp_rank: this rank in the tensor-parallel group if every rank of the group holds a part
+                of each row (row-parallel weights), else ``None``.
         """
         found = []
         for start, view in self._views:
@@ -92,8 +92,8 @@ class ModelEntry:
             if not loading:
                 spans = [(whole, -(-high // width))]
             elif whole <= last:
-                # Cut rows as boxes of their own: several ranks ask for them, and equal requests
-                # must look equal.
+                # Cut rows get boxes of their own: several ranks request them, and their boxes must
+                # be equal.
                 spans = [(low // width, whole), (whole, last), (last, -(-high // width))]
             else:
                 spans = [(last, whole)]
@@ -138,10 +138,10 @@ def entries_by_parameter(model_state: Mapping[str, Any]) -> dict[int, ShardedBas
 
 
 def copy_back(asked: Mapping[str, ShardedTensor], loaded: Mapping[str, Tensor]) -> None:
-    """Copy what a load returned to where it was asked for, unless it was read in place.
+    """Copy what a load returned to the tensors that requested it, unless it was read in place.
 
     Raises:
-        KeyError: a box that was asked for did not come.
+        KeyError: a requested box was not returned.
     """
     for name, shard in asked.items():
         if loaded[name].data_ptr() != shard.data.data_ptr():
@@ -176,7 +176,7 @@ def _box(
 
 
 def _folded_key(view: ShardedTensor) -> str:
-    """Return the key with layer numbers in it, as a model with unequal layers has them."""
+    """Return the key with layer numbers in it, as for a model with unequal layers."""
     key: str = view.key
     for position in view.global_offset[: view.prepend_axis_num]:
         if ".layers." not in key:
@@ -188,8 +188,8 @@ def _folded_key(view: ShardedTensor) -> str:
 def _contiguous_views(entry: ShardedBase) -> list[tuple[int, ShardedTensor]]:
     """Return the model's tensors for one parameter, each with its first element's position.
 
-    A factory (SwiGLU stores gate and up halves apart) is asked to cut a tensor without memory:
-    where its parts start says which elements they are.
+    A factory (SwiGLU stores gate and up halves apart) is called on a tensor without memory: the
+    offsets of the results tell which elements they are.
     """
     if isinstance(entry, ShardedTensor):
         return [(0, _with_triple(entry, entry.local_shape))]

@@ -3,8 +3,8 @@
 Imports megatron.core, ``compat`` and ``partition``. Data flow: model chunks -> **ParameterInfo**
 -> partition.
 
-What a parameter is follows from its name, its number of dimensions and the config of the module
-that owns it, never from shapes. Names that ``plan/roles`` does not list have the role ``unknown``.
+The role of a parameter follows from its name, its number of dimensions and the config of its
+module, never from its shape. Names that ``plan/roles`` does not list have the role ``unknown``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def collect_parameters(
 ) -> dict[Parameter, ParameterInfo]:
     """Describe every trainable parameter of a rank's model chunks.
 
-    Keyed by the parameter itself: with virtual pipeline stages two chunks use the same names.
+    The key is the parameter itself: with virtual pipeline stages, chunks use the same names.
 
     Args:
         model_chunks: DDP-wrapped chunks.
@@ -39,7 +39,7 @@ def collect_parameters(
         expert_tp_group: that of experts.
 
     Raises:
-        NotImplementedError: a parameter of a kind that is not supported, by name.
+        NotImplementedError: a parameter is not supported; names it.
     """
     found: dict[Parameter, ParameterInfo] = {}
     for chunk in model_chunks:
@@ -65,8 +65,8 @@ def _describe(
 ) -> ParameterInfo:
     _refuse_unsupported(name, param)
     if getattr(param, "shared_embedding", False):
-        # The copy on the last pipeline stage must follow the rule of the first stage's, or the
-        # two would drift apart.
+        # The copy on the last pipeline stage must have the rule of that on the first, or the two
+        # would drift apart.
         name = key = "embedding.word_embeddings.weight"
     expert = not getattr(param, "allreduce", True)
     group = expert_tp_group if expert else tp_group
@@ -120,10 +120,10 @@ def _global_prefixes(chunk: Module) -> dict[str, str]:
 
 
 def _stored_prefixes(chunk: Module) -> dict[str, str]:
-    """Map prefixes of parameter names to those that checkpoints have instead.
+    """Map prefixes of parameter names to the prefixes in checkpoints.
 
-    Megatron's layers declare this, so that its own implementation and Transformer Engine's, whose
-    linear layers hold the norm before them, write the same keys.
+    Megatron's layers declare this, so its own implementation and Transformer Engine's, whose
+    linear layers include the preceding norm, write the same keys.
     """
     return {
         f"{name}.{old}": f"{name}.{new}"
@@ -147,7 +147,7 @@ def _global_name(name: str, renamed: dict[str, str]) -> str:
 
 
 def _nearest_config(name: str, modules: dict[str, Module]) -> Any:
-    """Return the config of the closest module around a parameter that has attention heads."""
+    """Return the config of the innermost module around a parameter that has attention heads."""
     path = name.rpartition(".")[0]
     while path:
         config = getattr(modules.get(path), "config", None)

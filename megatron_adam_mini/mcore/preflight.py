@@ -1,4 +1,4 @@
-"""Combinations that Adam-mini does not support are refused at start-up, with the reason.
+"""Refuse combinations that Adam-mini does not support, at start-up and with the reason.
 
 Imports the standard library only. The same table is applied to command-line arguments,
 to ``OptimizerConfig`` and to the DDP config, whichever has the attribute.
@@ -86,17 +86,17 @@ _REFUSED = {
 
 
 def refuse_unsupported(*sources: Any) -> None:
-    """Check arguments or configs against the table of what is not supported.
+    """Check arguments or configs against the table of unsupported options.
 
     Args:
-        sources: namespaces or dataclasses; attributes that they lack are skipped.
+        sources: namespaces or dataclasses; missing attributes are skipped.
 
     Raises:
         NotImplementedError: names the flag, the reason and the remedy.
     """
     for source in sources:
         for attribute, (flag, reason, remedy) in _REFUSED.items():
-            # Megatron's arguments put "ddp_" in front of some options of its DDP config.
+            # Megatron's arguments prefix some options of its DDP config with "ddp_".
             if getattr(source, attribute, None) or getattr(source, f"ddp_{attribute}", None):
                 raise NotImplementedError(
                     f"--optimizer adam_mini does not support {flag}: {reason}. Remedy: {remedy}."
@@ -113,7 +113,7 @@ def refuse_keywords(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
     """Check keyword arguments that this package does not read.
 
     Args:
-        given: those that a caller passed. ``None`` and Megatron's defaults change nothing.
+        given: keyword arguments of the caller. ``None`` and Megatron's defaults are accepted.
         defaults: Megatron's defaults, by keyword.
 
     Raises:
@@ -135,7 +135,7 @@ def refuse_keywords(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
 def refuse_single_phase(
     clip_grad: float, *, loss_scaled: bool, skip_threshold: float = math.inf
 ) -> None:
-    """Check that nothing in the step waits for the gradient norm.
+    """Check that nothing in the step needs the gradient norm first.
 
     Args:
         clip_grad: norm to clip to; 0 or less: none.
@@ -143,7 +143,7 @@ def refuse_single_phase(
         skip_threshold: norm above which steps are skipped; only configs have it.
 
     Raises:
-        ValueError: names what does.
+        ValueError: something does; names it.
     """
     waits = {
         f"--clip-grad {clip_grad}": clip_grad > 0.0,

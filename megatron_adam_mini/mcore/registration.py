@@ -1,14 +1,14 @@
-"""Adam-mini behind Megatron's names: which of its functions are wrapped, and how to undo it.
+"""Registration with Megatron: which of its functions are wrapped, and how to undo it.
 
-Imports ``compat``, which names the functions and their releases, and what is wrapped around them.
+Imports ``compat``, which names the functions and their releases, and the wrappers' modules.
 Eight functions are replaced, those of megatron.training only if it is installed:
 
-* the factory of optimizers builds Adam-mini if the config names it;
+* the optimizer factory builds Adam-mini if the config names it;
 * before each of three functions reads a checkpoint, its files are checked for damage and foreign
   code;
 * Adam-mini's flags are added to the parser;
-* Adam-mini's flags are validated, then Megatron validates all others as for Adam: with any other
-  name it would replace the distributed optimizer by the layer-wise one;
+* Adam-mini's flags are validated, then Megatron validates all others as for Adam: for any other
+  optimizer it would replace the distributed optimizer by the layer-wise one;
 * the options are attached to the optimizer's config;
 * Adam-mini's metrics are added to the logs.
 """
@@ -41,7 +41,7 @@ from megatron_adam_mini.mcore.preflight import refuse_keywords
 class Registration:
     """Handle that :func:`register` returns; ``undo()`` restores Megatron's functions.
 
-    Also a context manager that undoes itself.
+    Also a context manager, which calls ``undo()`` at its end.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Registration:
         self._replaced.append((module, hook.name, original, wrapper))
 
     def undo(self) -> None:
-        """Restore what was replaced; harmless when called again.
+        """Restore what was replaced; a second call does nothing.
 
         Raises:
             RuntimeError: a function was wrapped again since; restoring it would drop that wrapper.
@@ -170,7 +170,7 @@ def _wrap_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_megatron_optimizer_config(args: argparse.Namespace) -> Any:
         if args.optimizer != OPTIMIZER:
             return original(args)
-        # Megatron's config allows another dtype with Transformer Engine's Adam only.
+        # Megatron's config allows other dtypes with Transformer Engine's Adam only.
         megatrons = argparse.Namespace(**vars(args) | {"exp_avg_dtype": torch.float32})
         config, overrides = original(megatrons)
         config.adam_mini = config_from_args(args)

@@ -1,7 +1,7 @@
 """Megatron's parameter and gradient buffers: offsets as integers, tensors kept live.
 
-Imports ``plan`` and reads objects of megatron.core. Megatron's own words (``grad_data``,
-``param_index_map``, ``main_grad``) stay inside this file. Data flow: DDP buffers ->
+Imports ``plan`` and reads objects of megatron.core. Megatron's own names (``grad_data``,
+``param_index_map``, ``main_grad``) are used in this file only. Data flow: DDP buffers ->
 **BufferLayout** (integers) -> step plan, and **Buffer** (live tensors) -> state.
 """
 
@@ -32,18 +32,18 @@ class ShardedBuffer:
 
     @property
     def grad(self) -> Tensor:
-        """Gradients; the reduce-scatter leaves this rank's slice of each bucket reduced."""
+        """Gradients; after the reduce-scatter, reduced in this rank's slice of each bucket."""
         grad: Tensor = self.buffer.grad_data
         return grad
 
     @property
     def weight(self) -> Tensor:
-        """Model weights; Megatron's parameter all-gather sends this rank's slices on from here."""
+        """Model weights; Megatron's parameter all-gather sends this rank's slices from here."""
         weight: Tensor = self.buffer.param_data
         return weight
 
     def unpadded_numel(self, bucket: int) -> int:
-        """Return the elements of a bucket without the padding at its end."""
+        """Return the number of elements of a bucket without the padding at its end."""
         return int(self.buffer.buckets[bucket].numel_unpadded)
 
     def bucket_key_suffix(self, bucket: int, kind: str) -> str:
@@ -54,7 +54,7 @@ class ShardedBuffer:
 
 @dataclass(frozen=True)
 class WholeParameter:
-    """One whole parameter (no distributed optimizer: every data-parallel rank has all of it)."""
+    """One parameter as a buffer of its own; used without the distributed optimizer."""
 
     param: Parameter
 
@@ -83,7 +83,7 @@ def sharded_buffers(
     Args:
         buffers: Megatron's parameter and gradient buffers.
         index_of: number of each parameter.
-        dp_size: size of the group that shares the buckets.
+        dp_size: number of ranks that share the buckets.
     """
     layouts: list[BufferLayout] = []
     live: list[Buffer] = []

@@ -24,7 +24,7 @@ from megatron_adam_mini.plan.segment_table import SegmentTable
 
 
 class Window(NamedTuple):
-    """The same elements in a buffer, and in the state that mirrors this rank's part of it."""
+    """A run of elements: its position in a buffer, and in the state of this rank's slices."""
 
     in_buffer: slice
     in_state: slice
@@ -41,7 +41,7 @@ class Window(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """Places in the vectors of a rank: of segments, of element ranges, of elements of these."""
+    """Positions in a rank's vectors of segments, of element ranges, and of their elements."""
 
     segment: int
     element_range: int
@@ -54,8 +54,8 @@ class SlicePlan:
 
     Attributes:
         bucket: the whole bucket.
-        segments: what of it is in the slice.
-        window: the slice in its buffer, and its state.
+        segments: segments and element ranges of the slice.
+        window: position of the slice in its buffer and in the state.
         first: its first entries in the rank's vectors.
     """
 
@@ -75,8 +75,8 @@ class BufferPlan:
         state_numel: elements of one state tensor of the buffer.
         elements: the buffer's part of the vector of second moments per element.
         segments: all segments.
-        uncut: those of them whose blocks no other rank holds a part of.
-        cut: the others.
+        uncut: segments of uncut blocks.
+        cut: segments of cut blocks.
         ranges: element ranges.
     """
 
@@ -103,14 +103,14 @@ def plan_buffer(
 
     Args:
         layout: the buffer.
-        parts: what this rank's slice of each of its buckets holds.
+        parts: segments of this rank's slice of each bucket.
         domain: index of the buffer's domain.
-        rank: which slices.
+        rank: data-parallel rank that owns the slices.
         first: entries of the first segment, range and element.
-        is_cut_S: whether other ranks hold parts of a segment's block, for all segments of the rank.
+        is_cut_S: whether a segment's block is cut, for all segments of the rank.
 
     Returns:
-        The plan, and the entries with which the next buffer goes on.
+        The plan, and the first entries of the next buffer.
     """
     starts, state_numel = state_starts(layout, rank)
     slices, following = [], first
@@ -131,7 +131,7 @@ def plan_buffer(
         state_numel=state_numel,
         elements=slice(first.element, following.element),
         segments=segments,
-        # The same object where nothing is cut: kernels derive launch tables once.
+        # The same object if no block is cut: kernels then derive launch tables only once.
         uncut=segments.subset(~cut_S) if cut_S.any() else segments,
         cut=segments.subset(cut_S),
         ranges=_table(slices, ranges=True),

@@ -1,7 +1,7 @@
-"""Blocks x slice -> segments: where the blocks lie in the slice of a bucket that a rank owns.
+"""Blocks x slice -> segments: where blocks lie in a rank's slice of a bucket.
 
 Imports numpy and ``partition`` only. Everything here is integers, computed once at
-construction and never changed. Words and shape suffixes: see the package's docstring.
+construction and never changed. Words and shape suffixes: see the docstring of ``plan``.
 
 Data flow: partition, and the offsets of Megatron's buckets -> **layout** -> reduction, step plan.
 
@@ -11,7 +11,7 @@ A bucket is cut without regard for rows. Four rows of six elements in one bucket
     slices   | rank 0          | rank 1          | rank 2            |
     segments   row 0, row 1      row 1, row 2      row 2, row 3
 
-so rows 1 and 2 are cut blocks: each has a segment on two ranks.
+so rows 1 and 2 are cut blocks: each has segments on two ranks.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class BucketLayout:
 
 @dataclass(frozen=True)
 class BufferLayout:
-    """The buckets of one flat buffer, one after the other, all cut into as many slices."""
+    """The buckets of one buffer, one after the other, all with the same number of slices."""
 
     buckets: tuple[BucketLayout, ...]
 
@@ -104,20 +104,20 @@ class BufferLayout:
             )
 
 
-#: State mirrors its slice down to the place within this many elements (64 bytes of float32), so
-#: that one vector access fits all tensors of an element, wherever the slice begins.
+#: Positions in state and buffer are equal modulo this (64 bytes of float32), so one vector access
+#: suits all tensors of an element, wherever the slice begins.
 PHASE = 16
 
 
 def state_starts[T: (int, IntArray)](buffer: BufferLayout, rank: T) -> tuple[list[T], T]:
-    """Return where the state of each slice of a rank starts, and the elements of all of it.
+    """Return where the state of each slice of a rank starts, and the length of all of it.
 
-    The slices follow one another, each as soon as its place within :data:`PHASE` elements is that
-    of its gradients; so at most ``PHASE - 1`` elements per slice hold nothing.
+    The slices follow one another, each at the next position that equals that of its gradients
+    modulo :data:`PHASE`; so at most ``PHASE - 1`` elements per slice are unused.
 
     Args:
         buffer: the buffer.
-        rank: which slices; or an array of many ranks, for as many results.
+        rank: data-parallel rank that owns the slices; or an array of ranks, for an array of starts.
     """
     starts, end = [], rank * 0
     for bucket in buffer.buckets:
@@ -137,7 +137,7 @@ class SliceSegments:
         row_segment_S: row segment of the parameter's pattern.
         block_S: block of the parameter.
         block_numel_S: elements of the whole block, over all ranks.
-        clipped_left_S, clipped_right_S: the row segment goes on in the slice before, after.
+        clipped_left_S, clipped_right_S: the row segment continues in the slice before, after.
         start_R, end_R, parameter_R: element ranges.
     """
 
@@ -165,17 +165,17 @@ class SliceSegments:
 
     @property
     def num_elementwise(self) -> int:
-        """Elements in all element ranges."""
+        """Elements of all element ranges."""
         return int((self.end_R - self.start_R).sum())
 
 
 @dataclass(frozen=True)
 class SliceSize:
-    """How much of the parameters one slice holds.
+    """Numbers of segments and elements in one slice.
 
     Attributes:
         num_segments: segments, each with one second moment.
-        num_elementwise: elements that keep a second moment each.
+        num_elementwise: elements that have a second moment each.
         num_elements: elements of parameters, without the gaps between them.
     """
 
@@ -185,7 +185,7 @@ class SliceSize:
 
 
 def slice_size(bucket: BucketLayout, parameters: Sequence[ParameterBlocks], rank: int) -> SliceSize:
-    """Return what :func:`segment_slice` would list of slice ``rank``, without listing it."""
+    """Count the segments and elements of slice ``rank`` without listing the segments."""
     segments = elementwise = elements = 0
     for _, blocks, first, last in _parts(bucket, parameters, rank):
         elements += last - first
@@ -220,7 +220,7 @@ def segment_slice(
         between = _segments_between(blocks, blocks.pattern, first, last)
         segments = np.arange(between.start, between.stop, dtype=np.int64)
         low, high = blocks.pattern.segment_bounds(segments)
-        # Rows of other tensor-parallel ranks are not part of the local tensor.
+        # Rows of other tensor-parallel ranks are not in the local tensor.
         low = np.maximum((low - offset) * width, 0)
         high = np.minimum((high - offset) * width, blocks.info.numel)
         whole_width = width * (blocks.info.tp_size if row_parallel(blocks) else 1)
@@ -254,9 +254,9 @@ def element_numbers(
     starts: IntArray,
     owners: IntArray,
 ) -> IntArray:
-    """Return where elements of slice ``rank`` lie in their whole tensors, as flat numbers.
+    """Return flat positions of elements of slice ``rank`` in their whole parameters.
 
-    Rows count in the order of :class:`~megatron_adam_mini.plan.partition.RowPattern`, columns over
+    Rows are numbered as in :class:`~megatron_adam_mini.plan.partition.RowPattern`, columns over
     all tensor-parallel ranks, so the numbers of a weight do not depend on the layout (except that
     the order of rows of gated MLPs follows the tensor-parallel size).
 
@@ -264,8 +264,8 @@ def element_numbers(
         bucket: the bucket's integers.
         parameters: all parameters.
         rank: which slice.
-        starts: offsets within the slice.
-        owners: the parameter at each of them.
+        starts: offsets of the elements within the slice.
+        owners: index of the parameter at each of them.
     """
     found = np.zeros(len(starts), dtype=np.int64)
     for placement in bucket.placements:
@@ -287,7 +287,7 @@ def cut_boundaries(bucket: BucketLayout, parameters: Sequence[ParameterBlocks]) 
     """Return, for each boundary between slices, whether it cuts a row segment.
 
     Shape ``(num_slices - 1,)``. Row segments of spread blocks (see :func:`spread_blocks`) do not
-    count: their sums travel in slots of their own.
+    count: their sums have slots of their own.
     """
     cuts = np.zeros(bucket.num_slices - 1, dtype=np.bool_)
     positions = bucket.slice_numel * np.arange(1, bucket.num_slices, dtype=np.int64)
@@ -311,12 +311,11 @@ def cut_boundaries(bucket: BucketLayout, parameters: Sequence[ParameterBlocks]) 
 
 
 def spread_blocks(blocks: ParameterBlocks) -> IntArray:
-    """Return the blocks of a parameter that no single run of local elements can hold.
+    """Return the spread blocks of a parameter, ascending, the same on every tensor-parallel rank.
 
-    They are the blocks made of several row segments, and those that a boundary between
-    tensor-parallel ranks crosses when dimension 0 is split (a Query or Key head when twice the
-    number of query groups is not divisible by the tensor-parallel size). Ascending, the same on
-    every tensor-parallel rank.
+    They are the blocks of several row segments, and, if dimension 0 is split, those that cross a
+    boundary between tensor-parallel ranks (a Query or Key head if twice the number of query groups
+    is not divisible by the tensor-parallel size).
     """
     if blocks.pattern is None:
         return np.empty(0, dtype=np.int64)
@@ -349,7 +348,7 @@ def _spread_blocks(pattern: RowPattern, split_rows: int) -> IntArray:
 def _parts(
     bucket: BucketLayout, parameters: Sequence[ParameterBlocks], rank: int
 ) -> Iterator[tuple[Placement, ParameterBlocks, int, int]]:
-    """Yield the parameters in a slice, with the first and one-past-last element that it holds."""
+    """Yield each parameter in a slice, with its first and one-past-last element there."""
     begin = rank * bucket.slice_numel
     end = begin + bucket.slice_numel
     for placement in bucket.overlapping(begin, end):

@@ -1,11 +1,11 @@
-"""What is one block, as checkpoints and users see it: the manifest, its hash, the state's identity.
+"""The partition as users and checkpoints see it: the manifest, its hash, the state's identity.
 
 Imports numpy, ``config`` and ``partition``. Data flow: partition -> **manifest** -> mcore (saves,
 loads) and convert (the same without Megatron).
 
 The *manifest* lists every parameter of the model with its rule and its number of blocks. The
-*identity* is what each checkpoint says of Adam-mini's state in it; by it a run decides whether it
-may load the state, and into which blocks.
+*identity* describes Adam-mini's state in a checkpoint; from it a run decides whether it may load
+the state, and into which blocks.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from megatron_adam_mini.plan.partition import (
     partition_by_rule,
 )
 
-#: Increment when older code could not read the checkpoints that newer code writes.
+#: Increment when newer code writes checkpoints that older code cannot read.
 FORMAT_VERSION = 2
 
-#: Keys of Adam-mini's state in checkpoints start with it.
+#: Prefix of the keys of Adam-mini's state in checkpoints.
 STATE_PREFIX = "optimizer.adam_mini."
 
-#: Formats of the state: tensors in the model's coordinates; flat buckets, which belong to a layout.
+#: Formats of the state: tensors in the model's coordinates; flat buckets, bound to one layout.
 MODEL_SPACE, FLAT_BUCKETS = "model_space", "dp_reshardable"
 
 #: Weights with a row per token, which Megatron pads by an amount that depends on the layout.
@@ -39,12 +39,12 @@ VOCABULARY_ROLES = ("embedding", "output")
 
 
 class StoredRule(NamedTuple):
-    """What a checkpoint says of one parameter.
+    """Entry of one parameter in a checkpoint's manifest.
 
     Attributes:
-        name: what the checkpoint's manifest calls it.
-        rule: how it is cut into blocks.
-        num_blocks: blocks of the whole tensor.
+        name: name in the manifest.
+        rule: how the parameter is partitioned into blocks.
+        num_blocks: blocks of the whole parameter.
     """
 
     name: str
@@ -57,7 +57,7 @@ def state_key(kind: str, key: str) -> str:
 
     Args:
         kind: ``param``, ``exp_avg``, ``v_row`` or ``v_element``.
-        key: of the parameter, with its layer's number in it.
+        key: key of the parameter, layer number included.
     """
     return f"{STATE_PREFIX}{kind}.{key}"
 
@@ -66,7 +66,7 @@ def state_key(kind: str, key: str) -> str:
 
 
 def manifest_of(entries: Sequence[dict[str, Any]], config: AdamMiniConfig) -> dict[str, Any]:
-    """Return the manifest of a whole model: what is one block, and what that costs.
+    """Return the manifest of a whole model: its parameters, rules and numbers of second moments.
 
     Args:
         entries: :meth:`ParameterBlocks.manifest_entry` of every parameter, once each.
@@ -95,13 +95,13 @@ def manifest_hash(
 ) -> str:
     """Return a short hash of a manifest.
 
-    It depends on checkpoint keys, shapes and rules only, never on how the model is laid out over
-    ranks (so not on the vocabulary's padding either, which Megatron chooses by tensor-parallel
-    size), nor on what its modules call their parameters.
+    It depends on checkpoint keys, shapes and rules only, not on the layout over ranks (so not on
+    the vocabulary's padding either, which Megatron chooses by tensor-parallel size), nor on the
+    names of parameters in the model's modules.
 
     Args:
         partition: :func:`partition_fields`.
-        parameters: key, shape of the whole tensor, role and rule of each.
+        parameters: key, shape of the whole parameter, role and rule of each.
     """
     hashed = [
         [key, list(shape)[role in VOCABULARY_ROLES :], rule]
@@ -120,7 +120,7 @@ def short_hash(value: Any) -> str:
 
 
 def partition_fields(config: AdamMiniConfig) -> dict[str, Any]:
-    """Return the part of the config that decides which elements share a second moment."""
+    """Return the options that determine which elements share a second moment."""
     return {
         "rule_version": RULE_VERSION,
         "preset": config.preset,
@@ -136,17 +136,17 @@ def identity_of(
     checkpoint_format: str,
     saved_from: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return what a checkpoint says of its Adam-mini state; plain values only.
+    """Return the identity of Adam-mini's state for a checkpoint; plain values only.
 
     Args:
-        manifest: of the whole model.
+        manifest: manifest of the whole model.
         config: the options that produced it.
         checkpoint_format: ``MODEL_SPACE`` or ``FLAT_BUCKETS``.
-        saved_from: sizes of the layout, for people.
+        saved_from: sizes of the parallel layout, for information only.
     """
     return {
         "format": FORMAT_VERSION,
-        "layout": checkpoint_format,  # read with format_of; all checkpoints there are call it so
+        "layout": checkpoint_format,  # read with format_of; existing checkpoints use this key
         "partition": partition_fields(config),
         "manifest_hash": manifest["hash"],
         "rules": {e["key"]: [e["rule"], e["blocks"]] for e in manifest["parameters"]},
@@ -171,7 +171,7 @@ def format_of(identity: Mapping[str, Any]) -> str:
 
 
 def format_problem(identity: Mapping[str, Any]) -> str | None:
-    """Say what is wrong if newer code wrote a checkpoint; ``None`` if this release can read it."""
+    """Describe the problem if newer code wrote a checkpoint; else return ``None``."""
     if identity["format"] <= FORMAT_VERSION:
         return None
     return (
@@ -181,12 +181,12 @@ def format_problem(identity: Mapping[str, Any]) -> str | None:
 
 
 def stored_rules(identity: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, StoredRule]:
-    """Return what a checkpoint says of its parameters, by checkpoint key.
+    """Return the manifest entries of a checkpoint's parameters, by checkpoint key.
 
     Args:
         identity: the checkpoint's.
-        keys: name in the running model -> checkpoint key. The first checkpoints had names, and
-            implementations of a model name their parameters differently.
+        keys: name in the running model -> checkpoint key. The first checkpoints stored names
+            instead of keys, and implementations of a model name their parameters differently.
     """
     return {
         keys.get(name, name): StoredRule(name, rule, num_blocks)
@@ -202,7 +202,7 @@ def are_unions(coarse: IntArray, fine: IntArray) -> bool:
 
     Args:
         coarse: block of each row.
-        fine: block of each row, of the same rows.
+        fine: block of each of the same rows.
     """
     pairs = np.unique(np.stack([fine, coarse]), axis=1)
     return bool(pairs.shape[1] == len(np.unique(fine)))
@@ -211,8 +211,8 @@ def are_unions(coarse: IntArray, fine: IntArray) -> bool:
 def is_coarsening(fine: ParameterBlocks, coarse: ParameterBlocks) -> bool:
     """Return whether every block of ``coarse`` is a union of blocks of ``fine``.
 
-    Then v of ``coarse`` is exactly the mean of v of ``fine``, weighted by elements, because the
-    mean of a mean is linear.
+    Then v of ``coarse`` is exactly the mean of v of ``fine``, weighted by elements, because v is
+    linear in the squared gradients.
     """
     if fine.pattern is None:
         return True
@@ -227,19 +227,20 @@ def partition_of_checkpoint(
     config: AdamMiniConfig,
     parameters: Sequence[ParameterBlocks],
 ) -> list[ParameterBlocks]:
-    """Return the blocks that a checkpoint's v belongs to, or refuse.
+    """Return the partition of a checkpoint's v, or refuse it.
 
     Args:
         identity: the checkpoint's.
         manifest: this run's, of the whole model.
         config: this run's.
-        parameters: this rank's, cut into this run's blocks.
+        parameters: this rank's, with this run's blocks.
 
     Returns:
-        The same parameters in the same order, cut into the checkpoint's blocks.
+        The same parameters in the same order, with the checkpoint's blocks.
 
     Raises:
-        ValueError: another format, or another partition that is not to be, or cannot be, converted.
+        ValueError: the format differs, or the partition differs and must not or cannot be
+            converted.
     """
     problem = format_problem(identity)
     if problem:
@@ -260,7 +261,7 @@ def partition_of_checkpoint(
             f"The checkpoint's Adam-mini state does not fit this model: {difference}. Load it with "
             "the model and release that wrote it, or start fresh with --no-load-optim."
         )
-    # The stored rules, not the stored patterns: those select by the names of the run that saved.
+    # The stored rules, not the stored patterns: patterns match the names of the run that saved.
     saved_config = config_of(identity)
     sources = [
         partition_by_rule(blocks.info, theirs[blocks.info.key].rule, saved_config)
@@ -296,7 +297,7 @@ def _difference(
     """Say how a checkpoint's partition differs from this run's."""
 
     def rule(found: StoredRule | None) -> str | None:
-        # Block counts of vocabulary matrices depend on padding, which is not a difference.
+        # Not the numbers of blocks: padding may change those of vocabulary matrices.
         return None if found is None else found.rule
 
     def described(found: StoredRule | None) -> str:

@@ -1,4 +1,4 @@
-"""What the partition must know of one parameter: name, shape, role, heads, who holds which part.
+"""What the partition must know of one parameter: name, shape, role, heads, tensor-parallel split.
 
 Imports ``roles``. Data flow: the running model (mcore/param_info), a checkpoint (convert/blocks) or
 a description of a model (estimate/stages) -> **ParameterInfo** -> partition.
@@ -16,10 +16,10 @@ from megatron_adam_mini.plan.roles import role_of
 
 @dataclass(frozen=True, kw_only=True)
 class HeadGeometry:
-    """How the rows of a fused QKV weight are made of heads.
+    """How the rows of a fused QKV weight form heads.
 
-    Rows come in ``num_query_groups`` equal groups, each holding the Query heads of the group,
-    as many gate heads when the attention output is gated, one Key head and one Value head.
+    Rows come in ``num_query_groups`` equal groups, each with the Query heads of the group, as many
+    gate heads if the attention output is gated, one Key head and one Value head.
     """
 
     num_heads: int
@@ -29,19 +29,19 @@ class HeadGeometry:
 
     @classmethod
     def of(cls, source: Any) -> HeadGeometry:
-        """Read the geometry from anything that names it as Megatron does.
+        """Read the geometry from any object with Megatron's names for it.
 
         Megatron's ``TransformerConfig``, the ``args`` in its checkpoints and ``estimate``'s model
-        differ in what they leave open:
+        differ in what they leave out:
 
         * ``num_query_groups`` counts only with ``group_query_attention``, a switch of the command
-          line that ``TransformerConfig`` does not have. Without it, or where the number is
-          ``None``, every attention head has a Key and a Value of its own.
+          line that ``TransformerConfig`` does not have. If it is off, or the number is ``None``,
+          every attention head has a Key and a Value of its own.
         * ``kv_channels`` may be ``None`` or missing: then ``hidden_size`` is divided by the heads.
         * ``attention_output_gate`` is missing in older releases.
 
         Raises:
-            AttributeError: ``source`` lacks what is needed of the other names.
+            AttributeError: ``source`` lacks another name that is needed.
         """
         heads = source.num_attention_heads
         grouped = getattr(source, "group_query_attention", True)
@@ -61,21 +61,22 @@ class HeadGeometry:
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterInfo:
-    """What the partition must know of one parameter, as one rank holds it.
+    """What the partition must know of one parameter on one rank.
 
     Attributes:
-        name: name in the whole model (global layer number), the same on all ranks; rules select
-            by it.
+        name: name in the whole model (global layer number), the same on all ranks; rules match
+            it.
         shape: shape of this rank's tensor-parallel shard.
-        role: what the parameter is: a key of the rule table, or ``"unknown"``.
+        role: a key of the rule table, or ``"unknown"``.
         tp_dim: dimension that tensor parallelism splits, ``None`` if it is replicated.
         tp_size: tensor-parallel size of the group that splits it (expert-TP for experts).
         tp_rank: this rank in that group.
         heads: for ``role="qkv"``.
-        expert: reduced over the expert-data-parallel group.
-        in_norm: counts in the gradient norm on this rank (not shared, not a TP duplicate).
-        key: what checkpoints call it, with the layer number in it; ``""``: as ``name``. Models
-            that name their parameters differently can share checkpoints.
+        expert: whether it is reduced over the expert-data-parallel group.
+        in_norm: whether it counts in the gradient norm on this rank (not shared, not a TP
+            duplicate).
+        key: its key in checkpoints, layer number included; ``""``: as ``name``. Models that name
+            their parameters differently can share checkpoints.
     """
 
     name: str
@@ -110,9 +111,9 @@ class ParameterInfo:
         Args:
             name: see the class.
             shape: see the class.
-            heads: returns the geometry of its attention; called for fused QKV weights alone,
+            heads: returns the geometry of its attention; called for fused QKV weights only,
                 because not every module has one.
-            tp_dim: dimension that is split, also if over a group of one rank.
+            tp_dim: dimension that is split, even if over a group of one rank.
             tp_size: size of the group.
             tp_rank: this rank in the group.
             facts: further attributes.

@@ -1,14 +1,14 @@
 """Facts about one parameter -> blocks: which elements share one second moment.
 
-Imports numpy, ``config`` and ``parameter_info``. No torch, no Megatron: the whole partition of a
+Imports numpy, ``config`` and ``parameter_info``; no torch, no Megatron, so the partition of a
 400-billion-parameter model can be planned on a laptop.
 
 Data flow: facts about each parameter (``parameter_info``) -> **partition** -> layout, manifest.
 
-Vocabulary: a *row* is an index of dimension 0 of the whole tensor, the tensor-parallel shards
-stacked in rank order when dimension 0 is the one that is split. A *row segment* is a run of
-consecutive rows of one block. Most blocks are one row segment; Value as one block in a fused
-QKV weight is one row segment per query group.
+Vocabulary: a *row* is an index of dimension 0 of the whole parameter; if dimension 0 is split, the
+tensor-parallel shards are stacked in rank order. A *row segment* is a run of consecutive rows of
+one block. Most blocks consist of one row segment; Value as one block in a fused QKV weight has one
+row segment per query group.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from megatron_adam_mini.plan.parameter_info import ParameterInfo
 
 IntArray = NDArray[np.int64]
 
-#: Increment whenever the same model and config would be cut into other blocks than before.
+#: Increment whenever the same model and config would get different blocks than before.
 RULE_VERSION = 1
 
 #: role -> rule, for each preset. ``qkv`` is resolved further by :func:`qkv_pattern`.
-#: A role that is not in the table gets one second moment per element and is listed as such.
+#: Parameters with other roles get one second moment per element and are reported as such.
 _ROLE_RULES: dict[str, dict[str, str]] = {
     "paper": {
         "embedding": "row",
@@ -73,10 +73,10 @@ _ROLE_RULES: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class RowPattern:
-    """Blocks made of whole rows: a period of row segments that repeats down the tensor.
+    """Blocks of whole rows: a period of row segments that repeats down the parameter.
 
-    A fused QKV weight of two query groups with two Query heads each, Value as one block, has a
-    period per group. Its Value is one block over both; all else is a block per period::
+    A fused QKV weight of two query groups with two Query heads each, Value as one block, has one
+    period per group. Its Value is one block over both; every other head is a block of its own::
 
         row segment    Q head  Q head  K head  V     | Q head  Q head  K head  V
         segment_rows   dim     dim     dim     dim   | (the period is written once)
@@ -85,8 +85,8 @@ class RowPattern:
 
     Attributes:
         segment_rows: rows of each row segment of one period.
-        shared: for each of them, -1 if every period has a block of its own there, else the
-            number of the block that all periods share.
+        shared: for each of them, -1 if every period has its own block there, else the number of
+            the block that all periods share.
         num_periods: how often the period repeats.
     """
 
@@ -109,12 +109,12 @@ class RowPattern:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the whole tensor."""
+        """Rows of the whole parameter."""
         return self.period_rows * self.num_periods
 
     @property
     def num_segments(self) -> int:
-        """Row segments of the whole tensor."""
+        """Row segments of the whole parameter."""
         return len(self.segment_rows) * self.num_periods
 
     @cached_property
@@ -129,16 +129,16 @@ class RowPattern:
 
     @cached_property
     def num_private(self) -> int:
-        """Blocks that each period has for itself."""
+        """Blocks of each period that it does not share."""
         return int((self._shared < 0).sum())
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the whole tensor."""
+        """Blocks of the whole parameter."""
         return self.num_shared + self.num_private * self.num_periods
 
     def block_of_rows(self) -> IntArray:
-        """Return the block of every row of the whole tensor, shape ``(num_rows,)``."""
+        """Return the block of every row of the whole parameter, shape ``(num_rows,)``."""
         segments = np.arange(self.num_segments, dtype=np.int64)
         low, high = self.segment_bounds(segments)
         return np.repeat(self.block_of_segment(segments), high - low)
@@ -167,7 +167,7 @@ class RowPattern:
         return np.where(self._shared[index] >= 0, self._shared[index], private)
 
     def rows_of_segment_block(self, segments: IntArray) -> IntArray:
-        """Return, for each row segment, the rows of the whole block that it belongs to."""
+        """Return, for each row segment, the number of rows of its whole block."""
         rows = np.asarray(self.segment_rows, dtype=np.int64)
         shared_rows = np.zeros(max(self.num_shared, 1), dtype=np.int64)
         np.add.at(shared_rows, self._shared[self._shared >= 0], rows[self._shared >= 0])
@@ -176,7 +176,7 @@ class RowPattern:
         return np.where(shared >= 0, shared_rows[shared] * self.num_periods, rows[index])
 
     def is_scattered(self, segments: IntArray) -> NDArray[np.bool_]:
-        """Return, for each row segment, whether its block has other row segments too."""
+        """Return, for each row segment, whether its block has several row segments."""
         counts = np.bincount(self._shared[self._shared >= 0], minlength=max(self.num_shared, 1))
         shared = self._shared[segments % len(self.segment_rows)]
         return (shared >= 0) & (counts[shared] * self.num_periods > 1)
@@ -186,7 +186,7 @@ class RowPattern:
 class ParameterBlocks:
     """One parameter with the rule that applies to it.
 
-    ``pattern`` is ``None`` when every element keeps a second moment of its own.
+    ``pattern`` is ``None`` if every element has its own second moment.
     """
 
     info: ParameterInfo
@@ -195,13 +195,13 @@ class ParameterBlocks:
 
     @property
     def num_blocks(self) -> int:
-        """Second moments of the whole tensor."""
+        """Number of second moments of the whole parameter."""
         if self.pattern is None:
             return math.prod(self.info.global_shape)
         return self.pattern.num_blocks
 
     def manifest_entry(self) -> dict[str, Any]:
-        """Return this parameter's line of the manifest, independent of the layout."""
+        """Return this parameter's entry in the manifest, independent of the layout."""
         return {
             "name": self.info.name,
             "key": self.info.key,
@@ -214,7 +214,7 @@ class ParameterBlocks:
         }
 
     def identity(self) -> dict[str, Any]:
-        """Return what must agree on all ranks that hold this parameter."""
+        """Return what must be equal on all ranks that hold this parameter."""
         facts = asdict(self.info)
         for per_rank in ("tp_rank", "in_norm"):
             facts.pop(per_rank)
@@ -230,10 +230,10 @@ def rule_for(info: ParameterInfo, config: AdamMiniConfig) -> str:
 
 
 def partition_parameter(info: ParameterInfo, config: AdamMiniConfig) -> ParameterBlocks:
-    """Cut one parameter into blocks.
+    """Partition one parameter into blocks.
 
     Raises:
-        ValueError: the shape does not fit the head geometry, or a rule does not apply.
+        ValueError: the shape does not match the head geometry, or a rule does not apply.
 
     Source: Zhang et al., arXiv:2406.16793, Section 2.2 (partition principle), Algorithm 3.
     """
@@ -241,7 +241,7 @@ def partition_parameter(info: ParameterInfo, config: AdamMiniConfig) -> Paramete
 
 
 def partition_by_rule(info: ParameterInfo, rule: str, config: AdamMiniConfig) -> ParameterBlocks:
-    """Cut one parameter into blocks by a rule that is known; see :func:`partition_parameter`."""
+    """Partition one parameter into blocks by a given rule; see :func:`partition_parameter`."""
     if rule == "element":
         return ParameterBlocks(info, rule, None)
     if rule in ("qkv", "head"):
@@ -261,7 +261,7 @@ def qkv_pattern(info: ParameterInfo, config: AdamMiniConfig, rule: str) -> RowPa
     """Return the row segments of one query group: Query heads, gate, Key head, Value.
 
     Raises:
-        ValueError: heads that do not divide into groups, or another number of rows.
+        ValueError: the heads do not divide into groups, or the number of rows does not match.
     """
     heads = info.heads
     assert heads is not None
@@ -289,7 +289,7 @@ def qkv_pattern(info: ParameterInfo, config: AdamMiniConfig, rule: str) -> RowPa
     def add(sizes: Sequence[int], one_block: bool) -> None:
         nonlocal next_shared
         if one_block:
-            # One run of rows in each group; all groups share the block.
+            # One row segment in each group; all groups share the block.
             rows.append(sum(sizes))
             shared.append(next_shared)
             next_shared += 1

@@ -1,27 +1,27 @@
 """Which sums of squares cross ranks, as positions in vectors.
 
 Imports numpy and ``layout``. Data flow: segments of all slices of a rank -> **ReductionPlan** ->
-``collectives``, which moves the numbers.
+``collectives``, which computes them.
 
 A *domain* is a pair of process groups: dense parameters use the data-parallel and the
 tensor-parallel group, experts use their own two. Per step and domain there is at most one
 all-gather in the data-parallel group and one all-reduce in the tensor-parallel group, each
-present only where a block is cut, which every rank knows from the plan alone.
+present only if it completes a block; the plan alone determines this on every rank.
 
-Why an all-gather and a sum in rank order for blocks that data parallelism cuts: replicas of one
-parameter (norms on all tensor-parallel ranks, tied embeddings on two pipeline stages) complete
-their sums in *different* communicators, which may add in different orders. Replicas would drift
-apart by one unit in the last place. For the same reason each tensor-parallel rank puts the sums
-whose result several communicators need into places of its own in the all-reduced vector, so
-that the all-reduce only adds zeros to them.
+Blocks that data parallelism cuts take an all-gather and a sum in rank order, because replicas of
+one parameter (norms on all tensor-parallel ranks, tied embeddings on two pipeline stages) complete
+their sums in *different* communicators, which may add in different orders: replicas would drift
+apart by one unit in the last place. For the same reason, sums that several communicators need have
+one place per tensor-parallel rank in the all-reduced vector, so the all-reduce only adds zeros to
+them.
 
 A block can be cut in three ways:
 
 * at an *edge*, a boundary between two slices that cuts a row segment. The last segment of the one
-  slice (its *back*) and the first one of the next (its *front*) are of one block, and so are whole
-  slices between them. Every rank offers the sums of its front and its back, for each such bucket.
+  slice (its *back*) and the first one of the next (its *front*) belong to one block, as do whole
+  slices between them. Every rank contributes the sums of its front and back, for each such bucket.
 * into a *slot*: the block is spread (see ``layout.spread_blocks``): several row segments, or rows
-  on several tensor-parallel ranks. Every rank offers one sum per slot, of its segments of it.
+  on several tensor-parallel ranks. Every rank contributes one sum per slot.
 * by *columns*: tensor parallelism splits the columns of the weight, and each row with them.
 
 Worked example, TP 2 x DP 2. Of the first bucket, ``P`` is row-parallel, 3 rows of 4, so every
@@ -36,7 +36,7 @@ holds ``R``, 2 rows of 6 that tensor parallelism does not split; the boundary cu
     segments           4           5       1
     DP rank    |<--------- 0 --------->|<--------- 1 --------->|
 
-    DP group   every rank offers [front of bucket 1, back of bucket 1, slot of Q]:
+    DP group   every rank contributes [front of bucket 1, back of bucket 1, slot of Q]:
                  dp 0   [  -, 5, 3]          the numbers are segments
                  dp 1   [  1, -, 0]
                The all-gather brings the six sums. Back of dp 0 + front of dp 1 is R 1. The two
@@ -47,7 +47,7 @@ holds ``R``, 2 rows of 6 that tensor parallelism does not split; the boundary cu
                The rows of P are complete with it (plain sums). Q of tp 0 + Q of tp 1, added in this
                order, is the sum of Q, with the same bits on all four ranks.
 
-``tests/test_reduction.py`` has the plans of this example, number by number.
+``tests/test_reduction.py`` checks the plans of this example, number by number.
 """
 
 from __future__ import annotations
@@ -80,13 +80,13 @@ class ReductionPlan:
 
     Attributes:
         dp_size, tp_size, tp_rank: sizes of the two groups, and this rank in the second.
-        contribution: ``(C, k)`` into the S sums: what this rank offers to its
+        contribution: ``(C, k)`` into the S sums: what this rank contributes to its
             data-parallel group: front and back of each cut bucket, then one entry per slot.
         gathers: whether there is an all-gather.
         dp_target, dp_table: segments that the data-parallel group completes, and ``(n, k)`` into
             the gathered ``(dp_size * C)`` contributions.
         tp_plain: segments that a plain sum over the tensor-parallel group completes.
-        tp_exact: segments that need the same bits in several communicators.
+        tp_exact: segments whose sums must have the same bits in several communicators.
         tp_slot_table: ``(slots, dp_size)`` into the gathered contributions.
         tp_target, tp_table: segments completed from the exact part of the all-reduced vector,
             and ``(n, tp_size)`` into it.
@@ -107,19 +107,19 @@ class ReductionPlan:
 
     @property
     def num_contributions(self) -> int:
-        """Numbers that this rank offers to its data-parallel group per step."""
+        """Numbers that this rank contributes to its data-parallel group per step."""
         return len(self.contribution)
 
     @property
     def completed(self) -> IntArray:
-        """Segments whose sums this rank does not have alone, ascending."""
+        """Segments whose own sums are not those of their blocks, ascending."""
         return np.unique(
             np.concatenate([self.dp_target, self.tp_plain, self.tp_exact, self.tp_target])
         )
 
     @property
     def num_exact(self) -> int:
-        """Numbers that each tensor-parallel rank has in places of its own."""
+        """Numbers with one place per tensor-parallel rank."""
         return len(self.tp_exact) + len(self.tp_slot_table)
 
     @property
@@ -138,7 +138,7 @@ def plan_reduction(
     tp_size: int,
     dp_replicas: bool,
 ) -> ReductionPlan:
-    """Find every block of one domain that is cut, and what completes it.
+    """Find the cut blocks of one domain, and plan what completes their sums.
 
     Args:
         buckets: all buckets of the domain, the same list on all ranks of both groups.
@@ -147,8 +147,8 @@ def plan_reduction(
         dp_rank: this rank's slice; every bucket has the same number of slices.
         tp_rank: this rank in the tensor-parallel group.
         tp_size: size of the tensor-parallel group.
-        dp_replicas: the same slice is also updated by ranks in other tensor-parallel groups
-            (no distributed optimizer, or several instances of it), which must get the same bits.
+        dp_replicas: whether ranks in other tensor-parallel groups update the same slice (no
+            distributed optimizer, or several instances of it) and must get the same bits.
     """
     dp_size = buckets[0].num_slices if buckets else 1
     slots = _plan_slots(buckets, slices, parameters)
@@ -164,7 +164,7 @@ def plan_reduction(
 
 
 def _plan_dp(slots: _Slots, edges: _Edges, dp_size: int) -> dict[str, Any]:
-    """Return what this rank offers to the data-parallel group, and which sums it completes."""
+    """Return what this rank contributes to the data-parallel group, and which sums it completes."""
     num_contributions = edges.num_edges + slots.num_slots
     of_every_rank = num_contributions * np.arange(dp_size, dtype=np.int64)
     chains = _table([[r * num_contributions + at for r, at in chain] for chain in edges.chains])
@@ -190,7 +190,7 @@ def _plan_tp(
         slots: spread blocks.
         edges: row segments that boundaries cut.
         columns: segments of rows of which every tensor-parallel rank holds a part.
-        dp_size: data-parallel ranks, each of which offers a part of a slot.
+        dp_size: data-parallel ranks, each of which contributes a part of a slot.
         tp_size: tensor-parallel ranks.
         replicas: other tensor-parallel groups complete the very same sums.
     """
@@ -218,10 +218,10 @@ def _plan_tp(
 
 @dataclass(frozen=True)
 class _Slots:
-    """Spread blocks of a domain, in an order on which all ranks of both groups agree.
+    """Spread blocks of a domain, in an order that is the same on all ranks of both groups.
 
     Attributes:
-        in_tp: for each slot, whether its block is also on other tensor-parallel ranks.
+        in_tp: for each slot, whether its block has segments on other tensor-parallel ranks.
         slot_S: slot of each segment, -1 for segments of blocks that are not spread.
     """
 
@@ -246,8 +246,8 @@ class _Edges:
     """Row segments that boundaries between slices cut.
 
     Attributes:
-        offered: segments that this rank offers: front and back of each cut bucket, or nothing.
-        cut_S: segments whose row segments go on in other slices.
+        offered: segments that this rank contributes: front and back of each cut bucket, or nothing.
+        cut_S: segments whose row segments continue in other slices.
         chains: for each of them, ``(data-parallel rank, entry of its contribution)`` of all ranks
             that hold a segment of the same row segment, in rank order.
     """
@@ -258,7 +258,7 @@ class _Edges:
 
     @property
     def num_edges(self) -> int:
-        """Fronts and backs that every rank offers."""
+        """Number of fronts and backs that every rank contributes."""
         return len(self.offered)
 
 
@@ -295,8 +295,8 @@ def _plan_edges(
     base = 0
     for bucket, part in zip(buckets, slices, strict=True):
         first_of_bucket, base = base, base + part.num_segments
-        # Every rank offers front and back of such a bucket, even where it has nothing to offer:
-        # the vectors of an all-gather are equally long.
+        # Every rank contributes front and back of such a bucket, even if they are empty: the
+        # vectors of an all-gather have equal length.
         if not cut_boundaries(bucket, parameters).any():
             continue
         front_at, back_at = len(offered), len(offered) + 1
@@ -304,7 +304,7 @@ def _plan_edges(
         not_spread = slots.slot_S[first_of_bucket:base] < 0
         clipped = (part.clipped_left_S | part.clipped_right_S) & not_spread
         for segment in np.flatnonzero(clipped).tolist():
-            # A row segment that fills the slice goes on at both sides; in its chain it is a front.
+            # A row segment that fills the slice continues on both sides; it counts as a front.
             entry = front_at if part.clipped_left_S[segment] else back_at
             offered[entry].append(first_of_bucket + segment)
             cut.append(first_of_bucket + segment)
@@ -333,9 +333,9 @@ def _table(rows: Sequence[Sequence[int]]) -> IntArray:
 
 
 def _stack(above: IntArray, below: IntArray) -> IntArray:
-    """Put one table below another; the narrower one is filled up with -1.
+    """Put one table below another; the narrower one is padded with -1.
 
-    A table without rows does not count: its width would add columns that hold nothing.
+    A table without rows does not count: its width would add empty columns.
     """
     width = max((table.shape[1] for table in (above, below) if len(table)), default=1)
     return np.concatenate(
@@ -349,7 +349,7 @@ def _stack(above: IntArray, below: IntArray) -> IntArray:
 
 
 def _grouped(rows: IntArray, values: IntArray, num_rows: int) -> IntArray:
-    """Return a table with ``values[i]`` in row ``rows[i]``, in the order in which they come."""
+    """Return a table with ``values[i]`` in row ``rows[i]``, in their original order."""
     order = np.argsort(rows, kind="stable")
     counts = np.bincount(rows, minlength=num_rows)
     width = max(int(counts.max(initial=0)), 1)
@@ -364,7 +364,7 @@ def _slots_of(
 ) -> IntArray:
     """Return the slot of each segment, -1 for segments of blocks that are not spread."""
     found = np.full(part.num_segments, -1, dtype=np.int64)
-    # The segments of a parameter follow one another.
+    # The segments of a parameter are adjacent.
     changes = np.flatnonzero(np.diff(part.parameter_S)) + 1
     for begin, end in pairwise([0, *changes.tolist(), part.num_segments]):
         if begin == end or int(part.parameter_S[begin]) not in first_slot:
@@ -384,7 +384,7 @@ def _ranks_of_segment(
     segment: int,
     dp_rank: int,
 ) -> tuple[int, int]:
-    """Return the first and last slice that a row segment touches."""
+    """Return the first and last slice that hold elements of a row segment."""
     begin = dp_rank * bucket.slice_numel + int(part.start_S[segment])
     (placement,) = bucket.overlapping(begin, begin + 1)
     blocks = parameters[placement.parameter]

@@ -1,6 +1,6 @@
-"""Name of a parameter -> what it is.
+"""Name of a parameter -> its role.
 
-Standard library only, so that tools without Megatron know roles too. Data flow: mcore/param_info,
+Standard library only, so tools without Megatron can use it. Data flow: mcore/param_info,
 convert/blocks and estimate/stages collect names -> **role** -> ``partition`` turns it into a rule.
 """
 
@@ -20,7 +20,7 @@ _MATRIX_ROLES = (
     ("mlp.router.weight", "router"),
 )
 
-#: The part of an expert's name that a dense MLP does not have: shared experts, one module for each
+#: What an expert's name contains and a dense MLP's does not: shared experts, one module for each
 #: expert (SequentialMLP), one for all of them (grouped GEMM).
 _EXPERT = re.compile(r"\.(?:shared_experts|experts(?:\.local_experts\.\d+)?)\.")
 #: A grouped GEMM numbers its experts' weights and biases.
@@ -34,7 +34,7 @@ def role_of(name: str, num_dimensions: int) -> str:
     Args:
         name: name in the whole model. A parameter of an expert has the role of its counterpart in
             a dense MLP.
-        num_dimensions: dimensions of one layer's tensor.
+        num_dimensions: number of dimensions of one layer's tensor.
     """
     if _EXPERT.search(name):
         name = _GROUPED.sub(r"\1", _EXPERT.sub(".", name))
@@ -50,8 +50,8 @@ def role_of(name: str, num_dimensions: int) -> str:
 
 
 def is_expert(name: str) -> bool:
-    """Return whether a parameter belongs to an expert that some tokens are sent to.
+    """Return whether a parameter belongs to a routed expert.
 
-    Shared experts see every token and are reduced as dense parameters are, so they do not count.
+    Shared experts process every token and are reduced like dense parameters, so they do not count.
     """
     return ".experts." in name

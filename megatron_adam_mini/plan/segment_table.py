@@ -1,4 +1,4 @@
-"""The segments of one buffer as the table that kernels walk.
+"""The segments of one buffer as a table for the kernels.
 
 Imports numpy. Data flow: ``step_plan`` -> **SegmentTable** -> kernels, which derive their launch
 tables from it.
@@ -29,7 +29,7 @@ class Run:
         count: number of segments.
         start: first element in the buffer.
         length: elements of each segment.
-        shift: place in the state minus place in the buffer.
+        shift: position in the state minus position in the buffer.
     """
 
     first: int
@@ -50,7 +50,7 @@ class Run:
 
     @property
     def state_window(self) -> slice:
-        """The same elements in the state."""
+        """Positions of the same elements in the state."""
         start = self.start + self.shift
         return slice(start, start + self.count * self.length)
 
@@ -59,15 +59,15 @@ class Run:
 class SegmentTable:
     """Segments (or element ranges) of a rank in one buffer, ascending and disjoint.
 
-    A table has two starts per segment, because gradients and weights lie in Megatron's buffer,
+    Positions in buffer and state differ, because gradients and weights lie in Megatron's buffer,
     while the state holds this rank's slices only: element ``x`` of the buffer is element
     ``x + shift`` of the state.
 
     Args:
         start_S, end_S: int64, shape ``(S,)``, elements of the buffer.
         index_S: int64, entry of each segment in vectors with one entry per segment; default: its
-            place in this table.
-        shift_S: int64, place in the state minus place in the buffer; default: zero.
+            position in this table.
+        shift_S: int64, position in the state minus position in the buffer; default: zero.
     """
 
     start_S: IntArray
@@ -80,7 +80,7 @@ class SegmentTable:
         return len(self.start_S)
 
     def subset(self, chosen_S: NDArray[np.bool_]) -> SegmentTable:
-        """Return the table of the chosen segments; their entries and state stay where they are."""
+        """Return the table of the chosen segments; entries and positions stay the same."""
         return SegmentTable(
             self.start_S[chosen_S],
             self.end_S[chosen_S],
@@ -89,10 +89,10 @@ class SegmentTable:
         )
 
     def derived[T](self, make: Callable[..., T], *key: Hashable) -> T:
-        """Return ``make(self, *key)``, made once and kept as long as the table.
+        """Return ``make(self, *key)``, computed once and cached with the table.
 
-        Launch tables follow from the segments alone, so they belong to the table; but only the
-        kernels know their form, so the table cannot make them.
+        Launch tables depend on the segments alone, so the table caches them; their form depends on
+        the backend, so the caller makes them.
         """
         kept: dict[Any, Any] = self._derived
         if (make, key) not in kept:
@@ -106,12 +106,12 @@ class SegmentTable:
 
     @cached_property
     def indices(self) -> IntArray:
-        """``index_S`` with its default."""
+        """``index_S``, or its default."""
         return np.arange(len(self), dtype=np.int64) if self.index_S is None else self.index_S
 
     @cached_property
     def shifts(self) -> IntArray:
-        """``shift_S`` with its default."""
+        """``shift_S``, or its default."""
         return np.zeros(len(self), dtype=np.int64) if self.shift_S is None else self.shift_S
 
     @cached_property
@@ -121,22 +121,22 @@ class SegmentTable:
 
     @cached_property
     def num_entries(self) -> int:
-        """Entries that vectors must have for this table."""
+        """Number of entries that vectors must have for this table."""
         return int(self.indices.max(initial=-1)) + 1
 
     @cached_property
     def reach(self) -> int:
-        """Elements that the buffer must have."""
+        """Number of elements that the buffer must have."""
         return int(self.end_S.max(initial=0))
 
     @cached_property
     def state_reach(self) -> int:
-        """Elements that the state must have."""
+        """Number of elements that the state must have."""
         return int((self.end_S + self.shifts).max(initial=0))
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:
-        """Adjacent segments of equal length, so that plain torch needs no loop over segments."""
+        """Adjacent segments of equal length as runs: plain torch needs no loop over segments."""
         if not len(self):
             return ()
         length = self.end_S - self.start_S

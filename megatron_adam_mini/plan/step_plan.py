@@ -37,14 +37,14 @@ from megatron_adam_mini.plan.reduction import ReductionPlan, plan_reduction
 
 @dataclass(frozen=True)
 class DomainLayout:
-    """Buffers whose cut blocks one pair of process groups completes, and this rank in the groups.
+    """Buffers that share one pair of process groups, and this rank's position in the groups.
 
     Attributes:
         name: ``"dense"`` or ``"expert"``.
         buffers: the same on all ranks of both groups; all have the same number of slices.
-        dp_rank: this rank in the group that shares the slices.
-        tp_rank, tp_size: this rank in the tensor-parallel group of these parameters.
-        dp_replicas: ranks in other tensor-parallel groups update the very same slices.
+        dp_rank: this rank in the group whose ranks share the slices.
+        tp_rank, tp_size: this rank in the tensor-parallel group of these parameters, and its size.
+        dp_replicas: whether ranks in other tensor-parallel groups update the same slices.
     """
 
     name: str
@@ -74,8 +74,8 @@ class Piece:
         buffer: index of the buffer.
         bucket: number of the bucket in the buffer.
         begin, end: elements ``[begin, end)`` of the flattened tensor-parallel shard.
-        window: the same elements in the buffer and in the state.
-        segments: its segments in the vectors with one entry per segment; empty if it has none.
+        window: their position in the buffer and in the state.
+        segments: entries of its segments in the vectors ``_S``; empty if it has none.
         elements: its elements in the vector of second moments per element; empty if it has none.
     """
 
@@ -90,27 +90,27 @@ class Piece:
 
     @property
     def is_elementwise(self) -> bool:
-        """Whether each of its elements has a second moment of its own."""
+        """Whether each of its elements has its own second moment."""
         return bool(self.elements.stop > self.elements.start)
 
 
 @dataclass(frozen=True, eq=False)
 class StepPlan:
-    """What one rank's step does, as integers; made by :func:`plan_step`.
+    """All integers of one rank's step; made by :func:`plan_step`.
 
     Vectors ``_S`` have one entry per segment of the rank, domain after domain, buffer after
-    buffer; ``_SR`` go on with one entry per element range.
+    buffer; in vectors ``_SR`` one entry per element range follows.
 
     Attributes:
         parameters: all parameters of the rank.
         domains: dense, then experts if there are any.
         buffers: those of all domains.
-        reductions: by domain.
-        domain_segments: by domain, its part of the vectors ``_S``.
-        is_cut_S: whether other ranks hold parts of the segment's block.
+        reductions: one per domain.
+        domain_segments: for each domain, its part of the vectors ``_S``.
+        is_cut_S: whether the segment's block is cut.
         block_numel_S: elements of the segment's whole block, over all ranks.
         parameter_SR: index of the parameter.
-        norm_domain_SR: int8, domain in whose gradient norm the entry counts; -1: in none.
+        norm_domain_SR: int8, domain whose gradient norm includes the entry; -1: none.
     """
 
     parameters: tuple[ParameterBlocks, ...]
@@ -124,11 +124,11 @@ class StepPlan:
     norm_domain_SR: NDArray[np.int8]
 
     def __post_init__(self) -> None:
-        """Check what would make a step wrong in silence.
+        """Check for errors that would make a step wrong without notice.
 
         Raises:
-            ValueError: elements of a piece that no table covers, entries that are not each used
-                once, or positions outside of what they point into.
+            ValueError: a table does not cover the elements of a piece, an entry is not used
+                exactly once, or a position is out of range.
         """
         entries = [buffer.segments.indices for buffer in self.buffers]
         entries += [buffer.ranges.indices for buffer in self.buffers]
@@ -167,7 +167,7 @@ class StepPlan:
 
     @cached_property
     def pieces(self) -> tuple[Piece, ...]:
-        """The pieces of parameters that this rank owns, in the order of its buckets."""
+        """This rank's pieces, in the order of its buckets."""
         return tuple(
             piece
             for number, buffer in enumerate(self.buffers)
@@ -205,7 +205,7 @@ class StepPlan:
     def segment_bounds(self, piece: Piece) -> tuple[IntArray, IntArray]:
         """Return first and one-past-last element of each segment of a piece.
 
-        They count as ``piece.begin`` does, in the flattened tensor-parallel shard.
+        Like ``piece.begin``, they count in the flattened tensor-parallel shard.
         """
         table = self.buffers[piece.buffer].segments
         first = int(table.indices[0]) if len(table) else 0
@@ -216,8 +216,8 @@ class StepPlan:
     def first_element_numbers(self) -> NDArray[np.int32]:
         """Return the number of the first element of each segment and range: int32 bits, ``(SR,)``.
 
-        For the noise of stochastic rounding. It follows from the parameter's name and the place
-        in it, not from the rank, so replicas round alike.
+        For the noise of stochastic rounding. It depends on the parameter's name and the position
+        in it, not on the rank, so replicas round alike.
         """
         names = np.asarray(
             [zlib.crc32(blocks.info.name.encode()) for blocks in self.parameters], dtype=np.int64
@@ -237,7 +237,7 @@ class StepPlan:
         return (number_SR & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
 
     def shared_part(self) -> list[dict[str, Any]]:
-        """Return what all ranks of a pipeline stage must have in common, as plain values.
+        """Return the part of the plan that all ranks of a pipeline stage share, as plain values.
 
         One entry per parameter, in the order of the buckets; ``agreement`` compares its hash. What
         else ranks must share follows from it. Where blocks are cut is not part of it: one
@@ -262,7 +262,7 @@ def plan_step(parameters: Sequence[ParameterBlocks], domains: Sequence[DomainLay
 
     Args:
         parameters: all parameters of the rank with their blocks.
-        domains: where they lie; placements index into ``parameters``.
+        domains: their buffers; placements index into ``parameters``.
     """
     parts = [
         [segment_slice(bucket, parameters, domain.dp_rank) for bucket in domain.buckets]
@@ -323,7 +323,7 @@ def plan_step(parameters: Sequence[ParameterBlocks], domains: Sequence[DomainLay
 def _norm_domains(
     parameters: Sequence[ParameterBlocks], domains: Sequence[DomainLayout]
 ) -> NDArray[np.int8]:
-    """Return, for each parameter, the domain in whose norm it counts, -1 for none."""
+    """Return, for each parameter, the domain whose norm includes it, -1 for none."""
     number = {domain.name: index for index, domain in enumerate(domains)}
     return np.asarray(
         [
@@ -335,6 +335,6 @@ def _norm_domains(
 
 
 def _runs_of(owners: IntArray) -> dict[int, range]:
-    """Return the run of entries of each owner; a slice lists each parameter's in one run."""
+    """Return the entries of each owner, which are one run: a slice holds a parameter in one run."""
     bounds = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(owners)]
     return {int(owners[a]): range(a, b) for a, b in pairwise(bounds) if a < b}
