@@ -102,7 +102,7 @@ class Program:
 
     def output(self) -> str:
         """Return what all ranks have printed so far."""
-        return self.log.read_text(errors="replace")
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def poll(self) -> int | None:
         """Return the exit code of a rank that failed, 0 once all are done, else ``None``."""

@@ -23,6 +23,10 @@ from tests.ranks import run_ranks, start_program
 from tests.test_resume import launch
 
 RUN_TIMEOUT_S = 150.0
+#: Initial weights are small, not zero: the first loss is near to that of a uniform guess.
+FIRST_LOSS_TOLERANCE = 0.3
+#: Eight steps over a text that repeats itself take more off than that.
+LEARNED = 0.5
 
 TINY_MODEL = """
     --num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4
@@ -175,8 +179,8 @@ def test_two_ranks_train_through_the_launcher(
         for line in run.output().splitlines():
             on_line(line)
     assert len(losses) == 8
-    assert abs(losses[0] - numpy.log(257)) < 0.3  # untrained: every byte is as likely
-    assert losses[-1] < losses[0] - 0.5
+    assert abs(losses[0] - numpy.log(257)) < FIRST_LOSS_TOLERANCE
+    assert losses[-1] < losses[0] - LEARNED
     assert demo._VALIDATION.search(log.read_text()) is not None
 
     measured = json.loads(report.read_text())

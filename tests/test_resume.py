@@ -38,6 +38,8 @@ FLAGS = """
     --dist-ckpt-optim-fully-reshardable --optimizer adam_mini
 """.split()  # noqa: SIM905
 TIMEOUT = 240
+# bfloat16 activations: another order of sums changes the third digit.
+LOSS_TOLERANCE = 5e-3
 
 
 def tokenize(prefix: str) -> None:
@@ -181,8 +183,7 @@ def test_a_run_goes_on_under_another_layout(straight: Path, dataset: Path, tmp_p
     assert (folder / "iter_0000012" / ".metadata").exists()
     again.pop(10)  # Megatron logs the mean of two iterations there, the second after a resume
     for iteration, loss in again.items():
-        # bfloat16 activations: another order of sums changes the third digit.
-        assert loss == pytest.approx(losses[iteration], rel=5e-3)
+        assert loss == pytest.approx(losses[iteration], rel=LOSS_TOLERANCE)
 
 
 def losses_of(log: str) -> dict[int, float]:
