@@ -1,6 +1,6 @@
 """All ranks agree on one plan, or all ranks raise, before any collective of a step can hang.
 
-Imports torch.distributed and the standard library. Runs once, at construction and after load.
+Imports torch.distributed, and ``plan`` for its hash. Runs once, at construction and after load.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Imports ``plan`` and torch.distributed. Data flow: partial sums of this rank -> **Collectives** ->
 sums over whole blocks, and the squared norm of the whole gradient.
 
-Every rank calls, in this order, :meth:`Collectives.start_`, :meth:`Collectives.add_norm_` and
-:meth:`Collectives.finish_`. The plan alone determines what is sent, so a collective is left out on
+Every rank calls, in this order, :meth:`Collectives.start_`, :meth:`Collectives.add_norm_` (unless
+it takes a single-phase step) and :meth:`Collectives.finish_`. The plan alone determines what is sent, so a collective is left out on
 all ranks of its group or on none.
 """
 
@@ -57,14 +57,14 @@ class Collectives:
             (
                 Reduction(
                     reduction,
-                    part.stop - part.start,
+                    of_domain.stop - of_domain.start,
                     dp_group=group.dp,
                     tp_group=group.tp,
                     device=device,
                 ),
-                part,
+                of_domain,
             )
-            for reduction, part, group in zip(
+            for reduction, of_domain, group in zip(
                 plan.reductions, plan.domain_segments, groups, strict=True
             )
         ]
@@ -78,15 +78,15 @@ class Collectives:
         Args:
             sum_sq_S: this rank's partial sums, float32, shape ``(S,)``.
         """
-        for reduction, part in self._domains:
-            reduction.complete_over_dp_(sum_sq_S[part])
-        for reduction, part in self._domains:
-            reduction.start_tp(sum_sq_S[part])
+        for reduction, of_domain in self._domains:
+            reduction.complete_over_dp_(sum_sq_S[of_domain])
+        for reduction, of_domain in self._domains:
+            reduction.start_tp(sum_sq_S[of_domain])
 
     def finish_(self, sum_sq_S: Tensor) -> None:
         """Wait for the all-reduces of :meth:`start_`, and put the sums in their places."""
-        for reduction, part in self._domains:
-            reduction.finish_tp_(sum_sq_S[part])
+        for reduction, of_domain in self._domains:
+            reduction.finish_tp_(sum_sq_S[of_domain])
 
     def add_norm_(self, stats_D2: Tensor) -> None:
         """Add up the squared norms and the counts of non-finite sums over all ranks.
@@ -96,8 +96,8 @@ class Collectives:
         Args:
             stats_D2: float64, one row per domain, modified in place.
         """
-        if self.all_domains_share_a_norm_group:
-            self._all_reduce(stats_D2, self._groups[0].norm)
+        if all(group.norm == self.norm_group for group in self._groups):
+            self._all_reduce(stats_D2, self.norm_group)
         else:
             for row, group in zip(stats_D2, self._groups, strict=True):
                 self._all_reduce(row, group.norm)
@@ -106,11 +106,6 @@ class Collectives:
         """Add up counts of the model's elements by domain, over the ranks of the norm."""
         for row, group in zip(count_D, self._groups, strict=True):
             self._all_reduce(row, group.norm)
-
-    @property
-    def all_domains_share_a_norm_group(self) -> bool:
-        """Whether one all-reduce adds up the norm of all domains."""
-        return all(group.norm == self._groups[0].norm for group in self._groups)
 
     @property
     def norm_group(self) -> ProcessGroup | None:

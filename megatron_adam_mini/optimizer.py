@@ -260,11 +260,12 @@ class AdamMini:
         )
         single_phase = self.config.single_phase
         if not single_phase:
-            # v <- beta2 v + (1 - beta2) s / numel;  step <- lr' / (sqrt(v') + eps)
+            # v <- beta2 v + (1 - beta2) grad_scale^2 s / numel;  step <- lr' / (sqrt(v') + eps)
             kernels.segment_step_size_(vectors, scalars, self._uncut)
         for state in self.states:
             tensors, plan = self._tensors(state), state.plan
-            # m <- beta1 m + (1 - beta1) g;  p <- (1 - lr weight_decay) p - step m
+            # m <- beta1 m + (1 - beta1) grad_scale g;  p <- (1 - lr weight_decay) p - step m
+            # (in one pass: s, v and step of each segment before it)
             update_ = kernels.update_in_one_pass_ if single_phase else kernels.update_
             if len(plan.uncut):
                 update_(tensors, plan.uncut, vectors, scalars)

@@ -143,8 +143,8 @@ class BufferState:
         """Set the main parameters to the model's weights, after these were changed."""
         if self.param is None:
             return
-        for part in self.plan.slices:
-            in_buffer, in_state = part.window
+        for slice_plan in self.plan.slices:
+            in_buffer, in_state = slice_plan.window
             if self.param.dtype == torch.int16:
                 self.param[in_state] = 0
             else:

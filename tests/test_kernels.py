@@ -812,9 +812,9 @@ def test_runs_cover_the_segments_in_order(layout):
             start = run.start + index * run.length
             found.append((start, start + run.length))
             starts.append(start + run.shift)
-        assert run.window.stop == found[-1][1]
-        assert run.state_window.stop == starts[-1] + run.length
-        assert run.state_window.stop - run.state_window.start == run.count * run.length
+        assert run.in_buffer.stop == found[-1][1]
+        assert run.in_state.stop == starts[-1] + run.length
+        assert run.in_state.stop - run.in_state.start == run.count * run.length
         assert run.entries == slice(run.first, layout.entry(len(found)))
     assert found == layout.bounds
     assert starts == layout.state_starts
@@ -836,7 +836,7 @@ def test_runs_end_where_the_state_goes_on_elsewhere():
     assert [(run.first, run.count, run.shift) for run in table.runs] == [
         (0, 2, -2), (2, 3, 7), (5, 1, 0)
     ]  # fmt: skip
-    assert [run.state_window for run in table.runs] == [
+    assert [run.in_state for run in table.runs] == [
         slice(-2, 6), slice(15, 27), slice(20, 24)
     ]  # fmt: skip
 

@@ -182,11 +182,11 @@ def check(case: Case) -> None:
             assert block_of_label.setdefault((parameter, mine), block) == block
             # The row segment really is the one whose rows hold these elements.
             pattern, info = blocks[parameter].pattern, blocks[parameter].info
-            rows = pattern.segment_bounds(part.row_segment_S[s : s + 1])
+            rows = pattern.row_bounds(part.row_segment_S[s : s + 1])
             start = bucket.placements[parameter].start
             row = info.row_offset + np.asarray([low - start, high - 1 - start]) // info.row_numel
             assert rows[0][0] <= row[0] <= row[1] < rows[1][0]
-            assert pattern.block_of_segment(part.row_segment_S[s : s + 1])[0] == block
+            assert pattern.block_of_row_segment(part.row_segment_S[s : s + 1])[0] == block
         for r in range(part.num_ranges):
             low, high = begin + int(part.start_R[r]), begin + int(part.end_R[r])
             assert (owner[low:high] == part.parameter_R[r]).all()

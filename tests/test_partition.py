@@ -126,10 +126,10 @@ def label_rows(
 def assert_pattern_equals_labels(pattern, labels):
     """Compare every method of a pattern with what follows from one label per row."""
     assert pattern.num_rows == len(labels)
-    segments = [pattern.segment_of_row(row) for row in range(len(labels))]
+    segments = [pattern.row_segment_of(row) for row in range(len(labels))]
     assert segments == sorted(segments)
-    assert set(segments) == set(range(pattern.num_segments))
-    blocks = pattern.block_of_segment(np.asarray(segments)).tolist()
+    assert set(segments) == set(range(pattern.num_row_segments))
+    blocks = pattern.block_of_row_segment(np.asarray(segments)).tolist()
     assert set(blocks) == set(range(pattern.num_blocks))
     # The same partition: block numbers and labels determine each other.
     pairs = set(zip(blocks, labels, strict=True))
@@ -140,13 +140,13 @@ def assert_pattern_equals_labels(pattern, labels):
         count = len(list(members))
         runs.append((row, row + count, label))
         row += count
-    index = np.arange(pattern.num_segments)
-    low, high = pattern.segment_bounds(index)
+    index = np.arange(pattern.num_row_segments)
+    low, high = pattern.row_bounds(index)
     assert list(zip(low.tolist(), high.tolist(), strict=True)) == [run[:2] for run in runs]
     rows_of = Counter(labels)
     runs_of = Counter(run[2] for run in runs)
-    assert pattern.rows_of_segment_block(index).tolist() == [rows_of[run[2]] for run in runs]
-    assert pattern.is_scattered(index).tolist() == [runs_of[run[2]] > 1 for run in runs]
+    assert pattern.rows_of_block(index).tolist() == [rows_of[run[2]] for run in runs]
+    assert pattern.is_of_several(index).tolist() == [runs_of[run[2]] > 1 for run in runs]
 
 
 # Rules.

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_adam_mini.plan.layout import (
-    PHASE,
+    STATE_ALIGNMENT,
     BucketLayout,
     BufferLayout,
     Placement,
@@ -93,7 +93,7 @@ def test_any_plan_has_every_element_once_in_buffer_state_and_tables(found):
             ):
                 by_table[start:end] = plan.parameter_SR[index]
                 assert in_state[start + shift : end + shift].tolist() == [1] * (end - start)
-                assert (start + shift) % PHASE == start % PHASE, "another place in a vector"
+                assert shift % STATE_ALIGNMENT == 0, "another place in a vector"
         np.testing.assert_array_equal(by_piece, expected)
         np.testing.assert_array_equal(by_table, expected)
         assert in_state.max(initial=0) <= 1, "two elements share a place"
@@ -142,8 +142,8 @@ def test_state_follows_the_phase_of_its_slices_and_wastes_little(sizes, num_slic
         end = 0
         for bucket, start in zip(buckets, starts, strict=True):
             begin = bucket.offset + rank * bucket.slice_numel
-            assert start % PHASE == begin % PHASE
-            assert end <= start < end + PHASE
+            assert start % STATE_ALIGNMENT == begin % STATE_ALIGNMENT
+            assert end <= start < end + STATE_ALIGNMENT
             end = start + bucket.slice_numel
         assert numel == end
 

@@ -61,7 +61,7 @@ void print_digest(int grad_kind, int exp_avg_kind, int param_kind, bool stochast
   const float hyper[6] = {1e-3f, 1e-8f, 0.999f, 2e-3f, 1e-7f, 0.998f};
   const float grad_scale = 0.5f, bias_corrections[2] = {0.271f, 0.142625f};
   const int64_t noise_key = 3000000000ll;
-  const Slice slice = {
+  const Buffer buffer = {
       param_kind ? static_cast<void*>(remainder.data()) : param.data(),
       exp_avg_kind ? static_cast<void*>(exp_avg16.data()) : exp_avg.data(),
       weight.data(),
@@ -79,12 +79,12 @@ void print_digest(int grad_kind, int exp_avg_kind, int param_kind, bool stochast
                                    {20000, 40000, 1, 260, 13155, 0, -1, 1016}};
   const int64_t num = static_cast<int64_t>(tiles.size());
   double partials[1] = {}, stats[4] = {};
-  adam_mini_segment_sum_sq(sum_sq.data(), slice.grad, grad_kind, tiles.data(), num, partials, 1);
+  adam_mini_segment_sum_sq(sum_sq.data(), buffer.grad, grad_kind, tiles.data(), num, partials, 1);
   adam_mini_norm_partials(stats, 2, sum_sq.data(), domain.data(), SEGMENTS);
   adam_mini_segment_step_size(&segments, &scalars, nullptr, SEGMENTS, 1);
-  adam_mini_update(&slice, tiles.data(), num, &segments, &scalars, 1);
-  adam_mini_update_in_one_pass(&slice, tiles.data(), num, &segments, &scalars, 1);
-  adam_mini_update_elementwise(&slice, exp_avg_sq_E.data(), tiles.data(), num, group.data(),
+  adam_mini_update(&buffer, tiles.data(), num, &segments, &scalars, 1);
+  adam_mini_update_in_one_pass(&buffer, tiles.data(), num, &segments, &scalars, 1);
+  adam_mini_update_elementwise(&buffer, exp_avg_sq_E.data(), tiles.data(), num, group.data(),
                                &scalars, 1);
   uint64_t digest = 14695981039346656037ull;
   for (const auto* vector : {&exp_avg, &param, &exp_avg_sq_E, &exp_avg_sq, &step_size, &sum_sq})

@@ -1,6 +1,6 @@
 """Arguments of kernels besides a segment table and the step's scalars: tensors and vectors.
 
-Imports torch. The C++ structs ``Slice`` and ``Segments`` hold the same.
+Imports torch. The C++ structs ``Buffer`` and ``Segments`` hold the same.
 """
 
 from __future__ import annotations

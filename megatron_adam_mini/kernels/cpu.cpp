@@ -22,7 +22,7 @@ struct Tile {
 
 // Storage of one buffer and of this rank's state of it, see arguments.py. Kinds: 0 float32,
 // 1 bfloat16, 2 float16, 3 int16 remainders, -1 none.
-struct Slice {
+struct Buffer {
   void* param;
   void* exp_avg;
   void* weight;
@@ -154,24 +154,24 @@ EXPORT void adam_mini_segment_step_size(const Segments* segments, const Scalars*
   DISPATCH(segment_step_size(*segments, *scalars, index, numel, threads));
 }
 
-EXPORT void adam_mini_update(const Slice* slice, const Tile* tiles, int64_t num_tiles,
+EXPORT void adam_mini_update(const Buffer* buffer, const Tile* tiles, int64_t num_tiles,
                              const Segments* segments, const Scalars* scalars, int threads) {
   if (!is_finite(*scalars->grad_scale)) return;
-  DISPATCH(update(*slice, tiles, num_tiles, *segments, *scalars, threads));
+  DISPATCH(update(*buffer, tiles, num_tiles, *segments, *scalars, threads));
 }
 
-EXPORT void adam_mini_update_in_one_pass(const Slice* slice, const Tile* tiles, int64_t num_tiles,
+EXPORT void adam_mini_update_in_one_pass(const Buffer* buffer, const Tile* tiles, int64_t num_tiles,
                                          const Segments* segments, const Scalars* scalars,
                                          int threads) {
   if (!is_finite(*scalars->grad_scale)) return;
-  DISPATCH(update_in_one_pass(*slice, tiles, num_tiles, *segments, *scalars, threads));
+  DISPATCH(update_in_one_pass(*buffer, tiles, num_tiles, *segments, *scalars, threads));
 }
 
-EXPORT void adam_mini_update_elementwise(const Slice* slice, float* exp_avg_sq, const Tile* tiles,
+EXPORT void adam_mini_update_elementwise(const Buffer* buffer, float* exp_avg_sq, const Tile* tiles,
                                          int64_t num_tiles, const int32_t* group,
                                          const Scalars* scalars, int threads) {
   if (!is_finite(*scalars->grad_scale)) return;
-  DISPATCH(update_elementwise(*slice, exp_avg_sq, tiles, num_tiles, group, *scalars, threads));
+  DISPATCH(update_elementwise(*buffer, exp_avg_sq, tiles, num_tiles, group, *scalars, threads));
 }
 
 }  // extern "C"

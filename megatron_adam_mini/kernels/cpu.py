@@ -33,7 +33,7 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int16: 3}
 _LEVELS = ("baseline", "x86-64-v3 (AVX2)", "x86-64-v4 (AVX-512)")
 
 
-class _Slice(ctypes.Structure):
+class _Buffer(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("param", "exp_avg", "weight", "grad")),
         *((f"{name}_kind", ctypes.c_int32) for name in ("param", "exp_avg", "weight", "grad")),
@@ -166,7 +166,7 @@ def update_(
 ) -> None:
     """See ``reference.update_``."""
     library().adam_mini_update(
-        ctypes.byref(_slice(tensors, table, vectors)),
+        ctypes.byref(_buffer(tensors, table, vectors)),
         *table.derived(_Work).in_parts,
         ctypes.byref(_segments(vectors, table.num_entries)),
         ctypes.byref(_scalars(scalars)),
@@ -179,7 +179,7 @@ def update_in_one_pass_(
 ) -> None:
     """See ``reference.update_in_one_pass_``. One thread does all of a segment."""
     library().adam_mini_update_in_one_pass(
-        ctypes.byref(_slice(tensors, table, vectors)),
+        ctypes.byref(_buffer(tensors, table, vectors)),
         *table.derived(_Work).unsplit,
         ctypes.byref(_segments(vectors, table.num_entries)),
         ctypes.byref(_scalars(scalars)),
@@ -196,7 +196,7 @@ def update_elementwise_(
 ) -> None:
     """See ``reference.update_elementwise_``."""
     library().adam_mini_update_elementwise(
-        ctypes.byref(_slice(tensors, table, vectors)),
+        ctypes.byref(_buffer(tensors, table, vectors)),
         _pointer(exp_avg_sq_E, table.numel),
         *table.derived(_Work).in_parts,
         _pointer(vectors.group_SR, table.num_entries),
@@ -216,10 +216,10 @@ def _pointer(tensor: Tensor, numel: int) -> int:
     return tensor.data_ptr()
 
 
-def _slice(tensors: BufferTensors, table: SegmentTable, vectors: SegmentVectors) -> _Slice:
+def _buffer(tensors: BufferTensors, table: SegmentTable, vectors: SegmentVectors) -> _Buffer:
     param, exp_avg, weight, grad = tensors
     origin = vectors.origin_SR
-    return _Slice(
+    return _Buffer(
         _pointer(param, table.reach if weight is None else table.state_reach),
         _pointer(exp_avg, table.state_reach),
         None if weight is None else _pointer(weight, table.reach),

@@ -39,7 +39,7 @@ def segment_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: SegmentTable) -> N
         table: segments, or element ranges.
     """
     for run in table.runs:
-        rows = _rows(grad_N[run.window], run).float()
+        rows = _rows(grad_N[run.in_buffer], run).float()
         sum_sq_SR[run.entries] = (rows * rows).double().sum(dim=1)
 
 
@@ -152,7 +152,7 @@ def update_elementwise_(
         lr, eps, decay = (column[:, None] for column in hyper_SR3[run.entries].unbind(dim=1))
         v = _rows(exp_avg_sq_E[begin : begin + run.count * run.length], run)
         begin += v.numel()
-        g = _rows(tensors.grad[run.window], run).float() * scalars.grad_scale
+        g = _rows(tensors.grad[run.in_buffer], run).float() * scalars.grad_scale
         v.copy_(v * scalars.beta2 + g * g * (1 - scalars.beta2))
         m = _advanced_m(tensors, run, scalars)
         step = m * (lr / correction1) / ((v / correction2).sqrt() + eps)
@@ -166,17 +166,17 @@ def _rows(flat: Tensor, run: Run) -> Tensor:
 
 def _advanced_m(tensors: BufferTensors, run: Run, scalars: StepScalars) -> Tensor:
     factor = scalars.grad_scale * (1 - scalars.beta1)
-    m = _rows(tensors.exp_avg[run.state_window], run).float()
-    g = _rows(tensors.grad[run.window], run).float()
+    m = _rows(tensors.exp_avg[run.in_state], run).float()
+    g = _rows(tensors.grad[run.in_buffer], run).float()
     return m * scalars.beta1 + g * factor
 
 
 def _main_param(tensors: BufferTensors, run: Run) -> Tensor:
     if tensors.weight is None:
-        return _rows(tensors.param[run.window], run)
+        return _rows(tensors.param[run.in_buffer], run)
     if tensors.param.dtype == torch.float32:
-        return _rows(tensors.param[run.state_window], run)
-    return _rows(join(tensors.weight[run.window], tensors.param[run.state_window]), run)
+        return _rows(tensors.param[run.in_state], run)
+    return _rows(join(tensors.weight[run.in_buffer], tensors.param[run.in_state]), run)
 
 
 def _store(
@@ -184,16 +184,16 @@ def _store(
 ) -> None:
     param, exp_avg, weight, _ = tensors
     p, m = p_rows.view(-1), m_rows.view(-1)
-    exp_avg[run.state_window] = (
+    exp_avg[run.in_state] = (
         to_weight(m, exp_avg.dtype) if noise is None else to_bfloat16_stochastic(m, noise.view(-1))
     )
     if weight is None:
-        param[run.window] = p
+        param[run.in_buffer] = p
     elif param.dtype == torch.float32:
-        param[run.state_window] = p
-        weight[run.window] = to_weight(p, weight.dtype)
+        param[run.in_state] = p
+        weight[run.in_buffer] = to_weight(p, weight.dtype)
     else:
-        weight[run.window], param[run.state_window] = split(p)
+        weight[run.in_buffer], param[run.in_state] = split(p)
 
 
 def _noise(vectors: SegmentVectors, run: Run, scalars: StepScalars) -> Tensor | None:

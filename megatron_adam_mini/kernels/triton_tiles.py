@@ -6,7 +6,7 @@ Alignment is decided here, once and from integers. Kernels move ``vec`` elements
 suits this if each of its vectors lies in one segment, entirely inside the tile, at a multiple of
 ``vec`` in the buffer and in the state. Other tiles go to a launch with single elements.
 
-Shape suffixes: ``_T`` tiles, ``_N`` runs of segments (see ``SegmentTable.runs``).
+Shape suffixes: ``_T`` tiles, ``_U`` runs of segments (see ``SegmentTable.runs``).
 """
 
 from __future__ import annotations
@@ -82,18 +82,18 @@ def windows(table: SegmentTable, vec: int, *, packed: bool) -> dict[int, IntArra
     """
     if not len(table):
         return {}
-    first_N, count_N, start_N, length_N, shift_N = _columns(table)
-    numel_N = count_N * length_N
-    packed_N = np.cumsum(numel_N) - numel_N
-    grid_N = start_N // vec * vec
-    run_T, number_T = _repeat(-(-(start_N + numel_N - grid_N) // TILE_NUMEL))
+    first_U, count_U, start_U, length_U, shift_U = _columns(table)
+    numel_U = count_U * length_U
+    packed_U = np.cumsum(numel_U) - numel_U
+    grid_U = start_U // vec * vec
+    run_T, number_T = _repeat(-(-(start_U + numel_U - grid_U) // TILE_NUMEL))
 
-    begin = grid_N[run_T] + number_T * TILE_NUMEL
-    first = np.maximum(begin, start_N[run_T])
-    last = np.minimum(begin + TILE_NUMEL, (start_N + numel_N)[run_T])
-    length = length_N[run_T]
-    row = (first - start_N[run_T]) // length
-    into = first - start_N[run_T] - row * length
+    begin = grid_U[run_T] + number_T * TILE_NUMEL
+    first = np.maximum(begin, start_U[run_T])
+    last = np.minimum(begin + TILE_NUMEL, (start_U + numel_U)[run_T])
+    length = length_U[run_T]
+    row = (first - start_U[run_T]) // length
+    into = first - start_U[run_T] - row * length
     left = length - into
     clipped = np.where(length > TILE_NUMEL, np.maximum(TILE_NUMEL - left, 0), into)
     length = np.minimum(length, TILE_NUMEL)
@@ -103,10 +103,10 @@ def windows(table: SegmentTable, vec: int, *, packed: bool) -> dict[int, IntArra
         "high": last - begin,
         "shift": clipped - (first - begin),
         "length": length,
-        "index": first_N[run_T] + row,
+        "index": first_U[run_T] + row,
         "skip": into - clipped,
-        "packed": (packed_N - start_N)[run_T] + begin,
-        "shift_state": shift_N[run_T],
+        "packed": (packed_U - start_U)[run_T] + begin,
+        "shift_state": shift_U[run_T],
     }
     one_row = columns["shift"] + columns["high"] <= length
     suits = (columns["low"] % vec == 0) & (columns["high"] % vec == 0)
@@ -130,19 +130,19 @@ def row_tiles(table: SegmentTable, vec: int) -> list[RowTiles]:
     """
     if not len(table):
         return []
-    first_N, count_N, start_N, length_N, shift_N = _columns(table)
-    columns_N = np.minimum(TILE_NUMEL, np.maximum(MIN_COLUMNS, _power_of_two(length_N)))
-    rows_N = TILE_NUMEL // columns_N
-    run_T, number_T = _repeat(np.where(length_N > ROW_LIMIT, 0, -(-count_N // rows_N)))
-    row = number_T * rows_N[run_T]
+    first_U, count_U, start_U, length_U, shift_U = _columns(table)
+    columns_U = np.minimum(TILE_NUMEL, np.maximum(MIN_COLUMNS, _power_of_two(length_U)))
+    rows_U = TILE_NUMEL // columns_U
+    run_T, number_T = _repeat(np.where(length_U > ROW_LIMIT, 0, -(-count_U // rows_U)))
+    row = number_T * rows_U[run_T]
     whole = np.stack(
         [
-            start_N[run_T] + row * length_N[run_T],
-            length_N[run_T],
-            np.minimum(rows_N[run_T], count_N[run_T] - row),
-            first_N[run_T] + row,
+            start_U[run_T] + row * length_U[run_T],
+            length_U[run_T],
+            np.minimum(rows_U[run_T], count_U[run_T] - row),
+            first_U[run_T] + row,
             np.full_like(row, -1),
-            shift_N[run_T],
+            shift_U[run_T],
         ],
         axis=1,
     )
@@ -159,7 +159,7 @@ def row_tiles(table: SegmentTable, vec: int) -> list[RowTiles]:
         axis=1,
     )
     tiles = np.concatenate([whole, split])
-    width = np.concatenate([columns_N[run_T], np.full(len(split), TILE_NUMEL)])
+    width = np.concatenate([columns_U[run_T], np.full(len(split), TILE_NUMEL)])
     suits = (tiles[:, 0] % vec == 0) & (tiles[:, 1] % vec == 0) & (tiles[:, 5] % vec == 0)
     return [
         RowTiles(size, int(columns), found)

@@ -2,8 +2,8 @@
 
 May import everything but ``convert`` and ``estimate``: a run needs no tools.
 
-Data flow: ``compat``, ``preflight``, ``slices``, ``model_space`` (Megatron's own things) ->
-``arguments``, ``param_info``, ``entries`` (the same as ours) -> ``adam_import`` -> ``checkpoint`` ->
+Data flow: ``compat``, ``preflight``, ``slices``, ``model_space`` (Megatron's objects) ->
+``arguments``, ``param_info``, ``entries`` (as ours) -> ``adam_import`` -> ``checkpoint`` ->
 ``distributed_optimizer`` (what Megatron's loop calls) -> ``metrics`` -> ``factory`` (builds it) ->
 ``registration`` (makes Megatron call the factory).
 """

@@ -233,12 +233,12 @@ def bucket_shards(view: StateView, pending: PendingLoad | None) -> Shards:
     number = 0
     for state in view.inner.states:
         assert isinstance(state.buffer, ShardedBuffer)
-        for index, part in enumerate(state.plan.slices):
-            begin = part.window.in_buffer.start - part.bucket.offset
+        for index, slice_plan in enumerate(state.plan.slices):
+            begin = slice_plan.window.in_buffer.start - slice_plan.bucket.offset
             numel = state.buffer.unpadded_numel(index)
-            length = min(begin + part.window.numel, numel) - begin
+            length = min(begin + slice_plan.window.numel, numel) - begin
             if length > 0:
-                window = part.window.part(0, length)
+                window = slice_plan.window.part(0, length)
                 floats_of = to_save if pending is None else pending.floats_of
                 values = floats_of(state, window)
                 for kind, flat in values.items():

@@ -35,8 +35,8 @@ def metrics_of(optimizer: AdamMiniOptimizer) -> dict[str, int]:
     added = optimizer.communication_per_step()
     found = {f"adam-mini/state-bytes/{k}": n for k, n in optimizer.state_bytes().items()}
     found["adam-mini/added-collectives-per-step"] = added["collectives"]
-    for group, numel in added["by_group"].items():
-        found[f"adam-mini/added-bytes-per-step/{group.replace(' ', '-')}"] = numel
+    for group, num_bytes in added["by_group"].items():
+        found[f"adam-mini/added-bytes-per-step/{group.replace(' ', '-')}"] = num_bytes
     return found
 
 

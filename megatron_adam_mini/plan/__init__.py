@@ -23,7 +23,9 @@ element range  what a slice holds of a parameter with one second moment per elem
 piece          what a slice holds of a parameter
 window         position of a run of elements in the buffer, and in the state
 cut block      block with segments on several ranks; the others are uncut
-spread block   block with several segments per slice, or on several tensor-parallel ranks by rows
+spread block   block of several row segments, or with rows on several tensor-parallel ranks
+edge           boundary between two slices that cuts a row segment
+slot           place of a spread block's sum among those that ranks exchange
 domain         the buffers that share one pair of process groups: dense parameters, or experts
 group          process group; a *parameter group* is torch's
 manifest       list of all parameters with their rules and numbers of blocks
@@ -42,6 +44,6 @@ Shape suffixes, here and in the whole package:
 ``_P``  parameters
 ``_G``  parameter groups
 ``_D``  domains
-``_T``  pieces of work of a kernel
+``_T``  tiles, which are what one thread or program of a kernel treats
 ======  ============================================================================================
 """

@@ -114,14 +114,14 @@ def plan_buffer(
     """
     starts, state_numel = state_starts(layout, rank)
     slices, following = [], first
-    for bucket, part, state_start in zip(layout.buckets, parts, starts, strict=True):
+    for bucket, held, state_start in zip(layout.buckets, parts, starts, strict=True):
         begin, numel = bucket.offset + rank * bucket.slice_numel, bucket.slice_numel
         window = Window(slice(begin, begin + numel), slice(state_start, state_start + numel))
-        slices.append(SlicePlan(bucket, part, window, following))
+        slices.append(SlicePlan(bucket, held, window, following))
         following = Entries(
-            following.segment + part.num_segments,
-            following.element_range + part.num_ranges,
-            following.element + part.num_elementwise,
+            following.segment + held.num_segments,
+            following.element_range + held.num_ranges,
+            following.element + held.num_elementwise,
         )
     segments = _table(slices, ranges=False)
     cut_S = is_cut_S[segments.indices]
@@ -142,18 +142,18 @@ def plan_buffer(
 def _table(slices: Sequence[SlicePlan], *, ranges: bool) -> SegmentTable:
     """Return the table of all segments of some slices, or of all their element ranges."""
     columns: list[list[IntArray]] = [[np.empty(0, dtype=np.int64)] for _ in range(4)]
-    for part in slices:
-        segments, begin = part.segments, part.window.in_buffer.start
+    for slice_plan in slices:
+        segments, begin = slice_plan.segments, slice_plan.window.in_buffer.start
         start, end, first = (
-            (segments.start_R, segments.end_R, part.first.element_range)
+            (segments.start_R, segments.end_R, slice_plan.first.element_range)
             if ranges
-            else (segments.start_S, segments.end_S, part.first.segment)
+            else (segments.start_S, segments.end_S, slice_plan.first.segment)
         )
         values = (
             start + begin,
             end + begin,
             first + np.arange(len(start)),
-            np.full(len(start), part.window.in_state.start - begin, dtype=np.int64),
+            np.full(len(start), slice_plan.window.in_state.start - begin, dtype=np.int64),
         )
         for column, value in zip(columns, values, strict=True):
             column.append(value)

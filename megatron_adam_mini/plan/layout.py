@@ -106,14 +106,14 @@ class BufferLayout:
 
 #: Positions in state and buffer are equal modulo this (64 bytes of float32), so one vector access
 #: suits all tensors of an element, wherever the slice begins.
-PHASE = 16
+STATE_ALIGNMENT = 16
 
 
 def state_starts[T: (int, IntArray)](buffer: BufferLayout, rank: T) -> tuple[list[T], T]:
     """Return where the state of each slice of a rank starts, and the length of all of it.
 
     The slices follow one another, each at the next position that equals that of its gradients
-    modulo :data:`PHASE`; so at most ``PHASE - 1`` elements per slice are unused.
+    modulo :data:`STATE_ALIGNMENT`; so fewer elements than that are unused per slice.
 
     Args:
         buffer: the buffer.
@@ -122,7 +122,7 @@ def state_starts[T: (int, IntArray)](buffer: BufferLayout, rank: T) -> tuple[lis
     starts, end = [], rank * 0
     for bucket in buffer.buckets:
         begin = bucket.offset + rank * bucket.slice_numel
-        starts.append(end + (begin - end) % PHASE)
+        starts.append(end + (begin - end) % STATE_ALIGNMENT)
         end = starts[-1] + bucket.slice_numel
     return starts, end
 
@@ -219,7 +219,7 @@ def segment_slice(
         offset = blocks.info.row_offset
         between = _segments_between(blocks, blocks.pattern, first, last)
         segments = np.arange(between.start, between.stop, dtype=np.int64)
-        low, high = blocks.pattern.segment_bounds(segments)
+        low, high = blocks.pattern.row_bounds(segments)
         # Rows of other tensor-parallel ranks are not in the local tensor.
         low = np.maximum((low - offset) * width, 0)
         high = np.minimum((high - offset) * width, blocks.info.numel)
@@ -229,8 +229,8 @@ def segment_slice(
             np.minimum(high, last) + shift,
             np.full(len(segments), placement.parameter, dtype=np.int64),
             segments,
-            blocks.pattern.block_of_segment(segments),
-            blocks.pattern.rows_of_segment_block(segments) * whole_width,
+            blocks.pattern.block_of_row_segment(segments),
+            blocks.pattern.rows_of_block(segments) * whole_width,
         )
         for column, value in zip(integers, values, strict=True):
             column.append(value)
@@ -303,9 +303,9 @@ def cut_boundaries(bucket: BucketLayout, parameters: Sequence[ParameterBlocks]) 
         )
         element = positions[inside] - placement.start
         offset, width = blocks.info.row_offset, blocks.info.row_numel
-        before = blocks.pattern.segments_of_rows(offset + (element - 1) // width)
-        after = blocks.pattern.segments_of_rows(offset + element // width)
-        spread = np.isin(blocks.pattern.block_of_segment(after), spread_blocks(blocks))
+        before = blocks.pattern.row_segments_of(offset + (element - 1) // width)
+        after = blocks.pattern.row_segments_of(offset + element // width)
+        spread = np.isin(blocks.pattern.block_of_row_segment(after), spread_blocks(blocks))
         cuts[inside] = (before == after) & ~spread
     return cuts
 
@@ -337,12 +337,12 @@ def row_parallel(blocks: ParameterBlocks) -> bool:
 def _spread_blocks(pattern: RowPattern, split_rows: int) -> IntArray:
     if pattern.segment_rows == (1,) and pattern.shared == (-1,):
         return np.empty(0, dtype=np.int64)
-    segments = np.arange(pattern.num_segments, dtype=np.int64)
-    spread = pattern.is_scattered(segments)
+    segments = np.arange(pattern.num_row_segments, dtype=np.int64)
+    spread = pattern.is_of_several(segments)
     if split_rows:
-        low, high = pattern.segment_bounds(segments)
+        low, high = pattern.row_bounds(segments)
         spread = spread | (low // split_rows != (high - 1) // split_rows)
-    return np.unique(pattern.block_of_segment(segments[spread]))
+    return np.unique(pattern.block_of_row_segment(segments[spread]))
 
 
 def _parts(
@@ -361,6 +361,6 @@ def _segments_between(blocks: ParameterBlocks, pattern: RowPattern, first: int, 
     """Return the row segments that have local elements in ``[first, last)``."""
     offset, width = blocks.info.row_offset, blocks.info.row_numel
     return range(
-        pattern.segment_of_row(offset + first // width),
-        pattern.segment_of_row(offset + (last - 1) // width) + 1,
+        pattern.row_segment_of(offset + first // width),
+        pattern.row_segment_of(offset + (last - 1) // width) + 1,
     )

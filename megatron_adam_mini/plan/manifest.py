@@ -264,7 +264,7 @@ def partition_of_checkpoint(
     # The stored rules, not the stored patterns: patterns match the names of the run that saved.
     saved_config = config_of(identity)
     sources = [
-        partition_by_rule(blocks.info, theirs[blocks.info.key].rule, saved_config)
+        partition_by_rule(blocks.info, theirs[blocks.info.checkpoint_key].rule, saved_config)
         for blocks in parameters
     ]
     finer = [

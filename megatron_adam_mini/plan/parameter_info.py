@@ -90,10 +90,6 @@ class ParameterInfo:
     in_norm: bool = True
     key: str = ""
 
-    def __post_init__(self) -> None:
-        """Give parameters without a key of their own their name as key."""
-        object.__setattr__(self, "key", self.key or self.name)
-
     @classmethod
     def of(
         cls,
@@ -130,6 +126,11 @@ class ParameterInfo:
             tp_rank=tp_rank if split else 0,
             **facts,
         )
+
+    @property
+    def checkpoint_key(self) -> str:
+        """``key`` with its default."""
+        return self.key or self.name
 
     @property
     def numel(self) -> int:

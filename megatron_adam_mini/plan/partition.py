@@ -113,7 +113,7 @@ class RowPattern:
         return self.period_rows * self.num_periods
 
     @property
-    def num_segments(self) -> int:
+    def num_row_segments(self) -> int:
         """Row segments of the whole parameter."""
         return len(self.segment_rows) * self.num_periods
 
@@ -139,34 +139,34 @@ class RowPattern:
 
     def block_of_rows(self) -> IntArray:
         """Return the block of every row of the whole parameter, shape ``(num_rows,)``."""
-        segments = np.arange(self.num_segments, dtype=np.int64)
-        low, high = self.segment_bounds(segments)
-        return np.repeat(self.block_of_segment(segments), high - low)
+        segments = np.arange(self.num_row_segments, dtype=np.int64)
+        low, high = self.row_bounds(segments)
+        return np.repeat(self.block_of_row_segment(segments), high - low)
 
-    def segment_of_row(self, row: int) -> int:
+    def row_segment_of(self, row: int) -> int:
         """Return the row segment that holds ``row``."""
         period, within = divmod(row, self.period_rows)
         return period * len(self.segment_rows) + bisect_right(self._starts, within) - 1
 
-    def segments_of_rows(self, rows: IntArray) -> IntArray:
+    def row_segments_of(self, rows: IntArray) -> IntArray:
         """Return the row segment that holds each of ``rows``."""
         period, within = np.divmod(rows, self.period_rows)
         index = np.searchsorted(self._starts, within, side="right") - 1
         return period * len(self.segment_rows) + index
 
-    def segment_bounds(self, segments: IntArray) -> tuple[IntArray, IntArray]:
+    def row_bounds(self, segments: IntArray) -> tuple[IntArray, IntArray]:
         """Return first and one-past-last row of each row segment."""
         period, index = np.divmod(segments, len(self.segment_rows))
         base = period * self.period_rows
         return base + self._starts[index], base + self._starts[index + 1]
 
-    def block_of_segment(self, segments: IntArray) -> IntArray:
+    def block_of_row_segment(self, segments: IntArray) -> IntArray:
         """Return the block of each row segment."""
         period, index = np.divmod(segments, len(self.segment_rows))
         private = self.num_shared + period * self.num_private + self._private_index[index]
         return np.where(self._shared[index] >= 0, self._shared[index], private)
 
-    def rows_of_segment_block(self, segments: IntArray) -> IntArray:
+    def rows_of_block(self, segments: IntArray) -> IntArray:
         """Return, for each row segment, the number of rows of its whole block."""
         rows = np.asarray(self.segment_rows, dtype=np.int64)
         shared_rows = np.zeros(max(self.num_shared, 1), dtype=np.int64)
@@ -175,7 +175,7 @@ class RowPattern:
         shared = self._shared[index]
         return np.where(shared >= 0, shared_rows[shared] * self.num_periods, rows[index])
 
-    def is_scattered(self, segments: IntArray) -> NDArray[np.bool_]:
+    def is_of_several(self, segments: IntArray) -> NDArray[np.bool_]:
         """Return, for each row segment, whether its block has several row segments."""
         counts = np.bincount(self._shared[self._shared >= 0], minlength=max(self.num_shared, 1))
         shared = self._shared[segments % len(self.segment_rows)]
@@ -204,7 +204,7 @@ class ParameterBlocks:
         """Return this parameter's entry in the manifest, independent of the layout."""
         return {
             "name": self.info.name,
-            "key": self.info.key,
+            "key": self.info.checkpoint_key,
             "shape": list(self.info.global_shape),
             "role": self.info.role,
             "rule": self.rule,

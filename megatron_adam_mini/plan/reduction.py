@@ -278,7 +278,7 @@ def _plan_slots(
                 first_slot[placement.parameter] = num_slots
                 in_tp.append(np.full(num_spread, crosses_tp(blocks)))
                 num_slots += num_spread
-    slot_S = [_slots_of(part, parameters, first_slot) for part in slices]
+    slot_S = [_slots_of(held, parameters, first_slot) for held in slices]
     return _Slots(np.concatenate(in_tp), np.concatenate([np.empty(0, dtype=np.int64), *slot_S]))
 
 
@@ -293,8 +293,8 @@ def _plan_edges(
     cut: list[int] = []
     chains: list[list[tuple[int, int]]] = []
     base = 0
-    for bucket, part in zip(buckets, slices, strict=True):
-        first_of_bucket, base = base, base + part.num_segments
+    for bucket, held in zip(buckets, slices, strict=True):
+        first_of_bucket, base = base, base + held.num_segments
         # Every rank contributes front and back of such a bucket, even if they are empty: the
         # vectors of an all-gather have equal length.
         if not cut_boundaries(bucket, parameters).any():
@@ -302,13 +302,13 @@ def _plan_edges(
         front_at, back_at = len(offered), len(offered) + 1
         offered += [[], []]
         not_spread = slots.slot_S[first_of_bucket:base] < 0
-        clipped = (part.clipped_left_S | part.clipped_right_S) & not_spread
+        clipped = (held.clipped_left_S | held.clipped_right_S) & not_spread
         for segment in np.flatnonzero(clipped).tolist():
             # A row segment that fills the slice continues on both sides; it counts as a front.
-            entry = front_at if part.clipped_left_S[segment] else back_at
+            entry = front_at if held.clipped_left_S[segment] else back_at
             offered[entry].append(first_of_bucket + segment)
             cut.append(first_of_bucket + segment)
-            first, last = _ranks_of_segment(bucket, part, parameters, segment, dp_rank)
+            first, last = _ranks_of_segment(bucket, held, parameters, segment, dp_rank)
             chains.append([(first, back_at)] + [(r, front_at) for r in range(first + 1, last + 1)])
     return _Edges(offered, np.asarray(cut, dtype=np.int64), chains)
 
@@ -360,36 +360,36 @@ def _grouped(rows: IntArray, values: IntArray, num_rows: int) -> IntArray:
 
 
 def _slots_of(
-    part: SliceSegments, parameters: Sequence[ParameterBlocks], first_slot: Mapping[int, int]
+    held: SliceSegments, parameters: Sequence[ParameterBlocks], first_slot: Mapping[int, int]
 ) -> IntArray:
     """Return the slot of each segment, -1 for segments of blocks that are not spread."""
-    found = np.full(part.num_segments, -1, dtype=np.int64)
+    found = np.full(held.num_segments, -1, dtype=np.int64)
     # The segments of a parameter are adjacent.
-    changes = np.flatnonzero(np.diff(part.parameter_S)) + 1
-    for begin, end in pairwise([0, *changes.tolist(), part.num_segments]):
-        if begin == end or int(part.parameter_S[begin]) not in first_slot:
+    changes = np.flatnonzero(np.diff(held.parameter_S)) + 1
+    for begin, end in pairwise([0, *changes.tolist(), held.num_segments]):
+        if begin == end or int(held.parameter_S[begin]) not in first_slot:
             continue
-        parameter = int(part.parameter_S[begin])
+        parameter = int(held.parameter_S[begin])
         spread = spread_blocks(parameters[parameter])
-        index = np.searchsorted(spread, part.block_S[begin:end])
-        is_spread = np.isin(part.block_S[begin:end], spread)
+        index = np.searchsorted(spread, held.block_S[begin:end])
+        is_spread = np.isin(held.block_S[begin:end], spread)
         found[begin:end] = np.where(is_spread, first_slot[parameter] + index, -1)
     return found
 
 
 def _ranks_of_segment(
     bucket: BucketLayout,
-    part: SliceSegments,
+    held: SliceSegments,
     parameters: Sequence[ParameterBlocks],
     segment: int,
     dp_rank: int,
 ) -> tuple[int, int]:
     """Return the first and last slice that hold elements of a row segment."""
-    begin = dp_rank * bucket.slice_numel + int(part.start_S[segment])
+    begin = dp_rank * bucket.slice_numel + int(held.start_S[segment])
     (placement,) = bucket.overlapping(begin, begin + 1)
     blocks = parameters[placement.parameter]
     assert blocks.pattern is not None
-    low, high = blocks.pattern.segment_bounds(part.row_segment_S[segment : segment + 1])
+    low, high = blocks.pattern.row_bounds(held.row_segment_S[segment : segment + 1])
     offset, width = blocks.info.row_offset, blocks.info.row_numel
     first = placement.start + max(0, (int(low[0]) - offset) * width)
     last = placement.start + min(blocks.info.numel, (int(high[0]) - offset) * width) - 1

@@ -1,6 +1,6 @@
 """The segments of one buffer as a table for the kernels.
 
-Imports numpy. Data flow: ``step_plan`` -> **SegmentTable** -> kernels, which derive their launch
+Imports numpy. Data flow: ``buffer_plan`` -> **SegmentTable** -> kernels, which derive their launch
 tables from it.
 """
 
@@ -22,7 +22,7 @@ from megatron_adam_mini.plan.partition import IntArray
 class Run:
     """``count`` adjacent segments of ``length`` elements each, from element ``start`` on.
 
-    ``flat[run.window].view(count, length)`` has one segment per row.
+    ``flat[run.in_buffer].view(count, length)`` has one segment per row.
 
     Attributes:
         first: entry of the first segment in the vectors with one entry per segment.
@@ -44,12 +44,12 @@ class Run:
         return slice(self.first, self.first + self.count)
 
     @property
-    def window(self) -> slice:
+    def in_buffer(self) -> slice:
         """Elements of the buffer."""
         return slice(self.start, self.start + self.count * self.length)
 
     @property
-    def state_window(self) -> slice:
+    def in_state(self) -> slice:
         """Positions of the same elements in the state."""
         start = self.start + self.shift
         return slice(start, start + self.count * self.length)

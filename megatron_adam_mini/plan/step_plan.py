@@ -175,30 +175,30 @@ class StepPlan:
             for piece in self._pieces_of(number, bucket, part)
         )
 
-    def _pieces_of(self, buffer: int, bucket: int, part: SlicePlan) -> Iterator[Piece]:
-        segments, start = part.segments, part.window.in_buffer.start
+    def _pieces_of(self, buffer: int, bucket: int, slice_plan: SlicePlan) -> Iterator[Piece]:
+        segments, start = slice_plan.segments, slice_plan.window.in_buffer.start
         of_segments = _runs_of(segments.parameter_S)
         of_ranges = _runs_of(segments.parameter_R)
         length_R = segments.end_R - segments.start_R
         before_R = np.cumsum(length_R) - length_R
-        for placement in part.bucket.placements:
-            first = max(placement.start + part.bucket.offset - start, 0)
-            last = min(placement.end + part.bucket.offset - start, part.window.numel)
+        for placement in slice_plan.bucket.placements:
+            first = max(placement.start + slice_plan.bucket.offset - start, 0)
+            last = min(placement.end + slice_plan.bucket.offset - start, slice_plan.window.numel)
             if first >= last:
                 continue
             run = of_segments.get(placement.parameter, range(0))
-            elements = part.first.element
+            first_segment, _, elements = slice_plan.first
             if placement.parameter in of_ranges:
                 elements += int(before_R[of_ranges[placement.parameter].start])
-            shift = start - part.bucket.offset - placement.start
+            shift = start - slice_plan.bucket.offset - placement.start
             yield Piece(
                 parameter=placement.parameter,
                 buffer=buffer,
                 bucket=bucket,
                 begin=first + shift,
                 end=last + shift,
-                window=part.window.part(first, last),
-                segments=slice(part.first.segment + run.start, part.first.segment + run.stop),
+                window=slice_plan.window.part(first, last),
+                segments=slice(first_segment + run.start, first_segment + run.stop),
                 elements=slice(elements, elements + (0 if run else last - first)),
             )
 
@@ -226,12 +226,14 @@ class StepPlan:
         ranges: list[IntArray] = []
         for buffer in self.buffers:
             rank = self.domains[buffer.domain].dp_rank
-            for part in buffer.slices:
+            for slice_plan in buffer.slices:
                 for into, starts, owners in (
-                    (segments, part.segments.start_S, part.segments.parameter_S),
-                    (ranges, part.segments.start_R, part.segments.parameter_R),
+                    (segments, slice_plan.segments.start_S, slice_plan.segments.parameter_S),
+                    (ranges, slice_plan.segments.start_R, slice_plan.segments.parameter_R),
                 ):
-                    numbers = element_numbers(part.bucket, self.parameters, rank, starts, owners)
+                    numbers = element_numbers(
+                        slice_plan.bucket, self.parameters, rank, starts, owners
+                    )
                     into.append(names[owners] + numbers)
         number_SR = np.concatenate([np.empty(0, dtype=np.int64), *segments, *ranges])
         return (number_SR & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
@@ -280,7 +282,7 @@ def plan_step(parameters: Sequence[ParameterBlocks], domains: Sequence[DomainLay
         )
         for domain, domain_parts in zip(domains, parts, strict=True)
     )
-    sizes = [sum(part.num_segments for part in domain_parts) for domain_parts in parts]
+    sizes = [sum(held.num_segments for held in domain_parts) for domain_parts in parts]
     ends = np.cumsum([0, *sizes]).tolist()
     domain_segments = tuple(slice(a, b) for a, b in pairwise(ends))
     is_cut_S = np.zeros(ends[-1], dtype=np.bool_)
@@ -302,10 +304,10 @@ def plan_step(parameters: Sequence[ParameterBlocks], domains: Sequence[DomainLay
             )
             buffers.append(plan)
 
-    every = [part for domain_parts in parts for part in domain_parts]
+    every = [held for domain_parts in parts for held in domain_parts]
     none = np.empty(0, dtype=np.int64)
     parameter_SR = np.concatenate(
-        [none, *(part.parameter_S for part in every), *(part.parameter_R for part in every)]
+        [none, *(held.parameter_S for held in every), *(held.parameter_R for held in every)]
     )
     return StepPlan(
         parameters=tuple(parameters),
@@ -314,7 +316,7 @@ def plan_step(parameters: Sequence[ParameterBlocks], domains: Sequence[DomainLay
         reductions=reductions,
         domain_segments=domain_segments,
         is_cut_S=is_cut_S,
-        block_numel_S=np.concatenate([none, *(part.block_numel_S for part in every)]),
+        block_numel_S=np.concatenate([none, *(held.block_numel_S for held in every)]),
         parameter_SR=parameter_SR,
         norm_domain_SR=_norm_domains(parameters, domains)[parameter_SR],
     )
