@@ -3,9 +3,9 @@
 Imports ``plan`` and torch.distributed. Data flow: partial sums of this rank -> **Collectives** ->
 sums over whole blocks, and the squared norm of the whole gradient.
 
-Every rank calls, in this order, :meth:`Collectives.start_`, :meth:`Collectives.add_norm_` (unless it
-takes a single-phase step) and :meth:`Collectives.finish_`. The plan alone determines what is sent,
-so a collective is left out on all ranks of its group or on none.
+Every rank calls, in this order, :meth:`Collectives.start_`, :meth:`Collectives.add_norm_` (not in a
+single-phase step) and :meth:`Collectives.finish_`. The plan alone determines what is sent, so a
+collective is left out on all ranks of its group or on none.
 """
 
 from __future__ import annotations
