@@ -130,7 +130,7 @@ class Program:
         if time.monotonic() > deadline:
             for process in self.processes:
                 os.kill(process.pid, signal.SIGUSR1)  # prints where each thread is
-            time.sleep(1)
+                time.sleep(0.5)  # one after the other, or their lines would mix
             raise AssertionError(f"not finished in time\n{self.output()[-8000:]}")
 
     def family(self) -> set[int]:
