@@ -3,9 +3,9 @@
 Imports ``plan`` and torch.distributed. Data flow: partial sums of this rank -> **Collectives** ->
 sums over whole blocks, and the squared norm of the whole gradient.
 
-Every rank calls, in this order, :meth:`Collectives.start_`, :meth:`Collectives.add_norm_` (not in a
-single-phase step) and :meth:`Collectives.finish_`. The plan alone determines what is sent, so a
-collective is left out on all ranks of its group or on none.
+Every rank calls, in this order, :meth:`Collectives.start_`, :meth:`Collectives.add_over_model_`
+(not in a single-phase step) and :meth:`Collectives.finish_`. The plan alone determines what is
+sent, so a collective is left out on all ranks of its group or on none.
 """
 
 from __future__ import annotations
@@ -88,24 +88,19 @@ class Collectives:
         for reduction, of_domain in self._domains:
             reduction.finish_tp_(sum_sq_S[of_domain])
 
-    def add_norm_(self, stats_D2: Tensor) -> None:
-        """Add up the squared norms and the counts of non-finite sums over all ranks.
+    def add_over_model_(self, values_D: Tensor) -> None:
+        """Add up numbers of each domain over all ranks of the model: squared norms, or counts.
 
         Collectives: one all-reduce, or one per domain where their norm groups differ.
 
         Args:
-            stats_D2: float64, one row per domain, modified in place.
+            values_D: one number or row per domain, modified in place.
         """
         if all(group.norm == self.norm_group for group in self._groups):
-            self._all_reduce(stats_D2, self.norm_group)
+            self._all_reduce(values_D, self.norm_group)
         else:
-            for row, group in zip(stats_D2, self._groups, strict=True):
+            for row, group in zip(values_D, self._groups, strict=True):
                 self._all_reduce(row, group.norm)
-
-    def add_counts_(self, count_D: Tensor) -> None:
-        """Add up counts of the model's elements by domain, over the ranks of the norm."""
-        for row, group in zip(count_D, self._groups, strict=True):
-            self._all_reduce(row, group.norm)
 
     @property
     def norm_group(self) -> ProcessGroup | None:

@@ -188,7 +188,7 @@ class AdamMini:
         # s <- sum(s over the ranks that hold segments of the block)
         self.collectives.start_(self._sum_sq_S)
         # norm^2 <- sum(norm^2 over the ranks that hold a part of the model)
-        self.collectives.add_norm_(self._stats_D2)
+        self.collectives.add_over_model_(self._stats_D2)
         return self._stats_D2.sum(dim=0) if len(self._stats_D2) > 1 else self._stats_D2[0]
 
     def sum_squares_of_cut_blocks(self) -> None:
@@ -351,7 +351,7 @@ class AdamMini:
             if self.plan.parameters[piece.parameter].info.in_norm:
                 domain = self.plan.buffers[piece.buffer].domain
                 count_D[domain] += (self.grad(piece) == 0).sum()
-        self.collectives.add_counts_(count_D)
+        self.collectives.add_over_model_(count_D)
         return int(count_D.sum())
 
     def state_bytes(self) -> dict[str, int]:

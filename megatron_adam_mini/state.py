@@ -96,7 +96,8 @@ class BufferState:
         if param_remainders:
             check_remainders([weight.dtype])
         state.param = zeros(torch.int16 if param_remainders else torch.float32)
-        state.take_weights()
+        if not param_remainders:  # which are zero where weights are all there is
+            state.take_weights()
         return state
 
     @property

@@ -154,35 +154,42 @@ def plan_reduction(
     slots = _plan_slots(buckets, slices, parameters)
     edges = _plan_edges(buckets, slices, parameters, slots, dp_rank)
     columns = _segments_of_split_rows(slices, parameters)
+    # Where the contributions of each data-parallel rank begin among all gathered ones.
+    first_of_rank = (edges.num_edges + slots.num_slots) * np.arange(dp_size, dtype=np.int64)
     return ReductionPlan(
         dp_size=dp_size,
         tp_size=tp_size,
         tp_rank=tp_rank,
-        **_plan_dp(slots, edges, dp_size),
-        **_plan_tp(slots, edges, columns, dp_size=dp_size, tp_size=tp_size, replicas=dp_replicas),
+        **_plan_dp(slots, edges, first_of_rank),
+        **_plan_tp(slots, edges, columns, first_of_rank, tp_size=tp_size, replicas=dp_replicas),
     )
 
 
-def _plan_dp(slots: _Slots, edges: _Edges, dp_size: int) -> dict[str, Any]:
+def _plan_dp(slots: _Slots, edges: _Edges, first_of_rank: IntArray) -> dict[str, Any]:
     """Return what this rank contributes to the data-parallel group, and which sums it completes."""
-    num_contributions = edges.num_edges + slots.num_slots
-    of_every_rank = num_contributions * np.arange(dp_size, dtype=np.int64)
-    chains = _table([[r * num_contributions + at for r, at in chain] for chain in edges.chains])
+    chains = _table([[int(first_of_rank[r]) + at for r, at in chain] for chain in edges.chains])
     # Slots on other tensor-parallel ranks, too, are completed by _plan_tp.
     segments = np.flatnonzero((slots.slot_S >= 0) & ~slots.is_in_tp_S)
-    from_slots = (edges.num_edges + slots.slot_S[segments])[:, None] + of_every_rank
+    from_slots = (edges.num_edges + slots.slot_S[segments])[:, None] + first_of_rank
     spread_S = np.flatnonzero(slots.slot_S >= 0)
     offered_slots = _grouped(slots.slot_S[spread_S], spread_S, slots.num_slots)
+    contribution = _stack(_table(edges.offered), offered_slots)
     return {
-        "contribution": _stack(_table(edges.offered), offered_slots),
-        "gathers": dp_size > 1 and num_contributions > 0,
+        "contribution": contribution,
+        "gathers": len(first_of_rank) > 1 and len(contribution) > 0,
         "dp_target": np.concatenate([edges.cut_S, segments]),
         "dp_table": _stack(chains, from_slots),
     }
 
 
 def _plan_tp(
-    slots: _Slots, edges: _Edges, columns: IntArray, *, dp_size: int, tp_size: int, replicas: bool
+    slots: _Slots,
+    edges: _Edges,
+    columns: IntArray,
+    first_of_rank: IntArray,
+    *,
+    tp_size: int,
+    replicas: bool,
 ) -> dict[str, Any]:
     """Return what the tensor-parallel group adds up: plain sums, then places of each rank's own.
 
@@ -190,7 +197,7 @@ def _plan_tp(
         slots: spread blocks.
         edges: row segments that boundaries cut.
         columns: segments of rows of which every tensor-parallel rank holds a part.
-        dp_size: data-parallel ranks, each of which contributes a part of a slot.
+        first_of_rank: first of the gathered contributions of each data-parallel rank.
         tp_size: tensor-parallel ranks.
         replicas: other tensor-parallel groups complete the very same sums.
     """
@@ -205,12 +212,10 @@ def _plan_tp(
     place_of_slot = len(exact) + np.cumsum(slots.in_tp) - 1
     segments = np.flatnonzero(slots.is_in_tp_S)
     places = np.concatenate([np.arange(len(exact)), place_of_slot[slots.slot_S[segments]]])
-    num_contributions = edges.num_edges + slots.num_slots
-    of_every_rank = num_contributions * np.arange(dp_size, dtype=np.int64)
     return {
         "tp_plain": columns[~is_exact],
         "tp_exact": exact,
-        "tp_slot_table": (edges.num_edges + tp_slots)[:, None] + of_every_rank,
+        "tp_slot_table": (edges.num_edges + tp_slots)[:, None] + first_of_rank,
         "tp_target": np.concatenate([exact, segments]),
         "tp_table": places[:, None] + num_exact * np.arange(tp_size, dtype=np.int64),
     }

@@ -150,9 +150,9 @@ class StepPlan:
                 )
             if len(buffer.uncut) + len(buffer.cut) != len(buffer.segments):
                 raise ValueError(f"Adam-mini's plan for buffer {number} updates a segment twice.")
-        for reduction, part in zip(self.reductions, self.domain_segments, strict=True):
+        for reduction, here in zip(self.reductions, self.domain_segments, strict=True):
             completed = reduction.completed
-            if len(completed) and completed[-1] >= part.stop - part.start:
+            if len(completed) and completed[-1] >= here.stop - here.start:
                 raise ValueError("Adam-mini's plan completes sums that the domain does not have.")
 
     @property
@@ -171,8 +171,8 @@ class StepPlan:
         return tuple(
             piece
             for number, buffer in enumerate(self.buffers)
-            for bucket, part in enumerate(buffer.slices)
-            for piece in self._pieces_of(number, bucket, part)
+            for bucket, slice_plan in enumerate(buffer.slices)
+            for piece in self._pieces_of(number, bucket, slice_plan)
         )
 
     def _pieces_of(self, buffer: int, bucket: int, slice_plan: SlicePlan) -> Iterator[Piece]:
