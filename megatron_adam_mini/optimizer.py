@@ -1,6 +1,6 @@
 """Adam-mini on the slices of one rank: the state, and the step next to its equations.
 
-Imports everything below it (config, plan, collectives, state, kernels) and no Megatron. One
+Imports everything below it (config, plan, collectives, main_params, kernels) and no Megatron. One
 gradient shard goes through a step like this::
 
     gradients --sum_squares--> partial sums --data, tensor parallel--> sums over whole blocks
@@ -30,9 +30,10 @@ from megatron_adam_mini.kernels import (
     StepScalars,
     select_backend,
 )
+from megatron_adam_mini.main_params import MainParams
 from megatron_adam_mini.plan.segment_table import SegmentTable
 from megatron_adam_mini.plan.step_plan import Piece, StepPlan
-from megatron_adam_mini.state import Buffer, BufferState
+from megatron_adam_mini.state import Buffer, BufferState, RankState
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -92,16 +93,14 @@ class AdamMini:
         config: options of Adam-mini.
         buffers: live tensors of the plan's buffers.
         groups: process groups of the plan's domains.
-        param_groups: torch-style groups; ``lr``, ``weight_decay``, ``eps``, ``betas`` are read in
-            every step, so schedulers may write them.
+        param_groups: torch-style groups. Those of ``main_params`` take their place: ``lr``,
+            ``weight_decay``, ``eps``, ``betas`` are read there in every step.
         group_of_parameter: index of the group of each parameter of the plan.
         device: where the buffers are.
 
     Attributes:
-        step_count: steps taken; :meth:`finish` counts them.
-        states: state of each buffer.
-        vectors: one entry per segment of the rank, v among them.
-        exp_avg_sq_E: v of parameters that keep one per element.
+        buffers: live tensors of the plan's buffers.
+        main_params: all state, and the parameter groups; :meth:`finish` counts the steps there.
 
     Source: Zhang et al., arXiv:2406.16793, Algorithm 2; decoupled weight decay of Loshchilov and
     Hutter, arXiv:1711.05101.
@@ -120,20 +119,10 @@ class AdamMini:
     ) -> None:
         self.plan = plan
         self.config = config
-        self.param_groups = param_groups
+        self.buffers = tuple(buffers)
         self.device = device
-        self.step_count = 0
         self.kernels = select_backend(config.backend, device)
         self.collectives = Collectives(plan, groups, device=device)
-        self.states = [
-            BufferState.allocate(
-                buffer,
-                buffer_plan,
-                exp_avg_dtype=_DTYPES[config.exp_avg_dtype],
-                param_remainders=config.param_remainders,
-            )
-            for buffer, buffer_plan in zip(buffers, plan.buffers, strict=True)
-        ]
 
         def to_device(array: np.ndarray[Any, Any]) -> Tensor:
             return torch.from_numpy(array).to(device)
@@ -141,19 +130,33 @@ class AdamMini:
         def floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        groups_P = np.asarray(group_of_parameter, dtype=np.int32)
-        self.vectors = SegmentVectors(
+        allocated = RankState(
+            [
+                BufferState.allocate(
+                    buffer,
+                    buffer_plan,
+                    exp_avg_dtype=_DTYPES[config.exp_avg_dtype],
+                    param_remainders=config.param_remainders,
+                )
+                for buffer, buffer_plan in zip(buffers, plan.buffers, strict=True)
+            ],
             exp_avg_sq_S=floats(plan.num_segments),
-            step_size_S=floats(plan.num_segments),
-            sum_sq_SR=floats(len(plan.parameter_SR)),
-            inv_numel_S=to_device((1.0 / plan.block_numel_S.astype(np.float64)).astype(np.float32)),
-            group_SR=to_device(groups_P[plan.parameter_SR]),
-            origin_SR=to_device(plan.first_element_numbers())
-            if config.stochastic_rounding
-            else None,
+            exp_avg_sq_E=floats(plan.num_elementwise),
         )
-        self.exp_avg_sq_E = floats(plan.num_elementwise)
-        self._sum_sq_S = self.vectors.sum_sq_SR[: plan.num_segments]
+        self.main_params = MainParams(
+            plan, allocated, param_groups, group_of_parameter, device=device
+        )
+        self._state_bytes = allocated.bytes_by_kind()
+        groups_P = np.asarray(group_of_parameter, dtype=np.int32)
+        self._sum_sq_SR = floats(len(plan.parameter_SR))
+        self._sum_sq_S = self._sum_sq_SR[: plan.num_segments]
+        self._step_size_S = floats(plan.num_segments)
+        inv_numel_S = (1.0 / plan.block_numel_S.astype(np.float64)).astype(np.float32)
+        self._inv_numel_S = to_device(inv_numel_S)
+        self._group_SR = to_device(groups_P[plan.parameter_SR])
+        self._origin_SR = (
+            to_device(plan.first_element_numbers()) if config.stochastic_rounding else None
+        )
         # Segments of uncut and of cut blocks; ``None``: all segments and none.
         self._uncut: Tensor | None = None
         self._cut: Tensor | None = None
@@ -180,11 +183,11 @@ class AdamMini:
             ranks. The next call overwrites it.
         """
         # s <- sum(g * g), for each segment
-        for state in self.states:
-            self._sum(state, state.plan.segments)
-            self._sum(state, state.plan.ranges)
+        for buffer, plan in zip(self.buffers, self.plan.buffers, strict=True):
+            self._sum(buffer, plan.segments)
+            self._sum(buffer, plan.ranges)
         # norm^2 <- sum(s) over partial sums: complete ones would count a cut block once per rank
-        self.kernels.norm_partials_(self._stats_D2, self.vectors.sum_sq_SR, self._norm_domain_SR)
+        self.kernels.norm_partials_(self._stats_D2, self._sum_sq_SR, self._norm_domain_SR)
         # s <- sum(s over the ranks that hold segments of the block)
         self.collectives.start_(self._sum_sq_S)
         # norm^2 <- sum(norm^2 over the ranks that hold a part of the model)
@@ -197,8 +200,8 @@ class AdamMini:
         For single-phase steps: :meth:`update` then reads the other gradients itself. Collectives
         are those of :meth:`sum_squares` without the norm.
         """
-        for state in self.states:
-            self._sum(state, state.plan.cut)
+        for buffer, plan in zip(self.buffers, self.plan.buffers, strict=True):
+            self._sum(buffer, plan.cut)
         self.collectives.start_(self._sum_sq_S)
 
     def decide(
@@ -251,19 +254,21 @@ class AdamMini:
             p   <- p - lr * weight_decay * p
             p   <- p - lr / (1 - beta1^t) * m / (sqrt(v_b / (1 - beta2^t)) + eps)
         """
-        vectors, scalars, kernels = self.vectors, self._scalars, self.kernels
+        scalars, kernels = self._scalars, self.kernels
         scalars.fill(
-            self.param_groups,
+            self.main_params.param_groups,
             betas=self._betas(),
-            step=self.step_count + 1,
+            step=self.main_params.step_count + 1,
             grad_scale=decision.grad_scale,
         )
+        state = self.main_params.attach()
+        vectors = self._vectors(state)
         single_phase = self.config.single_phase
         if not single_phase:
             # v <- beta2 v + (1 - beta2) grad_scale^2 s / numel;  step <- lr' / (sqrt(v') + eps)
             kernels.segment_step_size_(vectors, scalars, self._uncut)
-        for state in self.states:
-            tensors, plan = self._tensors(state), state.plan
+        for held in state.buffers:
+            tensors, plan = self._tensors(held), held.plan
             # m <- beta1 m + (1 - beta1) grad_scale g;  p <- (1 - lr weight_decay) p - step m
             # (in one pass: s, v and step of each segment before it)
             update_ = kernels.update_in_one_pass_ if single_phase else kernels.update_
@@ -271,35 +276,46 @@ class AdamMini:
                 update_(tensors, plan.uncut, vectors, scalars)
             # the same, with v per element
             if len(plan.ranges):
-                elements = self.exp_avg_sq_E[plan.elements]
+                elements = state.exp_avg_sq_E[plan.elements]
                 kernels.update_elementwise_(tensors, elements, plan.ranges, vectors, scalars)
         # the same for cut blocks, once their sums are complete
         self.collectives.finish_(self._sum_sq_S)
         if self._cut is not None:
             kernels.segment_step_size_(vectors, scalars, self._cut)
-            for state in self.states:
-                if len(state.plan.cut):
-                    kernels.update_(self._tensors(state), state.plan.cut, vectors, scalars)
+            for held in state.buffers:
+                if len(held.plan.cut):
+                    kernels.update_(self._tensors(held), held.plan.cut, vectors, scalars)
 
     def finish(self, decision: Decision) -> Outcome:
         """Wait for the decision, and count the step unless it was skipped."""
         outcome = decision.read()
-        self.step_count += outcome.updated
+        if outcome.updated:
+            self.main_params.step_count += 1
         return outcome
 
-    def _sum(self, state: BufferState, table: SegmentTable) -> None:
+    def _sum(self, buffer: Buffer, table: SegmentTable) -> None:
         if len(table):
-            self.kernels.segment_sum_sq_(self.vectors.sum_sq_SR, state.buffer.grad, table)
+            self.kernels.segment_sum_sq_(self._sum_sq_SR, buffer.grad, table)
+
+    def _vectors(self, state: RankState) -> SegmentVectors:
+        return SegmentVectors(
+            exp_avg_sq_S=state.exp_avg_sq_S,
+            step_size_S=self._step_size_S,
+            sum_sq_SR=self._sum_sq_SR,
+            inv_numel_S=self._inv_numel_S,
+            group_SR=self._group_SR,
+            origin_SR=self._origin_SR,
+        )
 
     @staticmethod
-    def _tensors(state: BufferState) -> BufferTensors:
-        buffer = state.buffer
-        if state.param is None:
-            return BufferTensors(buffer.weight, state.exp_avg, None, buffer.grad)
-        return BufferTensors(state.param, state.exp_avg, buffer.weight, buffer.grad)
+    def _tensors(held: BufferState) -> BufferTensors:
+        buffer = held.buffer
+        if held.param is None:
+            return BufferTensors(buffer.weight, held.exp_avg, None, buffer.grad)
+        return BufferTensors(held.param, held.exp_avg, buffer.weight, buffer.grad)
 
     def _betas(self) -> tuple[float, float]:
-        betas = {tuple(group["betas"]) for group in self.param_groups}
+        betas = {tuple(group["betas"]) for group in self.main_params.param_groups}
         if len(betas) != 1:
             raise NotImplementedError(
                 f"Adam-mini got parameter groups with different betas {sorted(betas)}; all groups "
@@ -307,38 +323,31 @@ class AdamMini:
             )
         return betas.pop()
 
-    # The state, piece by piece.
-
-    def v_of_segments(self, piece: Piece) -> Tensor:
-        """Return v of a piece's segments, a view of shape ``(segments of the piece,)``."""
-        return self.vectors.exp_avg_sq_S[piece.segments]
-
-    def v_of_elements(self, piece: Piece) -> Tensor:
-        """Return v of a piece that keeps one per element, a view; empty for other pieces."""
-        return self.exp_avg_sq_E[piece.elements]
+    # Piece by piece.
 
     def grad(self, piece: Piece) -> Tensor:
         """Return the gradient of a piece as it is in the buffer, a view."""
-        return self.states[piece.buffer].buffer.grad[piece.window.in_buffer]
+        return self.buffers[piece.buffer].grad[piece.window.in_buffer]
 
     def weight(self, piece: Piece) -> Tensor:
         """Return the model weights of a piece, a view."""
-        return self.states[piece.buffer].buffer.weight[piece.window.in_buffer]
+        return self.buffers[piece.buffer].weight[piece.window.in_buffer]
 
     @torch.no_grad()
-    def average_into_v(self, sum_S: Tensor) -> None:
+    def average_into_v(self, state: RankState, sum_S: Tensor) -> None:
         """Set v of every block to the mean of its elements' values; all ranks must call it.
 
         Cut blocks are averaged over all their ranks, by the collectives of :meth:`sum_squares`
         without the norm.
 
         Args:
+            state: where v is written.
             sum_S: sum of the values over each segment, float32.
         """
         self._sum_sq_S.copy_(sum_S)
         self.collectives.start_(self._sum_sq_S)
         self.collectives.finish_(self._sum_sq_S)
-        torch.mul(self._sum_sq_S, self.vectors.inv_numel_S, out=self.vectors.exp_avg_sq_S)
+        torch.mul(self._sum_sq_S, self._inv_numel_S, out=state.exp_avg_sq_S)
 
     @torch.no_grad()
     def count_zeros(self) -> int:
@@ -356,9 +365,4 @@ class AdamMini:
 
     def state_bytes(self) -> dict[str, int]:
         """Return the allocated bytes of this rank's optimizer state by kind."""
-        kinds = [state.bytes_by_kind() for state in self.states]
-        return {
-            "main_param": sum(kind["main_param"] for kind in kinds),
-            "exp_avg": sum(kind["exp_avg"] for kind in kinds),
-            "exp_avg_sq": self.vectors.exp_avg_sq_S.nbytes + self.exp_avg_sq_E.nbytes,
-        }
+        return dict(self._state_bytes)

@@ -3,19 +3,21 @@
 Imports torch, ``plan`` and ``rounding``. Everything is allocated at construction, on all ranks, so
 memory does not grow at the first step, and a checkpoint can be loaded before it.
 
-Data flow: step plan -> **BufferState** -> kernels (modified in place) -> checkpoint.
+Data flow: step plan -> **RankState** -> ``main_params`` (keeps it between steps) -> kernels
+(modified in place) -> checkpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_adam_mini.plan.buffer_plan import BufferPlan, Window
+from megatron_adam_mini.plan.step_plan import Piece
 from megatron_adam_mini.rounding import join, split, to_weight
 
 #: Number of elements rounded at a time when state is loaded.
@@ -105,6 +107,11 @@ class BufferState:
         """Whether the optimizer holds the memory of the main parameters."""
         return self.param is not None
 
+    @property
+    def param_is_weight(self) -> bool:
+        """Whether the model's weights are main parameters, or their upper halves."""
+        return self.param is None or self.param.dtype == torch.int16
+
     def main_param(self, window: Window) -> Tensor:
         """Return the main parameters of a window, float32: a view, or joined from remainders."""
         if self.param is None:
@@ -140,6 +147,16 @@ class BufferState:
             else:
                 weight[in_buffer], self.param[in_state] = split(values["param"][part])
 
+    def write_weights(self) -> None:
+        """Set the model's weights to the rounded main parameters."""
+        if self.param_is_weight:
+            return
+        for slice_plan in self.plan.slices:
+            in_buffer, in_state = slice_plan.window
+            assert self.param is not None
+            weight = self.buffer.weight
+            weight[in_buffer] = to_weight(self.param[in_state], weight.dtype)
+
     def take_weights(self) -> None:
         """Set the main parameters to the model's weights, after these were changed."""
         if self.param is None:
@@ -162,4 +179,42 @@ class BufferState:
         return {
             "main_param": 0 if self.param is None else self.param.nbytes,
             "exp_avg": self.exp_avg.nbytes,
+        }
+
+
+class RankState(NamedTuple):
+    """All state of one rank, as flat tensors.
+
+    Attributes:
+        buffers: main parameters and m, one entry per buffer.
+        exp_avg_sq_S: v of each segment's block, float32.
+        exp_avg_sq_E: v of parameters that keep one per element, float32.
+    """
+
+    buffers: list[BufferState]
+    exp_avg_sq_S: Tensor
+    exp_avg_sq_E: Tensor
+
+    def flat_tensors(self) -> list[Tensor]:
+        """Return what the optimizer has allocated: buffer after buffer, then v."""
+        found: list[Tensor] = []
+        for held in self.buffers:
+            found += [held.exp_avg] if held.param is None else [held.param, held.exp_avg]
+        return [*found, self.exp_avg_sq_S, self.exp_avg_sq_E]
+
+    def v_of_segments(self, piece: Piece) -> Tensor:
+        """Return v of a piece's segments, a view of shape ``(segments of the piece,)``."""
+        return self.exp_avg_sq_S[piece.segments]
+
+    def v_of_elements(self, piece: Piece) -> Tensor:
+        """Return v of a piece that keeps one per element, a view; empty for other pieces."""
+        return self.exp_avg_sq_E[piece.elements]
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Return allocated bytes of ``main_param``, ``exp_avg`` and ``exp_avg_sq``."""
+        kinds = [held.bytes_by_kind() for held in self.buffers]
+        return {
+            "main_param": sum(kind["main_param"] for kind in kinds),
+            "exp_avg": sum(kind["exp_avg"] for kind in kinds),
+            "exp_avg_sq": self.exp_avg_sq_S.nbytes + self.exp_avg_sq_E.nbytes,
         }

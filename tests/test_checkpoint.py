@@ -124,7 +124,7 @@ def load_and_show(job: Job, folder: str, parallel: bool = False) -> Any:
         group["lr"] = 1.0  # the saved one must come back
     load(trainer, folder, parallel=parallel)
     optimizer = trainer.optimizer
-    found = slices_of(trainer), weights_of(trainer), optimizer.inner.step_count
+    found = slices_of(trainer), weights_of(trainer), optimizer.inner.main_params.step_count
     return *found, [group["lr"] for group in optimizer.param_groups]
 
 

@@ -79,7 +79,7 @@ def state_of(trainer: Trainer) -> Any:
     return {
         "state": slices_of(trainer),
         "weights": weights_of(trainer),
-        "step": trainer.optimizer.inner.step_count,
+        "step": trainer.optimizer.inner.main_params.step_count,
         "lr": [group["lr"] for group in trainer.optimizer.param_groups],
         "scaler": scaler and {k: float(v) for k, v in scaler.state_dict().items()},
     }

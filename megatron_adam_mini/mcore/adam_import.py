@@ -66,7 +66,7 @@ def prepare_load(
         flats = dict(pending.floats_of(state, piece.window))
         if not state.owns_main_param:
             del flats["param"]  # the model's weights are the main parameters
-        flats["exp_avg_sq"] = view.inner.v_of_elements(piece)
+        flats["exp_avg_sq"] = view.state.v_of_elements(piece)
         if not piece.is_elementwise:
             flats["exp_avg_sq"] = pending.elements[number] = torch.empty(
                 piece.end - piece.begin, device=view.inner.device

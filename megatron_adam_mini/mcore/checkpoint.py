@@ -85,7 +85,7 @@ def state_to_save(
                 boxes = entry.elements(state_key(kind, ""), flat, *span)
                 add_entries(shards, f"{kind}.{number}", boxes)
         if piece.is_elementwise:
-            values = view.inner.v_of_elements(piece).clone()
+            values = view.state.v_of_elements(piece).clone()
             boxes = entry.elements(state_key("v_element", ""), values, *span)
             add_entries(shards, f"v_element.{number}", boxes)
         else:
@@ -101,7 +101,7 @@ def state_to_save(
         shards |= bucket_shards(view, None)
     state: dict[str, Any] = {
         "adam_mini": identity,
-        "step": view.inner.step_count,
+        "step": view.inner.main_params.step_count,
         "param_groups": [
             {key: value for key, value in group.items() if key != "params"}
             for group in view.param_groups
@@ -152,7 +152,7 @@ def _prepare_load(
                     entry.elements(state_key(kind, ""), flat, *span),
                 )
         if sources[piece.parameter].pattern is None:
-            values = view.inner.v_of_elements(piece)
+            values = view.state.v_of_elements(piece)
             if not piece.is_elementwise:
                 values = pending.elements[number] = torch.empty(
                     piece.end - piece.begin, device=view.inner.device
@@ -191,12 +191,12 @@ def finish_load(view: StateView, pending: PendingLoad, loaded: Mapping[str, Any]
     if pending.adam_format is not None:
         loaded = adam_import.common_from_adam(view, loaded, pending)
     if pending.average:
-        view.inner.average_into_v(sums_over_segments(view, pending))
+        view.inner.average_into_v(view.state, sums_over_segments(view, pending))
     else:
         for number, piece in enumerate(view.inner.plan.pieces):
             if number in pending.rows:
                 v_from_rows(view, piece, pending.rows[number])
-    view.inner.step_count = int(loaded["step"])
+    view.inner.main_params.step_count = int(loaded["step"])
     _load_groups(view, loaded["param_groups"])
     if view.grad_scaler is not None and "grad_scaler" in loaded:
         view.grad_scaler.load_state_dict(loaded["grad_scaler"])

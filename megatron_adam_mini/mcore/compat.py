@@ -18,8 +18,13 @@ from typing import Any, NamedTuple
 
 from megatron.core import __version__ as MCORE_VERSION  # noqa: N812 (a constant)
 from megatron.core import optimizer as mcore_optimizer
-from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
-from torch.distributed import ProcessGroup
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import (
+    copy_tensor_model_parallel_attributes,
+    param_is_not_tensor_parallel_duplicate,
+)
+from torch import Tensor
+from torch.distributed import ProcessGroup, get_process_group_ranks
 from torch.nn import Module, Parameter
 
 #: Releases that the test-suite ran on.
@@ -183,6 +188,21 @@ def norm_group(groups: Any) -> ProcessGroup | None:
     return group
 
 
+def gloo_group_like(dp_group: ProcessGroup) -> ProcessGroup | None:
+    """Return Megatron's gloo group of the same data-parallel ranks, ``None`` if there is none.
+
+    ``get_data_parallel_group_gloo`` asserts that it was made; all.
+    """
+    try:
+        group: ProcessGroup = parallel_state.get_data_parallel_group_gloo(
+            with_context_parallel=True, partial_data_parallel=True
+        )
+    except AssertionError:
+        return None
+    same = get_process_group_ranks(group) == get_process_group_ranks(dp_group)
+    return group if same else None
+
+
 # Parameters and modules.
 
 
@@ -200,6 +220,18 @@ def is_not_tp_duplicate(
             param, **{key: value for key, value in groups.items() if key in known}
         )
     )
+
+
+def copy_attributes(shard: Tensor, param: Parameter) -> None:
+    """Copy to a shard what Megatron reads from its parameter: how it is split, shared and clipped.
+
+    ``copy_tensor_model_parallel_attributes``; all. The other three by name, since Megatron has a
+    function for them since 0.19 only.
+    """
+    copy_tensor_model_parallel_attributes(shard, param)
+    for name in ("allreduce", "shared", "grad_norm_group"):
+        if hasattr(param, name):
+            setattr(shard, name, getattr(param, name))
 
 
 def has_norm_of_its_own(param: Parameter) -> bool:

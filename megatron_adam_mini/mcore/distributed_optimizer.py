@@ -1,14 +1,14 @@
-"""The optimizer of Megatron's training loop: one object for all model chunks of a rank.
+"""Adam-mini in the place of Megatron's distributed optimizer, for all model chunks of a rank.
 
-Imports megatron.core and ``optimizer``. It replaces both Megatron's chain of optimizers and its
-distributed optimizer: it reads gradients where the reduce-scatter left them, and writes weights
-where the parameter all-gather reads them.
+Imports megatron.core and ``optimizer``. It reads gradients where the reduce-scatter left them, and
+writes weights where the parameter all-gather reads them. ``docs/megatron-contract.md`` compares it
+with Megatron's own, name by name.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,8 @@ from torch.nn import Parameter
 from megatron_adam_mini.mcore import checkpoint, compat
 from megatron_adam_mini.mcore.entries import PendingLoad, StateView
 from megatron_adam_mini.optimizer import AdamMini, Decision, Outcome
+from megatron_adam_mini.plan.step_plan import Piece
+from megatron_adam_mini.state import RankState
 
 logger = logging.getLogger(__name__)
 
@@ -34,20 +36,23 @@ logger = logging.getLogger(__name__)
 class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
     """Adam-mini behind Megatron's optimizer interface.
 
-    Built by ``factory.build_optimizer``; users get it from Megatron's ``get_megatron_optimizer``.
+    Built by ``factory.build_optimizer``; users get it from Megatron's ``get_megatron_optimizer``,
+    as the only member of a chain.
 
     Args:
         inner: state and step of this rank.
         config: Megatron's optimizer config.
         model_chunks: DDP-wrapped chunks.
-        param_groups: groups of model parameters; schedulers write ``lr`` and ``weight_decay``.
-        parameters: all trainable parameters, in the plan's numbering.
+        model_params: all trainable parameters, in the plan's numbering.
         manifest: partition of the whole model.
         groups: Megatron's process groups.
+        data_parallel_group: group whose ranks share the state, ``None`` without the distributed
+            optimizer.
 
     Attributes:
-        inner: as above.
-        manifest: as above; the same on all ranks.
+        inner, model_chunks, model_params, manifest, data_parallel_group: as above.
+        optimizer: parameter groups and state as torch's optimizers have them, see ``MainParams``.
+        ddp_config: of the chunks.
     """
 
     def __init__(
@@ -55,29 +60,28 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         inner: AdamMini,
         config: OptimizerConfig,
         model_chunks: Sequence[Any],
-        param_groups: list[dict[str, Any]],
-        parameters: Sequence[Parameter],
+        model_params: Sequence[Parameter],
         manifest: dict[str, Any],
         groups: ProcessGroupCollection,
+        data_parallel_group: distributed.ProcessGroup | None,
     ) -> None:
-        # MegatronOptimizer.__init__ expects a wrapped torch optimizer, which does not exist here.
+        super().__init__(inner.main_params, config)
         self.inner = inner
-        self.config = config
         self.model_chunks = list(model_chunks)
+        self.model_params = list(model_params)
+        self.data_parallel_group = data_parallel_group
         self.manifest = manifest
         self.grad_scaler = _grad_scaler(config)
         # Never a stub, even without trainable parameters: each rank takes part in saves and norms.
         self.is_stub_optimizer = False
-        self._groups = param_groups
-        self._parameters = list(parameters)
+        self.ddp_config: Any = model_chunks[0].ddp_config
         self._groups_of_ranks = groups
-        self._ddp_config: Any = model_chunks[0].ddp_config
         self._scale_one = torch.ones(1, dtype=torch.float32, device=inner.device)
         self._sums: tuple[Tensor, Tensor | None] | None = None
         self._decision: Decision | None = None
-        self._pending_load: PendingLoad | None = None
+        self._pending_load: tuple[PendingLoad, RankState] | None = None
         self._warned_non_finite = False
-        self._point_at_main_params()
+        self._describe_shards()
 
     @torch.no_grad()
     def step(self) -> tuple[bool, float | None, int | None]:
@@ -176,9 +180,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         """Update state and weights; start their all-gather unless the forward pass does that."""
         with self._timer("optimizer-inner-step"):
             self.inner.update(decision)
-        if self._ddp_config.use_distributed_optimizer and not (
-            self._ddp_config.overlap_param_gather
-        ):
+        if self.ddp_config.use_distributed_optimizer and not (self.ddp_config.overlap_param_gather):
             with self._timer("params-all-gather"):
                 for chunk in self.model_chunks:
                     chunk.start_param_sync()
@@ -199,19 +201,21 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
     # What the training loop needs of any optimizer.
 
-    @property
-    def chained_optimizers(self) -> list[AdamMiniOptimizer]:
-        """This optimizer alone: Megatron's loop iterates over the members of a chain."""
-        return [self]
+    def get_grads_for_grad_norm(self, grad_norm_group: str | None = None) -> list[Tensor]:
+        """Return this rank's gradients that count in the norm, without the loss scale.
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Parameter groups, equal in number and order on all ranks."""
-        return self._groups
-
-    def get_parameters(self) -> list[Parameter]:
-        """Return the model parameters that this optimizer updates."""
-        return list(self._parameters)
+        Args:
+            grad_norm_group: parameters with a norm of their own, which Adam-mini refuses: none.
+        """
+        if grad_norm_group is not None:
+            return []
+        inv_scale = self._inv_scale()
+        grads = [
+            self.inner.grad(piece)
+            for piece in self.inner.plan.pieces
+            if self.inner.plan.parameters[piece.parameter].info.in_norm
+        ]
+        return grads if inv_scale is None else [grad * inv_scale for grad in grads]
 
     def get_grad_stats_parallel_group(self) -> distributed.ProcessGroup | None:
         """Return the group over which gradient statistics are added."""
@@ -219,7 +223,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop ``.grad`` of all parameters; Megatron zeroes its buffers itself."""
-        for param in self._parameters:
+        for param in self.model_params:
             if set_to_none:
                 param.grad = None
             elif param.grad is not None:
@@ -240,8 +244,102 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
                 "Adam-mini cannot take main parameters from a model state dict "
                 "(--load-main-params-from-ckpt); drop the flag to start from the model's weights."
             )
-        for state in self.inner.states:
-            state.take_weights()
+        self._copy_model_params_to_main_params()
+
+    # Names that tools and frameworks use.
+
+    @property
+    def buffers(self) -> list[Any]:
+        """Megatron's parameter and gradient buffers of all chunks."""
+        return [buffer for chunk in self.model_chunks for buffer in chunk.buffers]
+
+    @property
+    def data_parallel_group_idx(self) -> int:
+        """Number of this rank's part of the model, among tensor- and pipeline-parallel parts."""
+        return int(self._groups_of_ranks.mp.rank())
+
+    @property
+    def data_parallel_group_gloo(self) -> distributed.ProcessGroup | None:
+        """The data-parallel group on the CPU, if Megatron made it."""
+        if self.data_parallel_group is None:
+            return None
+        return compat.gloo_group_like(self.data_parallel_group)
+
+    @property
+    def distributed_optimizer_instance_id(self) -> int:
+        """Number of this rank's optimizer instance."""
+        return self._replica() or 0
+
+    @property
+    def model_float16_groups(self) -> list[list[Tensor]]:
+        """16-bit model parameters of which this rank has a shard, by parameter group."""
+        return self._by_group(lambda param, _, __: None if _is_float32(param) else param)
+
+    @property
+    def model_fp32_groups(self) -> list[list[Tensor]]:
+        """Float32 model parameters of which this rank has a shard, by parameter group."""
+        return self._by_group(lambda param, _, __: param if _is_float32(param) else None)
+
+    @property
+    def shard_float16_groups(self) -> list[list[Tensor]]:
+        """This rank's parts of :attr:`model_float16_groups`, 1-D views of the weights."""
+        return self._by_group(
+            lambda param, piece, _: None if _is_float32(param) else self.inner.weight(piece)
+        )
+
+    @property
+    def shard_fp32_groups(self) -> list[list[Tensor]]:
+        """This rank's parts of :attr:`model_fp32_groups`: main shards that are weights."""
+        return self._by_group(lambda param, _, shard: shard if _is_float32(param) else None)
+
+    @property
+    def shard_fp32_from_float16_groups(self) -> list[list[Tensor]]:
+        """Float32 main shards of :attr:`model_float16_groups`; empty groups with remainders."""
+        if self.inner.config.param_remainders:
+            return [[] for _ in self.param_groups]
+        return self._by_group(lambda param, _, shard: None if _is_float32(param) else shard)
+
+    def _by_group(
+        self, select: Callable[[Parameter, Piece, Tensor], Tensor | None]
+    ) -> list[list[Tensor]]:
+        pieces = zip(self.optimizer.shards, self.inner.plan.pieces, strict=True)
+        of_shard = {shard: (self.model_params[piece.parameter], piece) for shard, piece in pieces}
+        found = [
+            [select(*of_shard[shard], shard) for shard in group["params"]]
+            for group in self.param_groups
+        ]
+        return [[tensor for tensor in group if tensor is not None] for group in found]
+
+    @torch.no_grad()
+    def _copy_main_params_to_model_params(self) -> None:
+        """Set this rank's weights to the rounded main parameters; gathers nothing."""
+        for held in self.optimizer.attach().buffers:
+            held.write_weights()
+
+    _copy_main_params_to_param_buffer = _copy_main_params_to_model_params
+
+    @torch.no_grad()
+    def _copy_model_params_to_main_params(self) -> None:
+        """Set the main parameters to this rank's weights."""
+        self.optimizer.take_weights()
+
+    @torch.no_grad()
+    def exp_avg_sq_per_element(self, shard: Tensor) -> Tensor:
+        """Return v of every element of a main shard, float32, shape ``(n,)``."""
+        found: Tensor = self.optimizer.exp_avg_sq_per_element(shard)
+        return found
+
+    def offload_to_cpu(self) -> None:
+        """Move all state to the CPU, and free its memory on the device.
+
+        A step, save or load brings it back, too.
+        """
+        self.optimizer.move_to("cpu")
+        torch.cuda.empty_cache()
+
+    def restore_from_cpu(self) -> None:
+        """Move the state back to the device."""
+        self.optimizer.attach()
 
     def state_bytes(self) -> dict[str, int]:
         """Return the bytes of this rank's optimizer state: main_param, exp_avg, exp_avg_sq."""
@@ -274,8 +372,9 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         view = self._state_view()
         if not is_loading:
             return checkpoint.state_to_save(view, model_sharded_state_dict, metadata)
-        self._pending_load = checkpoint.prepare_load(view, model_sharded_state_dict, metadata)
-        return self._pending_load.state_dict(check_files=self.inner.config.check_files)
+        pending = checkpoint.prepare_load(view, model_sharded_state_dict, metadata)
+        self._pending_load = pending, view.state
+        return pending.state_dict(check_files=self.inner.config.check_files)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -291,29 +390,32 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
                 "Adam-mini's load_state_dict needs sharded_state_dict(..., is_loading=True) first: "
                 + checkpoint.ONLY_TORCH_DIST
             )
-        checkpoint.finish_load(self._state_view(), pending, state_dict)
+        read, into = pending
+        self.optimizer.put_back(into)
+        checkpoint.finish_load(self._state_view(), read, state_dict)
         # Megatron loads the model's weights itself, and they need not be the rounded main
         # parameters (another precision, another checkpoint).
-        if self._ddp_config.use_distributed_optimizer:
+        if self.ddp_config.use_distributed_optimizer:
             for chunk in self.model_chunks:
                 chunk.start_param_sync(force_sync=True)
 
     def _state_view(self) -> StateView:
         return StateView(
             inner=self.inner,
-            parameters=self._parameters,
-            param_groups=self._groups,
+            state=self.optimizer.attach(),
+            parameters=self.model_params,
+            param_groups=self.param_groups,
             grad_scaler=self.grad_scaler,
             manifest=self.manifest,
             replica=self._replica(),
-            model_parallel_rank=lambda: int(self._groups_of_ranks.mp.rank()),
+            model_parallel_rank=lambda: self.data_parallel_group_idx,
             sizes=self._sizes,
         )
 
     def _replica(self) -> int | None:
-        if not self._ddp_config.use_distributed_optimizer:
+        if not self.ddp_config.use_distributed_optimizer:
             return None
-        if self._ddp_config.num_distributed_optimizer_instances == 1:
+        if self.ddp_config.num_distributed_optimizer_instances == 1:
             return 0
         return int(self._groups_of_ranks.inter_dist_opt.rank())
 
@@ -325,7 +427,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
             "virtual_pipeline": len(self.model_chunks),
             "context": groups.cp.size(),
             "data": groups.dp_cp.size() // groups.cp.size(),
-            "distributed_optimizer": int(self._ddp_config.use_distributed_optimizer),
+            "distributed_optimizer": int(self.ddp_config.use_distributed_optimizer),
         }
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
@@ -333,12 +435,6 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         raise NotImplementedError(checkpoint.ONLY_TORCH_DIST)
 
     save_parameter_state = load_parameter_state = state_dict
-
-    def offload_to_cpu(self, *_: Any, **__: Any) -> None:
-        """Refuse: the state is one flat tensor per buffer and kind, which stays on the device."""
-        raise NotImplementedError("Adam-mini's state cannot be offloaded to the CPU yet.")
-
-    restore_from_cpu = offload_to_cpu
 
     @contextmanager
     def _timer(self, name: str) -> Iterator[None]:
@@ -353,23 +449,28 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         finally:
             timer.stop()
 
-    def _point_at_main_params(self) -> None:
-        """Set the ``main_param`` views of 16-bit parameters, which Megatron's parameter norm reads.
+    def _describe_shards(self) -> None:
+        """Give shards Megatron's attributes of their parameters, and parameters ``main_param``.
 
-        Remainders allow no such view; Megatron then computes the norm of the weights.
+        Megatron's parameter norm reads it. Remainders allow no such view; it then computes the
+        norm of the weights.
         """
-        if self.inner.config.param_remainders:
-            return
-        sharded = bool(self._ddp_config.use_distributed_optimizer)
-        for param in self._parameters:
-            if param.dtype != torch.float32:
+        owned = not self.inner.config.param_remainders
+        for param in self.model_params:
+            if owned and not _is_float32(param):
                 param.main_param = None  # type: ignore[attr-defined]
-                param.main_param_sharded = sharded  # type: ignore[attr-defined]
-        for piece in self.inner.plan.pieces:
-            state = self.inner.states[piece.buffer]
-            if state.owns_main_param:
-                param = self._parameters[piece.parameter]
-                param.main_param = state.main_param(piece.window)  # type: ignore[attr-defined]
+                param.main_param_sharded = bool(  # type: ignore[attr-defined]
+                    self.ddp_config.use_distributed_optimizer
+                )
+        for piece, shard in zip(self.inner.plan.pieces, self.optimizer.shards, strict=True):
+            param = self.model_params[piece.parameter]
+            compat.copy_attributes(shard, param)
+            if owned and not _is_float32(param):
+                param.main_param = shard  # type: ignore[attr-defined]
+
+
+def _is_float32(param: Tensor) -> bool:
+    return param.dtype == torch.float32
 
 
 def _grad_scaler(config: OptimizerConfig) -> MegatronGradScaler | None:

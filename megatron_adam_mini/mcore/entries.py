@@ -28,7 +28,7 @@ from megatron_adam_mini.plan.layout import row_parallel
 from megatron_adam_mini.plan.manifest import FLAT_BUCKETS, STATE_PREFIX
 from megatron_adam_mini.plan.partition import ParameterBlocks
 from megatron_adam_mini.plan.step_plan import Piece
-from megatron_adam_mini.state import BufferState
+from megatron_adam_mini.state import BufferState, RankState
 
 #: Keys of the optimizer's state dict; Megatron's own optimizers use neither.
 SHARDS, OBJECTS = "adam_mini_shards", "adam_mini_objects"
@@ -44,7 +44,8 @@ class StateView:
     """The parts of an optimizer that saving and loading use.
 
     Attributes:
-        inner: state of this rank.
+        inner: the optimizer of this rank.
+        state: its state.
         parameters: the model's parameters, in the plan's numbering.
         param_groups: groups whose values a load sets.
         grad_scaler: Megatron's loss scaler, or ``None``.
@@ -57,6 +58,7 @@ class StateView:
     """
 
     inner: AdamMini
+    state: RankState
     parameters: Sequence[Parameter]
     param_groups: list[dict[str, Any]]
     grad_scaler: Any
@@ -67,7 +69,7 @@ class StateView:
 
     def state_of(self, piece: Piece) -> BufferState:
         """Return the state that contains a piece."""
-        return self.inner.states[piece.buffer]
+        return self.state.buffers[piece.buffer]
 
     def blocks_of(self, piece: Piece) -> ParameterBlocks:
         """Return this run's blocks of a piece's parameter."""
@@ -166,14 +168,14 @@ def rows_from_v(view: StateView, piece: Piece) -> Tensor:
     first, last, width = _segments_in_rows(view, piece)
     # Segments end at row ends or at the slice's end, so only the first can start within a row.
     counts = -(-last // width) - first // width
-    v = view.inner.v_of_segments(piece)
+    v = view.state.v_of_segments(piece)
     return torch.repeat_interleave(v, counts, output_size=int(counts.sum()))
 
 
 def v_from_rows(view: StateView, piece: Piece, rows: Tensor) -> None:
     """Set v of the piece's segments from row values, see :func:`rows_from_v`."""
     first, _, width = _segments_in_rows(view, piece)
-    view.inner.v_of_segments(piece).copy_(rows[first // width - piece.begin // width])
+    view.state.v_of_segments(piece).copy_(rows[first // width - piece.begin // width])
 
 
 def sums_over_segments(view: StateView, pending: PendingLoad) -> Tensor:
@@ -231,7 +233,7 @@ def bucket_shards(view: StateView, pending: PendingLoad | None) -> Shards:
     """
     shards: Shards = {}
     number = 0
-    for state in view.inner.states:
+    for state in view.state.buffers:
         assert isinstance(state.buffer, ShardedBuffer)
         for index, slice_plan in enumerate(state.plan.slices):
             begin = slice_plan.window.in_buffer.start - slice_plan.bucket.offset

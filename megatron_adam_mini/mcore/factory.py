@@ -25,6 +25,7 @@ from megatron_adam_mini.collectives import DomainGroups
 from megatron_adam_mini.config import AdamMiniConfig, check_adam_values
 from megatron_adam_mini.kernels import select_backend
 from megatron_adam_mini.mcore import compat
+from megatron_adam_mini.mcore.chained_optimizer import AdamMiniChainedOptimizer
 from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
 from megatron_adam_mini.mcore.metrics import observe
 from megatron_adam_mini.mcore.param_info import collect_parameters
@@ -44,7 +45,7 @@ def build_optimizer(
     model_chunks: Sequence[Any],
     config_overrides: dict[Any, Any] | None = None,
     pg_collection: ProcessGroupCollection | None = None,
-) -> AdamMiniOptimizer:
+) -> AdamMiniChainedOptimizer:
     """Build Adam-mini for DDP-wrapped model chunks; all ranks of the job must call it.
 
     Args:
@@ -79,11 +80,17 @@ def build_optimizer(
     )
     manifest = _gather_manifest(planned, options)
     optimizer = AdamMiniOptimizer(
-        inner, config, model_chunks, param_groups, planned.parameters, manifest, planned.groups
+        inner,
+        config,
+        model_chunks,
+        planned.parameters,
+        manifest,
+        planned.groups,
+        planned.domain_groups.dp,
     )
     observe(optimizer)
     _report(optimizer, options)
-    return optimizer
+    return AdamMiniChainedOptimizer(optimizer)
 
 
 @dataclass(frozen=True)
