@@ -274,8 +274,8 @@ class MainParams(torch.optim.Optimizer):
         for number, slot in zip(flat.members, flat.slots, strict=True):
             if flat.key == _SHARD:
                 self.shards[number].data = whole[slot]
-            else:
-                states[number][flat.key] = whole[slot]
+            else:  # .data: a view would keep ``whole`` even after a caller's ``.data = ...``
+                states[number][flat.key] = whole[slot].data
 
     def _rank_state(self, flat_tensors: list[Tensor]) -> RankState:
         *of_buffers, exp_avg_sq_S, exp_avg_sq_E = flat_tensors

@@ -178,6 +178,12 @@ def roll(trainer: Trainer) -> Phases:
                 bucket.param_data.data = buffer.param_data[begin:end]
         for param, shard, begin in shards:
             shard.data = param.data.view(-1)[begin : begin + shard.numel()]
+        # Megatron 0.19 keeps slices of the memory that was left, whatever the optimizer; else its
+        # collectives would go on with that.
+        for chunk in trainer.chunks:
+            for group in chunk.bucket_groups:
+                group.cached_param_buffer_shard_list = [None] * len(group.buckets)
+                group.cached_grad_buffer_shard_list = [None] * len(group.buckets)
 
     def drop_grads() -> None:
         for buffer in buffers_of(trainer):
@@ -307,6 +313,7 @@ def bits(trainer: Trainer) -> str:
     for group in inner.param_groups:
         for shard in group["params"]:
             tensors += [shard, *(inner.state[shard][key] for key in sorted(inner.state[shard]))]
+    tensors = [moved(tensor) for tensor in tensors]  # numpy would pin the storages that are resized
     return digest(tensors) + f" {[group['step'] for group in inner.param_groups]}"
 
 
@@ -525,7 +532,7 @@ def walk_chain(job: Job) -> None:
     assert member._get_state() is inner.state
     # SkyRL makes the state if there is none, slime keeps Megatron from making it.
     assert inner.state
-    assert not hasattr(member, "init_state_fn")
+    member.init_state_fn(inner, member.config)
     # ROLL looks for these classes, and stops if there are none of them.
     names = [cls.__name__ for cls in type(member).__mro__]
     assert "DistributedOptimizer" not in names
@@ -565,16 +572,15 @@ def name_and_write_masters(job: Job) -> None:
     trainer.step(0)
     trainer.sync_params()
     member = member_of(trainer)
-    names, sharded = {}, 0
+    names = {}
     for name, param in global_names(trainer.chunks).items():
-        if getattr(param, "main_param", None) is None:
-            sharded += bool(getattr(param, "main_param_sharded", False))
-        else:
-            names[id(param.main_param)] = name
+        if param.dtype == torch.bfloat16:
+            assert param.main_param_sharded
+            if param.main_param is not None:
+                names[id(param.main_param)] = name
     # miles prints hashes by name: each shard is the main_param of a parameter, as an object.
     shards = [shard for group in member.shard_fp32_from_float16_groups for shard in group]
     assert {id(shard) for shard in shards} == set(names)
-    assert trainer.dp_size == 1 or sharded
     assert member.optimizer.state_dict()["state"]
     # ms-swift gives new tokens a weight, and the main parameter with it, where DP is 1.
     if trainer.dp_size == 1:

@@ -65,7 +65,8 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         groups: ProcessGroupCollection,
         data_parallel_group: distributed.ProcessGroup | None,
     ) -> None:
-        super().__init__(inner.main_params, config)
+        # Callers make the state of an optimizer that has none, as of a rank without parameters.
+        super().__init__(inner.main_params, config, init_state_fn=lambda *_: None)
         self.inner = inner
         self.model_chunks = list(model_chunks)
         self.model_params = list(model_params)
