@@ -371,6 +371,8 @@ def save_while_away(job: Job, folder: str) -> tuple[str, bool]:
         return_buffers(trainer)
         refs = [ref for kind in storages(trainer).values() for ref in kind]
         save(trainer, folder)
+        trainer.optimizer.state_dict()
+        member_of(trainer).get_parameter_state_dp_zero()
         gc.collect()
         stayed = not any(ref.expired() for ref in refs)
     return train(trainer, range(2, 4)), stayed

@@ -333,7 +333,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
     def offload_to_cpu(self) -> None:
         """Move all state to the CPU, and free its memory on the device.
 
-        A step, save or load brings it back, too.
+        A step or a load brings it back, too; a save leaves it there.
         """
         self.optimizer.move_to("cpu")
         torch.cuda.empty_cache()
@@ -370,9 +370,12 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         Raises:
             ValueError: the checkpoint's state has another partition, or is another optimizer's.
         """
-        view = self._state_view()
         if not is_loading:
-            return checkpoint.state_to_save(view, model_sharded_state_dict, metadata)
+            with self.optimizer.left_where_it_is():
+                return checkpoint.state_to_save(
+                    self._state_view(), model_sharded_state_dict, metadata
+                )
+        view = self._state_view()
         pending = checkpoint.prepare_load(view, model_sharded_state_dict, metadata)
         self._pending_load = pending, view.state
         return pending.state_dict(check_files=self.inner.config.check_files)
@@ -440,15 +443,14 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         without it, it is in the dict, too.
         """
         groups = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
-        view = self._state_view()
-        found: dict[str, Any] = {
-            "optimizer": {"param_groups": groups},
-            "adam_mini": parameter_state.identity(view),
-        }
+        found: dict[str, Any] = {"optimizer": {"param_groups": groups}}
         if self.grad_scaler is not None:
             found["grad_scaler"] = self.grad_scaler.state_dict()
-        if not self.ddp_config.use_distributed_optimizer and not is_loading:
-            found["parameter_state"] = parameter_state.gather(view, None)
+        with self.optimizer.left_where_it_is():
+            view = self._state_view()
+            found["adam_mini"] = parameter_state.identity(view)
+            if not self.ddp_config.use_distributed_optimizer and not is_loading:
+                found["parameter_state"] = parameter_state.gather(view, None)
         return found
 
     def _load_legacy(self, state_dict: dict[str, Any]) -> None:
@@ -478,9 +480,10 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         group = (self.data_parallel_group_gloo if use_gloo_comm else None) or (
             self.data_parallel_group
         )
-        return parameter_state.gather(
-            self._state_view(), group, everywhere=return_on_all_ranks, empty=empty_data
-        )
+        with self.optimizer.left_where_it_is():
+            return parameter_state.gather(
+                self._state_view(), group, everywhere=return_on_all_ranks, empty=empty_data
+            )
 
     def save_parameter_state(self, filename: str) -> None:
         """Save :meth:`get_parameter_state_dp_zero` to a file; all ranks must call it."""
