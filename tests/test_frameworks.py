@@ -510,6 +510,20 @@ def test_adapters_are_swapped_in_place() -> None:
         assert first == again != other
 
 
+def lengths_and_missing(job: Job) -> tuple[list[int], list[int], bool]:
+    member = member_of(Trainer(job))
+    models, mains = member.model_float16_groups, member.shard_fp32_from_float16_groups
+    missing = [main is None for group in mains for main in group]
+    return [len(g) for g in models], [len(g) for g in mains], all(missing)
+
+
+def test_remainders_have_no_main_parameters_to_walk() -> None:
+    """As with Megatron's own remainders: SkyRL and ROLL stop there, others skip them."""
+    for models, mains, all_missing in run_ranks(2, lengths_and_missing, MODES["remainders"]):
+        assert models == mains != [0, 0]
+        assert all_missing
+
+
 def walk_chain(job: Job) -> None:
     from megatron.core.optimizer import ChainedOptimizer
 

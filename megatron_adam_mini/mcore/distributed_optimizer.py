@@ -294,10 +294,13 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         return self._by_group(lambda param, _, shard: shard if _is_float32(param) else None)
 
     @property
-    def shard_fp32_from_float16_groups(self) -> list[list[Tensor]]:
-        """Float32 main shards of :attr:`model_float16_groups`; empty groups with remainders."""
+    def shard_fp32_from_float16_groups(self) -> Sequence[Sequence[Tensor | None]]:
+        """Float32 main shards of :attr:`model_float16_groups`; with remainders ``None`` for each.
+
+        So does Megatron's precision-aware optimizer, and callers that need main shards can tell.
+        """
         if self.inner.config.param_remainders:
-            return [[] for _ in self.param_groups]
+            return [[None] * len(group) for group in self.model_float16_groups]
         return self._by_group(lambda param, _, shard: None if _is_float32(param) else shard)
 
     def _by_group(
