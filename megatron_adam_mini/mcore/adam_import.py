@@ -1,12 +1,13 @@
 """Start Adam-mini from a checkpoint of Megatron's own Adam.
 
-Imports megatron.core's checkpoint types; used by ``checkpoint`` when a checkpoint carries no
-identity of Adam-mini. Main parameters and m are copied unchanged; v of a block becomes the mean
-of Adam's v over it, which is what Adam-mini would have accumulated from the same gradients, since
-v is linear in their squares.
+Imports megatron.core's checkpoint types; used by ``state_part`` and ``checkpoint`` when a
+checkpoint holds no state of Adam-mini. Main parameters and m are copied unchanged; v of a block
+becomes the mean of Adam's v over it, which is what Adam-mini would have accumulated from the same
+gradients, since v is linear in their squares.
 
-Three formats are read: ``fully_reshardable`` and ``dp_reshardable`` of the distributed optimizer,
-and that of the plain optimizer.
+Formats: ``fully_reshardable``, ``dp_reshardable`` and ``dp_zero_gather_scatter`` of the distributed
+optimizer, and that of the plain optimizer. The second has a tensor per bucket, the third one object
+per model-parallel part, with whole buffers in it.
 """
 
 from __future__ import annotations
@@ -32,35 +33,67 @@ from megatron_adam_mini.mcore.entries import (
     PendingLoad,
     StateView,
     add_entries,
-    refuse_flat_buckets,
+    need_buckets,
 )
-from megatron_adam_mini.mcore.model_space import entries_by_parameter
+from megatron_adam_mini.mcore.model_space import ModelEntries
 from megatron_adam_mini.mcore.slices import ShardedBuffer
-from megatron_adam_mini.plan.manifest import FLAT_BUCKETS
 from megatron_adam_mini.plan.step_plan import Piece
 from megatron_adam_mini.rounding import is_rounded
 
-FORMATS = ("fully_reshardable", FLAT_BUCKETS, "plain")
+PLAIN, FULLY_RESHARDABLE = "plain", "fully_reshardable"
+#: Formats whose keys and contents depend on the buckets of one layout.
+DP_RESHARDABLE, GATHERED = "dp_reshardable", "dp_zero_gather_scatter"
+OF_BUCKETS = (DP_RESHARDABLE, GATHERED)
+FORMATS = (FULLY_RESHARDABLE, PLAIN, *OF_BUCKETS)
 
 
-def prepare_load(
-    view: StateView, model_state: Mapping[str, Any], metadata: Mapping[str, Any]
-) -> PendingLoad:
-    """Request this rank's slices from a checkpoint of Adam.
+def format_of_adam(common: Mapping[Any, Any] | None) -> str:
+    """Return the format of an optimizer's state in a checkpoint that is not Adam-mini's.
+
+    Args:
+        common: what the checkpoint's common state holds of the optimizer.
 
     Raises:
-        ValueError: the format cannot be read.
+        ValueError: there is none, or it cannot be read.
     """
-    adam_format = metadata.get("distrib_optim_sharding_type") or "plain"
-    if adam_format not in FORMATS:
+    load_no_optimizer = "load the model alone with --no-load-optim"
+    if not common:
         raise ValueError(
-            f"The checkpoint's optimizer state has Megatron's format {adam_format!r}; Adam-mini "
-            f"can start from {', '.join(FORMATS)}. Save it again in one of them, or load the model "
-            "alone with --no-load-optim."
+            "The checkpoint holds no optimizer state there (was it saved with --no-save-optim, or "
+            f"apart from the model?). Load the folder that holds it, or {load_no_optimizer}."
         )
-    refuse_flat_buckets(view, adam_format)
-    pending = PendingLoad(average=True, adam_format=adam_format)
-    entries = entries_by_parameter(model_state)
+    if all(isinstance(key, int) for key in common):
+        raise ValueError(
+            f"The checkpoint holds the state of a chain of {len(common)} optimizers (experts have "
+            "one of their own), from which Adam-mini cannot start yet. Remedy: "
+            f"{load_no_optimizer}."
+        )
+    found = common.get("param_state_sharding_type")
+    if found is None and ("param_groups" in common or "optimizer" in common):
+        return PLAIN
+    if found not in FORMATS:
+        raise ValueError(
+            f"The checkpoint's optimizer state has Megatron's format {found!r}; Adam-mini can "
+            f"start from {', '.join(FORMATS)}. Save it again in one of them, with the release that "
+            f"wrote it, or {load_no_optimizer}."
+        )
+    return str(found)
+
+
+def prepare_load(view: StateView, entries: ModelEntries, adam_format: str) -> PendingLoad:
+    """Request this rank's slices from a checkpoint of Adam.
+
+    Args:
+        view: the optimizer.
+        entries: of the model's sharded state dict.
+        adam_format: one of ``FORMATS``.
+
+    Raises:
+        ValueError: the format needs the distributed optimizer, which this run does not use.
+    """
+    if adam_format in OF_BUCKETS:
+        need_buckets(view, adam_format)
+    pending = PendingLoad(view.state, average=True, adam_format=adam_format)
     for number, piece in enumerate(view.inner.plan.pieces):
         state = view.state_of(piece)
         flats = dict(pending.floats_of(state, piece.window))
@@ -72,26 +105,61 @@ def prepare_load(
                 piece.end - piece.begin, device=view.inner.device
             )
         for kind, flat in flats.items():
-            if adam_format == FLAT_BUCKETS:
+            if adam_format == GATHERED:
+                pending.gathered.append((*_in_buffer(view, piece, kind), flat))
+                continue
+            if adam_format == DP_RESHARDABLE:
                 found = [_in_bucket(view, piece, kind, flat)]
             else:
-                is_plain_param = (adam_format, kind) == ("plain", MAIN_PARAM)
+                is_plain_param = (adam_format, kind) == (PLAIN, MAIN_PARAM)
                 prefix = adam_key(PLAIN_MAIN_PARAM if is_plain_param else kind, "")
                 entry = view.entry_of(piece, entries)
                 found = entry.elements(prefix, flat, piece.begin, piece.end, fold=False)
             add_entries(pending.asked, f"{kind}.{number}", found)
-    if adam_format == FLAT_BUCKETS:
+    if adam_format in OF_BUCKETS:
         # Groups and loss scale are objects of each model-parallel part there.
-        keys = ["optimizer", "per_bucket_numel", "per_bucket_numel_unpadded"]
-        for key in keys + (["grad_scaler"] if view.grad_scaler is not None else []):
+        keys = ["optimizer"] + (["grad_scaler"] if view.grad_scaler is not None else [])
+        of_format = {
+            DP_RESHARDABLE: ["per_bucket_numel", "per_bucket_numel_unpadded"],
+            GATHERED: ["param_state"],
+        }
+        for key in keys + of_format[adam_format]:
             pending.objects[key] = ShardedObject(
                 f"optimizer.distributed.dp_group_idx_{view.model_parallel_rank()}.{key}",
                 None,
                 (1,),
                 (0,),
-                replica_id=(0, 0, 0),
+                # One of the ranks that read it has 0 throughout, or Megatron would call it read
+                # twice.
+                replica_id=(view.replica or 0, 0, view.data_parallel_rank()),
             )
     return pending
+
+
+def take_gathered(pending: PendingLoad, loaded: Mapping[str, Any]) -> None:
+    """Copy this rank's slices out of whole buffers that a load returned.
+
+    Raises:
+        ValueError: the checkpoint's buffers are others than this run's.
+    """
+    if not pending.gathered:
+        return
+    buffers = {
+        (number, str(dtypes)): tensors
+        for number, by_dtypes in loaded[OBJECTS]["param_state"].items()
+        if isinstance(by_dtypes, dict)
+        for dtypes, tensors in by_dtypes.items()
+    }
+    for buffer, kind, begin, flat in pending.gathered:
+        source = buffers.get(buffer, {}).get(kind)
+        if source is None or begin + len(flat) > len(source):
+            raise ValueError(
+                f"The checkpoint's {GATHERED} state has no {kind} for buffer {buffer[0]} of "
+                f"{buffer[1]}, or one that is too short: it was saved under another tensor- or "
+                "pipeline-parallel layout, or with other precisions. Load it with those, or start "
+                "from the weights alone with --no-load-optim."
+            )
+        flat.copy_(source[begin : begin + len(flat)])
 
 
 def common_from_adam(
@@ -118,7 +186,7 @@ def common_from_adam(
             f"The checkpoint's Adam state is unsound: main parameters in {int(count)} pieces"
             f"{example} do not round to the model's weights. {UNSOUND_CAUSE}"
         )
-    source = loaded if pending.adam_format != FLAT_BUCKETS else loaded[OBJECTS]
+    source = loaded[OBJECTS] if pending.adam_format in OF_BUCKETS else loaded
     inner = source.get("optimizer", source)
     groups = [dict(group) for group in inner["param_groups"]]
     steps = steps_of(inner)
@@ -143,5 +211,14 @@ def _in_bucket(view: StateView, piece: Piece, kind: str, flat: Tensor) -> Sharde
         global_shape=(state.buffer.unpadded_numel(piece.bucket),),
         global_offset=(piece.window.in_buffer.start - bucket.offset,),
         axis_fragmentations=None,
-        replica_id=(0, 0, 0),
+        replica_id=(0, 0, view.replica or 0),
     )
+
+
+def _in_buffer(view: StateView, piece: Piece, kind: str) -> tuple[tuple[int, str], str, int]:
+    """Return buffer, kind, and first element of a piece where buckets have no padding."""
+    state = view.state_of(piece)
+    assert isinstance(state.buffer, ShardedBuffer)
+    before = sum(state.buffer.unpadded_numel(bucket) for bucket in range(piece.bucket))
+    bucket = state.plan.slices[piece.bucket].bucket
+    return state.buffer.stored_as, kind, before + piece.window.in_buffer.start - bucket.offset

@@ -24,11 +24,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, distributed
 from torch.nn import Parameter
 
+from megatron_adam_mini.agreement import on_all_ranks
 from megatron_adam_mini.mcore import checkpoint, compat
-from megatron_adam_mini.mcore.entries import PendingLoad, StateView
+from megatron_adam_mini.mcore.entries import StateView
+from megatron_adam_mini.mcore.model_space import ModelEntries
+from megatron_adam_mini.mcore.state_part import StatePart, part_of
 from megatron_adam_mini.optimizer import AdamMini, Decision, Outcome
 from megatron_adam_mini.plan.step_plan import Piece
-from megatron_adam_mini.state import RankState
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +81,6 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         self._scale_one = torch.ones(1, dtype=torch.float32, device=inner.device)
         self._sums: tuple[Tensor, Tensor | None] | None = None
         self._decision: Decision | None = None
-        self._pending_load: tuple[PendingLoad, RankState] | None = None
         self._warned_non_finite = False
         self._describe_shards()
 
@@ -363,18 +364,17 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         Args:
             model_sharded_state_dict: the model's whole sharded state dict.
             is_loading: whether to read.
-            metadata: content metadata of the checkpoint; on save, the identity of Adam-mini's
-                state is added to it (modified in place).
+            metadata: content metadata of the checkpoint that is read. Without Adam-mini's identity
+                in it, ``dist_checkpointing.load`` finds out what the checkpoint holds.
 
         Raises:
-            ValueError: the checkpoint's state has another partition, or is another optimizer's.
+            ValueError: the state that ``metadata`` describes has another partition, or the model's
+                state dict lacks a parameter.
         """
-        view = self._state_view()
+        part = StatePart(self, ModelEntries(model_sharded_state_dict))
         if not is_loading:
-            return checkpoint.state_to_save(view, model_sharded_state_dict, metadata)
-        pending = checkpoint.prepare_load(view, model_sharded_state_dict, metadata)
-        self._pending_load = pending, view.state
-        return pending.state_dict(check_files=self.inner.config.check_files)
+            return part.to_save()
+        return on_all_ranks(lambda: part.to_load(metadata), "Adam-mini's state cannot be loaded")
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -382,24 +382,26 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
         Raises:
             RuntimeError: no load was prepared.
-            ValueError: parameter groups or identity do not match this run.
+            ValueError: nothing was read, or parameter groups do not match this run.
         """
-        pending, self._pending_load = self._pending_load, None
-        if pending is None:
+        part = part_of(state_dict)
+        if part is None:
             raise RuntimeError(
                 "Adam-mini's load_state_dict needs sharded_state_dict(..., is_loading=True) first: "
                 + checkpoint.ONLY_TORCH_DIST
             )
-        read, into = pending
-        self.optimizer.put_back(into)
-        checkpoint.finish_load(self._state_view(), read, state_dict)
+        read = on_all_ranks(lambda: part.taken_by(self), "Adam-mini's state cannot be loaded")
+        self.optimizer.put_back(read.state)
+        checkpoint.finish_load(self.state_view(), read, state_dict)
+        read.taken = self.optimizer.step_count
         # Megatron loads the model's weights itself, and they need not be the rounded main
         # parameters (another precision, another checkpoint).
         if self.ddp_config.use_distributed_optimizer:
             for chunk in self.model_chunks:
                 chunk.start_param_sync(force_sync=True)
 
-    def _state_view(self) -> StateView:
+    def state_view(self) -> StateView:
+        """Return the parts that saving and loading use, with the state as it is now."""
         return StateView(
             inner=self.inner,
             state=self.optimizer.attach(),
@@ -409,6 +411,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
             manifest=self.manifest,
             replica=self._replica(),
             model_parallel_rank=lambda: self.data_parallel_group_idx,
+            data_parallel_rank=lambda: distributed.get_rank(self.data_parallel_group),
             sizes=self._sizes,
         )
 
