@@ -12,7 +12,7 @@ per model-parallel part, with whole buffers in it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from megatron_adam_mini.adam_rules import (
     steps_of,
     steps_problem,
 )
+from megatron_adam_mini.mcore import parameter_state
 from megatron_adam_mini.mcore.entries import (
     OBJECTS,
     PendingLoad,
@@ -94,6 +95,12 @@ def prepare_load(view: StateView, entries: ModelEntries, adam_format: str) -> Pe
     if adam_format in OF_BUCKETS:
         need_buckets(view, adam_format)
     pending = PendingLoad(view.state, average=True, adam_format=adam_format)
+    if adam_format == GATHERED:
+        # The first rank reads it all, and sends each rank its part.
+        pending.objects = _objects(view, ["optimizer", "grad_scaler"])
+        if view.data_parallel_group is None or view.data_parallel_group.rank() == 0:
+            pending.objects |= _objects(view, ["param_state"])
+        return pending
     for number, piece in enumerate(view.inner.plan.pieces):
         state = view.state_of(piece)
         flats = dict(pending.floats_of(state, piece.window))
@@ -105,9 +112,6 @@ def prepare_load(view: StateView, entries: ModelEntries, adam_format: str) -> Pe
                 piece.end - piece.begin, device=view.inner.device
             )
         for kind, flat in flats.items():
-            if adam_format == GATHERED:
-                pending.gathered.append((*_in_buffer(view, piece, kind), flat))
-                continue
             if adam_format == DP_RESHARDABLE:
                 found = [_in_bucket(view, piece, kind, flat)]
             else:
@@ -116,53 +120,30 @@ def prepare_load(view: StateView, entries: ModelEntries, adam_format: str) -> Pe
                 entry = view.entry_of(piece, entries)
                 found = entry.elements(prefix, flat, piece.begin, piece.end, fold=False)
             add_entries(pending.asked, f"{kind}.{number}", found)
-    if adam_format in OF_BUCKETS:
-        # Groups and loss scale are objects of each model-parallel part there.
-        keys = ["optimizer"] + (["grad_scaler"] if view.grad_scaler is not None else [])
-        of_format = {
-            DP_RESHARDABLE: ["per_bucket_numel", "per_bucket_numel_unpadded"],
-            GATHERED: ["param_state"],
-        }
-        for key in keys + of_format[adam_format]:
-            pending.objects[key] = ShardedObject(
-                f"optimizer.distributed.dp_group_idx_{view.model_parallel_rank()}.{key}",
-                None,
-                (1,),
-                (0,),
-                # One of the ranks that read it has 0 throughout, or Megatron would call it read
-                # twice.
-                replica_id=(view.replica or 0, 0, view.data_parallel_rank()),
-            )
+    if adam_format == DP_RESHARDABLE:
+        keys = ["optimizer", "grad_scaler", "per_bucket_numel", "per_bucket_numel_unpadded"]
+        pending.objects = _objects(view, keys)
     return pending
 
 
-def take_gathered(pending: PendingLoad, loaded: Mapping[str, Any]) -> None:
-    """Copy this rank's slices out of whole buffers that a load returned.
-
-    Raises:
-        ValueError: the checkpoint's buffers are others than this run's.
-    """
-    if not pending.gathered:
-        return
-    buffers = {
-        (number, str(dtypes)): tensors
-        for number, by_dtypes in loaded[OBJECTS]["param_state"].items()
-        if isinstance(by_dtypes, dict)
-        for dtypes, tensors in by_dtypes.items()
+def _objects(view: StateView, keys: Sequence[str]) -> dict[str, ShardedObject]:
+    """Request objects of this rank's model-parallel part, where formats of buckets have groups."""
+    rank = 0 if view.data_parallel_group is None else view.data_parallel_group.rank()
+    return {
+        key: ShardedObject(
+            f"optimizer.distributed.dp_group_idx_{view.model_parallel_rank()}.{key}",
+            None,
+            (1,),
+            (0,),
+            # Of the ranks that read it, one has 0 throughout, or Megatron would call it read twice.
+            replica_id=(view.replica or 0, 0, rank),
+        )
+        for key in keys
+        if key != "grad_scaler" or view.grad_scaler is not None
     }
-    for buffer, kind, begin, flat in pending.gathered:
-        source = buffers.get(buffer, {}).get(kind)
-        if source is None or begin + len(flat) > len(source):
-            raise ValueError(
-                f"The checkpoint's {GATHERED} state has no {kind} for buffer {buffer[0]} of "
-                f"{buffer[1]}, or one that is too short: it was saved under another tensor- or "
-                "pipeline-parallel layout, or with other precisions. Load it with those, or start "
-                "from the weights alone with --no-load-optim."
-            )
-        flat.copy_(source[begin : begin + len(flat)])
 
 
-def common_from_adam(
+def take_from_adam(
     view: StateView, loaded: Mapping[str, Any], pending: PendingLoad
 ) -> dict[str, Any]:
     """Return step, groups and loss scale in Adam-mini's own form; all ranks must call it.
@@ -172,6 +153,11 @@ def common_from_adam(
             to 0.19.2 write such ``fully_reshardable`` checkpoints if a bucket other than the last
             is padded at its end (fixed upstream in #5077).
     """
+    if pending.adam_format == GATHERED:
+        parameter_state.scatter(
+            view, view.data_parallel_group, lambda: loaded[OBJECTS]["param_state"]
+        )
+        return _common_of(loaded[OBJECTS])
     pieces = zip(view.inner.plan.pieces, pending.floats, strict=True)
     wrong = [
         view.blocks_of(piece).info.name
@@ -186,7 +172,10 @@ def common_from_adam(
             f"The checkpoint's Adam state is unsound: main parameters in {int(count)} pieces"
             f"{example} do not round to the model's weights. {UNSOUND_CAUSE}"
         )
-    source = loaded[OBJECTS] if pending.adam_format in OF_BUCKETS else loaded
+    return _common_of(loaded[OBJECTS] if pending.adam_format in OF_BUCKETS else loaded)
+
+
+def _common_of(source: Mapping[str, Any]) -> dict[str, Any]:
     inner = source.get("optimizer", source)
     groups = [dict(group) for group in inner["param_groups"]]
     steps = steps_of(inner)
@@ -213,12 +202,3 @@ def _in_bucket(view: StateView, piece: Piece, kind: str, flat: Tensor) -> Sharde
         axis_fragmentations=None,
         replica_id=(0, 0, view.replica or 0),
     )
-
-
-def _in_buffer(view: StateView, piece: Piece, kind: str) -> tuple[tuple[int, str], str, int]:
-    """Return buffer, kind, and first element of a piece where buckets have no padding."""
-    state = view.state_of(piece)
-    assert isinstance(state.buffer, ShardedBuffer)
-    before = sum(state.buffer.unpadded_numel(bucket) for bucket in range(piece.bucket))
-    bucket = state.plan.slices[piece.bucket].bucket
-    return state.buffer.stored_as, kind, before + piece.window.in_buffer.start - bucket.offset

@@ -14,6 +14,7 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from megatron_adam_mini.mcore.model_space import ModelEntries, ModelEntry
@@ -47,7 +48,7 @@ class StateView:
             ``None`` without the distributed optimizer: every data-parallel rank holds everything.
         model_parallel_rank: returns the number among the model's tensor- and pipeline-parallel
             parts. Called where it is needed: a caller's own process groups may lack its group.
-        data_parallel_rank: returns the number among the ranks that share the state; likewise.
+        data_parallel_group: ranks that share the state, ``None`` without the distributed optimizer.
         sizes: returns the sizes of the parallel layout, recorded in checkpoints; likewise.
     """
 
@@ -59,7 +60,7 @@ class StateView:
     manifest: dict[str, Any]
     replica: int | None
     model_parallel_rank: Callable[[], int]
-    data_parallel_rank: Callable[[], int]
+    data_parallel_group: ProcessGroup | None
     sizes: Callable[[], dict[str, int]]
 
     def state_of(self, piece: Piece) -> BufferState:
@@ -103,8 +104,6 @@ class PendingLoad:
         rows: row values of each piece, by the piece's number.
         elements: element values of each piece whose v is averaged over blocks.
         objects: entries that are not tensors.
-        gathered: of one whole buffer each: number and dtypes of the buffer, kind, first element
-            without the padding of buckets, and the tensor that they are copied to.
         average: whether v is averaged over blocks rather than copied.
         adam_format: format of Megatron's Adam that is read, ``None`` for Adam-mini's own.
         taken: step count with which the optimizer has taken over what was read, ``None``: not yet.
@@ -116,7 +115,6 @@ class PendingLoad:
     rows: dict[int, Tensor] = field(default_factory=dict)
     elements: dict[int, Tensor] = field(default_factory=dict)
     objects: dict[str, ShardedObject] = field(default_factory=dict)
-    gathered: list[tuple[tuple[int, str], str, int, Tensor]] = field(default_factory=list)
     average: bool = False
     adam_format: str | None = None
     taken: int | None = None

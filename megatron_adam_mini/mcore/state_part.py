@@ -72,7 +72,8 @@ class StatePart:
     def to_save(self) -> dict[str, Any]:
         """Return the optimizer's state as it is now, to be saved."""
         part = StatePart(self.owner, self.entries, saved_step=self.steps)
-        return part._with(checkpoint.state_to_save(self.owner.state_view(), self.entries))
+        with self.owner.inner.main_params.left_where_it_is():
+            return part._with(checkpoint.state_to_save(self.owner.state_view(), self.entries))
 
     def to_load(self, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return a request for the state that content metadata describe, else an open request.

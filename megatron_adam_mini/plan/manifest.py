@@ -149,7 +149,7 @@ def identity_of(
     """
     return {
         "format": FORMAT_VERSION,
-        "layout": _STORED_FORMATS[checkpoint_format],  # read with format_of
+        "layout": _STORED_FORMATS.get(checkpoint_format, checkpoint_format),
         "partition": partition_fields(config),
         "manifest_hash": manifest["hash"],
         "rules": {e["key"]: [e["rule"], e["blocks"]] for e in manifest["parameters"]},
