@@ -46,12 +46,13 @@ class Outcome(NamedTuple):
 
     Attributes:
         updated: whether the step was taken.
-        grad_norm: norm of the model's gradient without the loss scale, before clipping.
+        grad_norm: norm of the model's gradient without the loss scale, before clipping; ``None``
+            if it was not computed.
         found_inf: whether a gradient of any rank is not finite.
     """
 
     updated: bool
-    grad_norm: float
+    grad_norm: float | None
     found_inf: bool
 
 
@@ -60,12 +61,12 @@ class Decision:
 
     Args:
         values: float64, ``[grad_scale, squared grad_norm, found_inf]``; ``None``: the step is taken
-            unscaled, and its norm is unknown (reported as 0, as Megatron does without clipping).
+            unscaled, and its norm is unknown.
     """
 
     def __init__(self, values: Tensor | None = None) -> None:
         self._values = values
-        self._outcome: Outcome | None = Outcome(True, 0.0, False) if values is None else None
+        self._outcome: Outcome | None = Outcome(True, None, False) if values is None else None
 
     @property
     def grad_scale(self) -> float | Tensor:

@@ -64,6 +64,14 @@ VALIDATE_ARGUMENTS = Hook("megatron.training.arguments", "validate_args")
 #: Makes the optimizer's config from arguments. Public; all, but before 0.18 it raises for unknown
 #: optimizers.
 OPTIMIZER_CONFIG = Hook("megatron.training.training", "get_megatron_optimizer_config")
+#: Computes what --log-params-norm logs; of bfloat16 parameters it reads ``main_param`` and
+#: ``main_param_sharded``. Public; all that have megatron.training.
+PARAMS_NORM = Hook("megatron.training.training", "calc_params_l2_norm")
+#: Bytes of weights, gradients and Adam's state on the fullest rank, by a formula. Public; all that
+#: have megatron.training.
+STATE_MEMORY = Hook(
+    "megatron.training.theoretical_memory_usage", "compute_weight_and_optimizer_memory"
+)
 #: Writes the logs. Public; all, with more arguments since 0.18.
 TRAINING_LOG = Hook("megatron.training.training", "training_log")
 

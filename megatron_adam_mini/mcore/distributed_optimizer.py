@@ -8,6 +8,7 @@ with Megatron's own, name by name.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +34,10 @@ from megatron_adam_mini.optimizer import AdamMini, Decision, Outcome
 from megatron_adam_mini.plan.step_plan import Piece
 
 logger = logging.getLogger(__name__)
+
+#: The pass that takes block sums, norm and clipping factor. Megatron prints the timers that it
+#: knows by name, and no others.
+_SUMS_TIMER = "optimizer-clip-main-grad"
 
 
 class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
@@ -93,8 +98,9 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         only at the end, for the values to return.
 
         Returns:
-            ``(updated, grad_norm, num_zeros_in_grad)``. A step with a non-finite gradient on any
-            rank is skipped everywhere: ``(False, None, None)``, with no state changed.
+            ``(updated, grad_norm, num_zeros_in_grad)``; the norm is ``None`` in a single-phase
+            step, which does not know it. A step with a non-finite gradient on any rank is skipped
+            everywhere: ``(False, None, None)``, with no state changed.
         """
         self._sums = self._decision = None
         decision = self._decide_at_once()
@@ -103,7 +109,10 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         self._tell_scaler(outcome)
         if outcome.found_inf:
             return False, None, None
-        num_zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
+        num_zeros = None
+        if self.config.log_num_zeros_in_grad:
+            with self._timer("optimizer-count-zeros"):
+                num_zeros = self.count_zeros()
         if not outcome.updated:
             logger.info(
                 "skipping a step: grad_norm %s exceeds grad_norm_skip_threshold %s",
@@ -114,7 +123,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
     def _decide_at_once(self) -> Decision:
         """Compute all sums and decide, without waiting for the device."""
-        with self._timer("optimizer-block-sums"):
+        with self._timer(_SUMS_TIMER):
             if self.inner.config.single_phase:
                 self.inner.sum_squares_of_cut_blocks()
                 return Decision()
@@ -136,7 +145,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
                 "A single-phase step has no phases to drive one by one; call step(), or drop "
                 "--adam-mini-single-phase."
             )
-        with self._timer("optimizer-block-sums"):
+        with self._timer(_SUMS_TIMER):
             # The loss scale of these gradients: the scaler changes it before they are used.
             self._sums = self.inner.sum_squares(), self._inv_scale()
             stats, inv_scale = self._sums
@@ -148,7 +157,9 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
     @torch.no_grad()
     def get_grad_norm(self) -> float:
         """Return the norm of the model's gradient, without the loss scale, before clipping."""
-        return self._decided("get_grad_norm").read().grad_norm
+        grad_norm = self._decided("get_grad_norm").read().grad_norm
+        assert grad_norm is not None
+        return grad_norm
 
     @torch.no_grad()
     def clip_grad_norm(self, clip_grad: float) -> float:
@@ -350,6 +361,14 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         """Return the bytes of this rank's optimizer state: main_param, exp_avg, exp_avg_sq."""
         return self.inner.state_bytes()
 
+    def saved_state_bytes(self) -> int:
+        """Return how many bytes less this rank's state takes than Adam's, which is all float32."""
+        adam = sum(
+            piece.window.numel * (8 if _is_float32(self.model_params[piece.parameter]) else 12)
+            for piece in self.inner.plan.pieces
+        )
+        return adam - sum(self.state_bytes().values())
+
     def communication_per_step(self) -> dict[str, Any]:
         """Return what Adam-mini adds per step on this rank: collectives, and bytes by group."""
         return self.inner.collectives.per_step()
@@ -550,8 +569,8 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
     def _describe_shards(self) -> None:
         """Give shards Megatron's attributes of their parameters, and parameters ``main_param``.
 
-        Megatron's parameter norm reads it. Remainders allow no such view; it then computes the
-        norm of the weights.
+        Megatron's parameter norm reads it. Remainders allow no such view, see
+        :meth:`norms_as_main_params`. The order within groups is that of Megatron's Adam.
         """
         owned = not self.inner.config.param_remainders
         for param in self.model_params:
@@ -565,6 +584,48 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
             compat.copy_attributes(shard, param)
             if owned and not _is_float32(param):
                 param.main_param = shard  # type: ignore[attr-defined]
+        is_sharded = self.ddp_config.use_distributed_optimizer
+        self.optimizer.sort_shards(
+            lambda piece: (
+                not _is_float32(self.model_params[piece.parameter])
+                if is_sharded
+                else piece.parameter
+            )
+        )
+
+    @property
+    def hides_main_params(self) -> bool:
+        """Whether Megatron's parameter norm goes wrong without :meth:`norms_as_main_params`."""
+        instances = self.ddp_config.num_distributed_optimizer_instances
+        return bool(self.inner.config.param_remainders or instances > 1)
+
+    @contextmanager
+    def norms_as_main_params(self) -> Iterator[None]:
+        """Give 16-bit parameters the norm of their main shard as ``main_param``, for a while.
+
+        Megatron's parameter norm adds up the squares of what it finds there, so it comes out the
+        same without main parameters in memory. It also comes out right with several optimizer
+        instances, where Megatron adds up the shards of all of them.
+        """
+        params = [param for param in self.model_params if not _is_float32(param)]
+        norms: dict[Parameter, Tensor] = {}
+        is_sharded = bool(self.ddp_config.use_distributed_optimizer)
+        copies = self.ddp_config.num_distributed_optimizer_instances if is_sharded else 1
+        buffers = self.optimizer.attach().buffers
+        for piece in self.inner.plan.pieces:
+            norm = buffers[piece.buffer].norm(piece.window).view(1)
+            norms[self.model_params[piece.parameter]] = norm / math.sqrt(copies)
+        names = "main_param", "main_param_sharded"
+        kept = [{key: value for key, value in vars(p).items() if key in names} for p in params]
+        try:
+            for param in params:
+                vars(param).update(main_param=norms.get(param), main_param_sharded=is_sharded)
+            yield
+        finally:
+            for param, attributes in zip(params, kept, strict=True):
+                for name in names:
+                    vars(param).pop(name, None)
+                vars(param).update(attributes)
 
 
 def _is_float32(param: Tensor) -> bool:
