@@ -32,6 +32,7 @@ from megatron_adam_mini.mcore.model_space import ModelEntries
 from megatron_adam_mini.mcore.state_part import StatePart, part_of
 from megatron_adam_mini.optimizer import AdamMini, Decision, Outcome
 from megatron_adam_mini.plan.step_plan import Piece
+from megatron_adam_mini.wide_sums import WideSums
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +86,10 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         self.ddp_config: Any = model_chunks[0].ddp_config
         self._groups_of_ranks = groups
         self._scale_one = torch.ones(1, dtype=torch.float32, device=inner.device)
-        self._sums: tuple[Tensor, Tensor | None] | None = None
+        # Sums of squares in float32 or, too, in float64, and the inverse loss scale.
+        self._sums: tuple[Tensor, WideSums | None, Tensor | None] | None = None
         self._decision: Decision | None = None
-        self._warned_non_finite = False
+        self._warned: set[str] = set()
         self._describe_shards()
 
     @torch.no_grad()
@@ -100,20 +102,26 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         Returns:
             ``(updated, grad_norm, num_zeros_in_grad)``; the norm is ``None`` in a single-phase
             step, which does not know it. A step with a non-finite gradient on any rank is skipped
-            everywhere: ``(False, None, None)``, with no state changed.
+            everywhere: ``(False, None, None)``, with no state changed. If all are finite, but v
+            would not fit into float32: ``(False, grad_norm, num_zeros_in_grad)``.
         """
         self._sums = self._decision = None
         decision = self._decide_at_once()
         self._update(decision)
+        if decision.in_doubt:
+            decision = self._decide(*self._wide_sums())
+            if decision.read().updated:
+                self._update(decision)
         outcome = self.inner.finish(decision)
         self._tell_scaler(outcome)
+        self._report(decision)
         if outcome.found_inf:
             return False, None, None
         num_zeros = None
         if self.config.log_num_zeros_in_grad:
             with self._timer("optimizer-count-zeros"):
                 num_zeros = self.count_zeros()
-        if not outcome.updated:
+        if not outcome.updated and decision.problem is None:
             logger.info(
                 "skipping a step: grad_norm %s exceeds grad_norm_skip_threshold %s",
                 outcome.grad_norm,
@@ -127,13 +135,20 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
             if self.inner.config.single_phase:
                 self.inner.sum_squares_of_cut_blocks()
                 return Decision()
-            stats = self.inner.sum_squares()
-            return self.inner.decide(
-                stats,
-                inv_scale=self._inv_scale(),
-                clip_grad=self.config.clip_grad,
-                skip_threshold=compat.grad_norm_skip_threshold(self.config),
-            )
+            return self._decide(self.inner.sum_squares())
+
+    def _decide(self, stats: Tensor, wide: WideSums | None = None) -> Decision:
+        return self.inner.decide(
+            stats,
+            wide,
+            inv_scale=self._inv_scale(),
+            clip_grad=self.config.clip_grad,
+            skip_threshold=compat.grad_norm_skip_threshold(self.config),
+        )
+
+    def _wide_sums(self) -> tuple[Tensor, WideSums]:
+        with self._timer(_SUMS_TIMER):
+            return self.inner.sum_squares_in_float64()
 
     # The same phase by phase, for callers that drive a MegatronOptimizer themselves.
 
@@ -147,12 +162,12 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
             )
         with self._timer(_SUMS_TIMER):
             # The loss scale of these gradients: the scaler changes it before they are used.
-            self._sums = self.inner.sum_squares(), self._inv_scale()
-            stats, inv_scale = self._sums
-            self._decision = self.inner.decide(stats, inv_scale=inv_scale)
-        outcome = self._decision.read()
-        self._tell_scaler(outcome)
-        return outcome.found_inf
+            self._sums = self.inner.sum_squares(), None, self._inv_scale()
+        decision = self._decide_phase(clip_grad=0.0)
+        self._tell_scaler(decision.read())
+        if decision.read().found_inf:
+            self._report(decision)
+        return decision.read().found_inf
 
     @torch.no_grad()
     def get_grad_norm(self) -> float:
@@ -167,11 +182,19 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
         Gradients are never rewritten: after the step, ``main_grad`` is unclipped.
         """
-        grad_norm = self.get_grad_norm()
+        self._decided("clip_grad_norm")
+        self._decide_phase(clip_grad=clip_grad)
+        return self.get_grad_norm()
+
+    def _decide_phase(self, *, clip_grad: float) -> Decision:
         assert self._sums is not None
-        stats, inv_scale = self._sums
-        self._decision = self.inner.decide(stats, inv_scale=inv_scale, clip_grad=clip_grad)
-        return grad_norm
+        stats, wide, inv_scale = self._sums
+        decision = self.inner.decide(stats, wide, inv_scale=inv_scale, clip_grad=clip_grad)
+        if decision.in_doubt:
+            self._sums = (*self._wide_sums(), inv_scale)
+            return self._decide_phase(clip_grad=clip_grad)
+        self._decision = decision
+        return decision
 
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
@@ -179,7 +202,9 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         decision = self._decided("step_with_ready_grads")
         self._update(decision)
         self._sums = self._decision = None
-        return self.inner.finish(decision).updated
+        outcome = self.inner.finish(decision)
+        self._report(decision)
+        return outcome.updated
 
     def _decided(self, caller: str) -> Decision:
         if self._decision is None:
@@ -201,12 +226,36 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
     def _tell_scaler(self, outcome: Outcome) -> None:
         if self.grad_scaler is not None:
             self.grad_scaler.update(outcome.found_inf)
-        elif outcome.found_inf and not self._warned_non_finite:
-            self._warned_non_finite = True
-            logger.warning(
-                "skipping a step with non-finite gradients; optimizer state and weights are "
-                "unchanged (further skipped steps are only counted in Megatron's log)"
+
+    def _report(self, decision: Decision) -> None:
+        """Log, once of each kind, what float32 cannot hold: on rank 0 and where it is."""
+        outcome, wide, problem = decision.read(), decision.wide, decision.problem
+        if wide is None or (outcome.found_inf and self.grad_scaler is not None):
+            return  # with a loss scale, gradients that are not finite are nothing special
+        if not (outcome.updated or outcome.found_inf or problem):
+            return  # above the threshold of norms
+        kind = "non-finite" if outcome.found_inf else problem or "float64"
+        if kind in self._warned:
+            return
+        self._warned.add(kind)
+        names = wide.non_finite_names() if outcome.found_inf else decision.names
+        finite = f"gradients are finite (norm {outcome.grad_norm:.3g})"
+        if outcome.updated:
+            text = (
+                f"{finite}, but sums of their squares overflow float32, or nearly: such steps take "
+                "sums in float64, and longer (further ones are not logged)"
             )
+        else:
+            reason = "non-finite gradients" if outcome.found_inf else f"{finite}, but {problem}"
+            text = (
+                f"skipping a step: {reason}; optimizer state and weights are unchanged (further "
+                "skipped steps are only counted in Megatron's log)"
+            )
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            text += f". On this rank: {', '.join(names[:5])}{more}"
+        if names or not distributed.is_initialized() or distributed.get_rank() == 0:
+            logger.warning(text)
 
     def count_zeros(self) -> int:
         """Return the number of zeros in the model's gradients, each parameter counted once."""
