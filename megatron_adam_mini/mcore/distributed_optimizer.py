@@ -25,6 +25,7 @@ from torch import Tensor, distributed
 from torch.nn import Parameter
 
 from megatron_adam_mini.mcore import checkpoint, compat
+from megatron_adam_mini.mcore.distributed_names import DistributedNames
 from megatron_adam_mini.mcore.entries import PendingLoad, StateView
 from megatron_adam_mini.optimizer import AdamMini, Decision, Outcome
 from megatron_adam_mini.plan.step_plan import Piece
@@ -33,7 +34,7 @@ from megatron_adam_mini.state import RankState
 logger = logging.getLogger(__name__)
 
 
-class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
+class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[misc]
     """Adam-mini behind Megatron's optimizer interface.
 
     Built by ``factory.build_optimizer``; users get it from Megatron's ``get_megatron_optimizer``,
@@ -65,7 +66,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         groups: ProcessGroupCollection,
         data_parallel_group: distributed.ProcessGroup | None,
     ) -> None:
-        super().__init__(inner.main_params, config)
+        super().__init__(inner.main_params, config, init_state_fn=_state_exists)
         self.inner = inner
         self.model_chunks = list(model_chunks)
         self.model_params = list(model_params)
@@ -76,6 +77,11 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         self.is_stub_optimizer = False
         self.ddp_config: Any = model_chunks[0].ddp_config
         self._groups_of_ranks = groups
+        self.tp_group = groups.tp
+        self.expert_tp_group = compat.expert_tp_group(groups)
+        self.grad_stats_parallel_group = inner.collectives.norm_group
+        self.grad_norms_by_group: dict[str, float] = {}
+        self.found_inf = torch.zeros(1, dtype=torch.float32, device=inner.device)
         self._scale_one = torch.ones(1, dtype=torch.float32, device=inner.device)
         self._sums: tuple[Tensor, Tensor | None] | None = None
         self._decision: Decision | None = None
@@ -187,6 +193,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
     def _tell_scaler(self, outcome: Outcome) -> None:
         if self.grad_scaler is not None:
+            self.found_inf.fill_(outcome.found_inf)
             self.grad_scaler.update(outcome.found_inf)
         elif outcome.found_inf and not self._warned_non_finite:
             self._warned_non_finite = True
@@ -298,6 +305,10 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         if self.inner.config.param_remainders:
             return [[] for _ in self.param_groups]
         return self._by_group(lambda param, _, shard: None if _is_float32(param) else shard)
+
+    def _model_params_by_group(self) -> list[list[Parameter]]:
+        found: Any = self._by_group(lambda param, _, __: param)
+        return list(found)
 
     def _by_group(
         self, select: Callable[[Parameter, Piece, Tensor], Tensor | None]
@@ -467,6 +478,10 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
             compat.copy_attributes(shard, param)
             if owned and not _is_float32(param):
                 param.main_param = shard  # type: ignore[attr-defined]
+
+
+def _state_exists(*_: Any) -> None:
+    """Initialize no state: it is allocated, and zero, since construction."""
 
 
 def _is_float32(param: Tensor) -> bool:
