@@ -118,11 +118,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     )
     saves = args.save and not args.no_save_optim
     loads = args.load and not (args.no_load_optim or args.finetune)
-    if (saves or loads) and args.ckpt_format != "torch_dist":
+    if (saves or loads) and args.ckpt_format not in ("torch_dist", "torch"):
         raise NotImplementedError(
             f"--optimizer adam_mini does not support --ckpt-format {args.ckpt_format}: its state "
-            "is saved by every rank in torch_dist checkpoints. Remedy: --ckpt-format torch_dist, "
-            "or --no-save-optim and --no-load-optim."
+            "is saved by every rank in torch_dist checkpoints, or per model-parallel part in "
+            "format torch. Remedy: --ckpt-format torch_dist, or --no-save-optim and "
+            "--no-load-optim."
         )
     if saves and args.non_persistent_ckpt_type is not None:
         raise NotImplementedError(

@@ -60,6 +60,10 @@ class AdamMiniChainedOptimizer(ChainedOptimizer):  # type: ignore[misc]
         """Return the number of zeros in the model's gradients, each parameter counted once."""
         return self.member.count_zeros()
 
+    def state_dict(self, is_loading: bool = False) -> dict[str, Any]:
+        """Return groups, steps and loss scale, see :meth:`AdamMiniOptimizer.state_dict`."""
+        return self.member.state_dict(is_loading)
+
     def state_bytes(self) -> dict[str, int]:
         """Return the bytes of this rank's optimizer state: main_param, exp_avg, exp_avg_sq."""
         return self.member.state_bytes()

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
+from megatron_adam_mini.adam_rules import steps_of, steps_problem
 from megatron_adam_mini.agreement import on_all_ranks
 from megatron_adam_mini.mcore import adam_import
 from megatron_adam_mini.mcore.entries import (
@@ -52,11 +53,6 @@ from megatron_adam_mini.plan.manifest import (
     state_key,
 )
 from megatron_adam_mini.plan.partition import ParameterBlocks
-
-ONLY_TORCH_DIST = (
-    "Adam-mini's state is saved in torch_dist checkpoints only, where every rank writes what it "
-    "owns; use --ckpt-format torch_dist (the default), or --no-save-optim / --no-load-optim."
-)
 
 
 def state_to_save(
@@ -196,12 +192,32 @@ def finish_load(view: StateView, pending: PendingLoad, loaded: Mapping[str, Any]
         for number, piece in enumerate(view.inner.plan.pieces):
             if number in pending.rows:
                 v_from_rows(view, piece, pending.rows[number])
-    view.inner.main_params.step_count = int(loaded["step"])
     _load_groups(view, loaded["param_groups"])
+    view.inner.main_params.step_count = int(loaded["step"])
     if view.grad_scaler is not None and "grad_scaler" in loaded:
         view.grad_scaler.load_state_dict(loaded["grad_scaler"])
     for state, window, values in pending.floats:
         state.store(window, values)
+
+
+def load_common(view: StateView, state_dict: Mapping[str, Any]) -> int:
+    """Set groups and loss scale from a ``state_dict()``, ours or of Megatron's Adam.
+
+    Returns:
+        The steps taken.
+
+    Raises:
+        ValueError: parameter groups do not match this run, or their steps differ.
+    """
+    groups = state_dict["optimizer"]["param_groups"]
+    steps = steps_of(state_dict["optimizer"])
+    problem = steps_problem(steps)
+    if problem:
+        raise ValueError(f"The checkpoint {problem}")
+    _load_groups(view, groups)
+    if view.grad_scaler is not None and "grad_scaler" in state_dict:
+        view.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+    return steps[0]
 
 
 def _blocks_of_checkpoint(view: StateView, saved: Mapping[str, Any]) -> list[ParameterBlocks]:

@@ -255,7 +255,15 @@ def stored_prefixes(module: Module) -> Mapping[str, str]:
     return prefixes
 
 
-# Tables of the distributed optimizer.
+# Buffers and tables of the distributed optimizer.
+
+
+def gather_again(chunk: Any) -> None:
+    """Let the next forward pass of a DDP-wrapped chunk start its parameter gather; since 0.19."""
+    reset = getattr(chunk, "reset_param_sync_dispatch_state", None)
+    if reset is not None:
+        reset()
+
 
 #: Checkpoint formats that load under any layout; all.
 RESHARDABLE_FORMATS: set[str] = DistributedOptimizer.checkpoint_fully_reshardable_formats

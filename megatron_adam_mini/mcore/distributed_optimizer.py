@@ -24,9 +24,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, distributed
 from torch.nn import Parameter
 
-from megatron_adam_mini.mcore import checkpoint, compat
+from megatron_adam_mini.mcore import checkpoint, compat, parameter_state
 from megatron_adam_mini.mcore.distributed_names import DistributedNames
-from megatron_adam_mini.mcore.entries import PendingLoad, StateView
+from megatron_adam_mini.mcore.entries import MARK, PendingLoad, StateView
 from megatron_adam_mini.optimizer import AdamMini, Decision, Outcome
 from megatron_adam_mini.plan.step_plan import Piece
 from megatron_adam_mini.state import RankState
@@ -327,7 +327,13 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
         for held in self.optimizer.attach().buffers:
             held.write_weights()
 
-    _copy_main_params_to_param_buffer = _copy_main_params_to_model_params
+    @torch.no_grad()
+    def _copy_main_params_to_param_buffer(self) -> None:
+        """Do the same, and let the next forward pass gather weights again if it overlaps that."""
+        self._copy_main_params_to_model_params()
+        if self.ddp_config.use_distributed_optimizer:
+            for chunk in self.model_chunks:
+                compat.gather_again(chunk)
 
     @torch.no_grad()
     def _copy_model_params_to_main_params(self) -> None:
@@ -392,23 +398,22 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
         """Store what a checkpoint load returned; all ranks must call it.
 
         Raises:
-            RuntimeError: no load was prepared.
+            RuntimeError: the dict is of a torch_dist checkpoint, and no load was prepared.
             ValueError: parameter groups or identity do not match this run.
         """
+        if "optimizer" in state_dict and MARK not in state_dict:
+            self._load_legacy(state_dict)
+            return
         pending, self._pending_load = self._pending_load, None
         if pending is None:
             raise RuntimeError(
-                "Adam-mini's load_state_dict needs sharded_state_dict(..., is_loading=True) first: "
-                + checkpoint.ONLY_TORCH_DIST
+                "Adam-mini's load_state_dict needs what state_dict() returned; or, for a "
+                "torch_dist checkpoint, sharded_state_dict(..., is_loading=True) before the load."
             )
         read, into = pending
         self.optimizer.put_back(into)
         checkpoint.finish_load(self._state_view(), read, state_dict)
-        # Megatron loads the model's weights itself, and they need not be the rounded main
-        # parameters (another precision, another checkpoint).
-        if self.ddp_config.use_distributed_optimizer:
-            for chunk in self.model_chunks:
-                chunk.start_param_sync(force_sync=True)
+        self._sync_weights()
 
     def _state_view(self) -> StateView:
         return StateView(
@@ -441,11 +446,103 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
             "distributed_optimizer": int(self.ddp_config.use_distributed_optimizer),
         }
 
-    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """Refuse: a state dict of one rank's slices could not be loaded anywhere else."""
-        raise NotImplementedError(checkpoint.ONLY_TORCH_DIST)
+    # Megatron's older format; see the module ``parameter_state``.
 
-    save_parameter_state = load_parameter_state = state_dict
+    @torch.no_grad()
+    def state_dict(self, is_loading: bool = False) -> dict[str, Any]:
+        """Return groups, steps and loss scale: what ``--ckpt-format torch`` saves with the model.
+
+        With the distributed optimizer the rest is in the file of :meth:`save_parameter_state`;
+        without it, it is in the dict, too.
+        """
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
+        view = self._state_view()
+        found: dict[str, Any] = {
+            "optimizer": {"param_groups": groups},
+            "adam_mini": parameter_state.identity(view),
+        }
+        if self.grad_scaler is not None:
+            found["grad_scaler"] = self.grad_scaler.state_dict()
+        if not self.ddp_config.use_distributed_optimizer and not is_loading:
+            found["parameter_state"] = parameter_state.gather(view, None)
+        return found
+
+    def _load_legacy(self, state_dict: dict[str, Any]) -> None:
+        self.optimizer.step_count = checkpoint.load_common(self._state_view(), state_dict)
+        if not self.ddp_config.use_distributed_optimizer:
+            if "parameter_state" not in state_dict:
+                raise ValueError(
+                    "The checkpoint's optimizer state has no parameter state of Adam-mini: it was "
+                    "saved with --use-distributed-optimizer, or by another optimizer. Load it as "
+                    "it was saved, or use --no-load-optim."
+                )
+            parameter_state.scatter(self._state_view(), None, lambda: state_dict["parameter_state"])
+
+    def get_parameter_state_dp_zero(
+        self,
+        use_gloo_comm: bool = True,
+        empty_data: bool = False,
+        return_on_all_ranks: bool = False,
+    ) -> dict[str, Any] | None:
+        """Gather the state of all parameters on the first data-parallel rank, on the CPU.
+
+        Args:
+            use_gloo_comm: gather through Megatron's gloo group, if there is one.
+            empty_data: return zeros.
+            return_on_all_ranks: return it on all ranks, instead of ``None`` on the others.
+        """
+        group = (self.data_parallel_group_gloo if use_gloo_comm else None) or (
+            self.data_parallel_group
+        )
+        return parameter_state.gather(
+            self._state_view(), group, everywhere=return_on_all_ranks, empty=empty_data
+        )
+
+    def save_parameter_state(self, filename: str) -> None:
+        """Save :meth:`get_parameter_state_dp_zero` to a file; all ranks must call it."""
+        found = self.get_parameter_state_dp_zero()
+        if found is not None and self.distributed_optimizer_instance_id == 0:
+            torch.save(found, filename)
+
+    def load_parameter_state(self, filename: str, *, update_legacy_format: bool = False) -> None:
+        """Load the file of :meth:`save_parameter_state`, or that of Megatron's Adam.
+
+        All ranks must call it; only the first of each data-parallel group reads.
+
+        Raises:
+            ValueError: the file is damaged, or of another layout.
+        """
+        self._load_parameter_state(
+            lambda: parameter_state.read_file(filename, check=self.inner.config.check_files),
+            update_legacy_format,
+        )
+
+    def load_parameter_state_from_dp_zero(
+        self, state_dict: dict[str, Any] | None, *, update_legacy_format: bool = False
+    ) -> None:
+        """Load what :meth:`get_parameter_state_dp_zero` returned; others than the first: any."""
+        self._load_parameter_state(lambda: state_dict or {}, update_legacy_format)
+
+    @torch.no_grad()
+    def _load_parameter_state(
+        self, read: Callable[[], dict[str, Any]], update_legacy_format: bool
+    ) -> None:
+        if update_legacy_format:
+            raise NotImplementedError(
+                "--ckpt-convert-update-legacy-dist-opt-format is for files of Megatron's Adam from "
+                "before February 2024. Convert them with --optimizer adam first."
+            )
+        parameter_state.scatter(
+            self._state_view(), self.data_parallel_group_gloo or self.data_parallel_group, read
+        )
+        self._sync_weights()
+
+    def _sync_weights(self) -> None:
+        # Megatron loads the model's weights itself, and they need not be the rounded main
+        # parameters (another precision, another checkpoint).
+        if self.ddp_config.use_distributed_optimizer:
+            for chunk in self.model_chunks:
+                chunk.start_param_sync(force_sync=True)
 
     @contextmanager
     def _timer(self, name: str) -> Iterator[None]:
