@@ -66,7 +66,8 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
         groups: ProcessGroupCollection,
         data_parallel_group: distributed.ProcessGroup | None,
     ) -> None:
-        super().__init__(inner.main_params, config, init_state_fn=_state_exists)
+        # Callers make the state of an optimizer that has none, as of a rank without parameters.
+        super().__init__(inner.main_params, config, init_state_fn=lambda *_: None)
         self.inner = inner
         self.model_chunks = list(model_chunks)
         self.model_params = list(model_params)
@@ -300,10 +301,13 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
         return self._by_group(lambda param, _, shard: shard if _is_float32(param) else None)
 
     @property
-    def shard_fp32_from_float16_groups(self) -> list[list[Tensor]]:
-        """Float32 main shards of :attr:`model_float16_groups`; empty groups with remainders."""
+    def shard_fp32_from_float16_groups(self) -> Sequence[Sequence[Tensor | None]]:
+        """Float32 main shards of :attr:`model_float16_groups`; with remainders ``None`` for each.
+
+        So does Megatron's precision-aware optimizer, and callers that need main shards can tell.
+        """
         if self.inner.config.param_remainders:
-            return [[] for _ in self.param_groups]
+            return [[None] * len(group) for group in self.model_float16_groups]
         return self._by_group(lambda param, _, shard: None if _is_float32(param) else shard)
 
     def _model_params_by_group(self) -> list[list[Parameter]]:
@@ -349,7 +353,7 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
     def offload_to_cpu(self) -> None:
         """Move all state to the CPU, and free its memory on the device.
 
-        A step, save or load brings it back, too.
+        A step or a load brings it back, too; a save leaves it there.
         """
         self.optimizer.move_to("cpu")
         torch.cuda.empty_cache()
@@ -386,9 +390,12 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
         Raises:
             ValueError: the checkpoint's state has another partition, or is another optimizer's.
         """
-        view = self._state_view()
         if not is_loading:
-            return checkpoint.state_to_save(view, model_sharded_state_dict, metadata)
+            with self.optimizer.left_where_it_is():
+                return checkpoint.state_to_save(
+                    self._state_view(), model_sharded_state_dict, metadata
+                )
+        view = self._state_view()
         pending = checkpoint.prepare_load(view, model_sharded_state_dict, metadata)
         self._pending_load = pending, view.state
         return pending.state_dict(check_files=self.inner.config.check_files)
@@ -456,15 +463,14 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
         without it, it is in the dict, too.
         """
         groups = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
-        view = self._state_view()
-        found: dict[str, Any] = {
-            "optimizer": {"param_groups": groups},
-            "adam_mini": parameter_state.identity(view),
-        }
+        found: dict[str, Any] = {"optimizer": {"param_groups": groups}}
         if self.grad_scaler is not None:
             found["grad_scaler"] = self.grad_scaler.state_dict()
-        if not self.ddp_config.use_distributed_optimizer and not is_loading:
-            found["parameter_state"] = parameter_state.gather(view, None)
+        with self.optimizer.left_where_it_is():
+            view = self._state_view()
+            found["adam_mini"] = parameter_state.identity(view)
+            if not self.ddp_config.use_distributed_optimizer and not is_loading:
+                found["parameter_state"] = parameter_state.gather(view, None)
         return found
 
     def _load_legacy(self, state_dict: dict[str, Any]) -> None:
@@ -494,9 +500,10 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
         group = (self.data_parallel_group_gloo if use_gloo_comm else None) or (
             self.data_parallel_group
         )
-        return parameter_state.gather(
-            self._state_view(), group, everywhere=return_on_all_ranks, empty=empty_data
-        )
+        with self.optimizer.left_where_it_is():
+            return parameter_state.gather(
+                self._state_view(), group, everywhere=return_on_all_ranks, empty=empty_data
+            )
 
     def save_parameter_state(self, filename: str) -> None:
         """Save :meth:`get_parameter_state_dp_zero` to a file; all ranks must call it."""
@@ -575,10 +582,6 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
             compat.copy_attributes(shard, param)
             if owned and not _is_float32(param):
                 param.main_param = shard  # type: ignore[attr-defined]
-
-
-def _state_exists(*_: Any) -> None:
-    """Initialize no state: it is allocated, and zero, since construction."""
 
 
 def _is_float32(param: Tensor) -> bool:
