@@ -86,6 +86,7 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
         self._scale_one = torch.ones(1, dtype=torch.float32, device=inner.device)
         self._sums: tuple[Tensor, Tensor | None] | None = None
         self._decision: Decision | None = None
+        self._clip_grad = 0.0
         self._pending_load: tuple[PendingLoad, RankState] | None = None
         self._warned_non_finite = False
         self._describe_shards()
@@ -135,7 +136,10 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
-        """Compute all sums; return whether any gradient of any rank is not finite."""
+        """Compute all sums; return whether any gradient of any rank is not finite.
+
+        ``.grad`` of each main shard is its gradient from here on, for callers that change it.
+        """
         if self.inner.config.single_phase:
             raise RuntimeError(
                 "A single-phase step has no phases to drive one by one; call step(), or drop "
@@ -146,6 +150,8 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
             self._sums = self.inner.sum_squares(), self._inv_scale()
             stats, inv_scale = self._sums
             self._decision = self.inner.decide(stats, inv_scale=inv_scale)
+        self._clip_grad = 0.0
+        self._lend_gradients()
         outcome = self._decision.read()
         self._tell_scaler(outcome)
         return outcome.found_inf
@@ -164,16 +170,42 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
         grad_norm = self.get_grad_norm()
         assert self._sums is not None
         stats, inv_scale = self._sums
+        self._clip_grad = clip_grad
         self._decision = self.inner.decide(stats, inv_scale=inv_scale, clip_grad=clip_grad)
         return grad_norm
 
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
-        """Update state and weights, and start Megatron's parameter all-gather."""
-        decision = self._decided("step_with_ready_grads")
-        self._update(decision)
+        """Update state and weights, and start Megatron's parameter all-gather.
+
+        Sums are taken again: the caller may have clipped the gradients of the main shards.
+        """
+        self._decided("step_with_ready_grads")
+        assert self._sums is not None
+        _, inv_scale = self._sums
         self._sums = self._decision = None
+        self._take_gradients_back()
+        with self._timer("optimizer-block-sums"):
+            stats = self.inner.sum_squares()
+        decision = self.inner.decide(stats, inv_scale=inv_scale, clip_grad=self._clip_grad)
+        self._update(decision)
         return self.inner.finish(decision).updated
+
+    def _lend_gradients(self) -> None:
+        """Let ``.grad`` of the main shards be their gradients, still with the loss scale.
+
+        They are views of float32 gradients and copies of others. Shards that are 16-bit weights,
+        completed by remainders, cannot have float32 gradients, and have none.
+        """
+        for shard, piece in zip(self.optimizer.shards, self.inner.plan.pieces, strict=True):
+            if _is_float32(shard):
+                shard.grad = self.inner.grad(piece).float()
+
+    def _take_gradients_back(self) -> None:
+        for shard, piece in zip(self.optimizer.shards, self.inner.plan.pieces, strict=True):
+            grad = self.inner.grad(piece)
+            if shard.grad is not None and shard.grad.data_ptr() != grad.data_ptr():
+                grad.copy_(shard.grad)
 
     def _decided(self, caller: str) -> Decision:
         if self._decision is None:
@@ -230,8 +262,8 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
         return self.inner.collectives.norm_group
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop ``.grad`` of all parameters; Megatron zeroes its buffers itself."""
-        for param in self.model_params:
+        """Drop ``.grad`` of all parameters and shards; Megatron zeroes its buffers itself."""
+        for param in (*self.model_params, *self.optimizer.shards):
             if set_to_none:
                 param.grad = None
             elif param.grad is not None:
