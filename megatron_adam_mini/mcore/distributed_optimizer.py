@@ -24,12 +24,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, distributed
 from torch.nn import Parameter
 
+from megatron_adam_mini.agreement import on_all_ranks
 from megatron_adam_mini.mcore import checkpoint, compat, parameter_state
 from megatron_adam_mini.mcore.distributed_names import DistributedNames
-from megatron_adam_mini.mcore.entries import MARK, PendingLoad, StateView
+from megatron_adam_mini.mcore.entries import StateView
+from megatron_adam_mini.mcore.model_space import ModelEntries
+from megatron_adam_mini.mcore.state_part import StatePart, part_of
 from megatron_adam_mini.optimizer import AdamMini, Decision, Outcome
 from megatron_adam_mini.plan.step_plan import Piece
-from megatron_adam_mini.state import RankState
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +89,6 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
         self._sums: tuple[Tensor, Tensor | None] | None = None
         self._decision: Decision | None = None
         self._clip_grad = 0.0
-        self._pending_load: tuple[PendingLoad, RankState] | None = None
         self._warned_non_finite = False
         self._describe_shards()
 
@@ -416,21 +417,17 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
         Args:
             model_sharded_state_dict: the model's whole sharded state dict.
             is_loading: whether to read.
-            metadata: content metadata of the checkpoint; on save, the identity of Adam-mini's
-                state is added to it (modified in place).
+            metadata: content metadata of the checkpoint that is read. Without Adam-mini's identity
+                in it, ``dist_checkpointing.load`` finds out what the checkpoint holds.
 
         Raises:
-            ValueError: the checkpoint's state has another partition, or is another optimizer's.
+            ValueError: the state that ``metadata`` describes has another partition, or the model's
+                state dict lacks a parameter.
         """
+        part = StatePart(self, ModelEntries(model_sharded_state_dict))
         if not is_loading:
-            with self.optimizer.left_where_it_is():
-                return checkpoint.state_to_save(
-                    self._state_view(), model_sharded_state_dict, metadata
-                )
-        view = self._state_view()
-        pending = checkpoint.prepare_load(view, model_sharded_state_dict, metadata)
-        self._pending_load = pending, view.state
-        return pending.state_dict(check_files=self.inner.config.check_files)
+            return part.to_save()
+        return on_all_ranks(lambda: part.to_load(metadata), "Adam-mini's state cannot be loaded")
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -438,23 +435,25 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
 
         Raises:
             RuntimeError: the dict is of a torch_dist checkpoint, and no load was prepared.
-            ValueError: parameter groups or identity do not match this run.
+            ValueError: nothing was read, or parameter groups do not match this run.
         """
-        if "optimizer" in state_dict and MARK not in state_dict:
+        part = part_of(state_dict)
+        if part is None and "optimizer" in state_dict:
             self._load_legacy(state_dict)
             return
-        pending, self._pending_load = self._pending_load, None
-        if pending is None:
+        if part is None:
             raise RuntimeError(
                 "Adam-mini's load_state_dict needs what state_dict() returned; or, for a "
                 "torch_dist checkpoint, sharded_state_dict(..., is_loading=True) before the load."
             )
-        read, into = pending
-        self.optimizer.put_back(into)
-        checkpoint.finish_load(self._state_view(), read, state_dict)
+        read = on_all_ranks(lambda: part.taken_by(self), "Adam-mini's state cannot be loaded")
+        self.optimizer.put_back(read.state)
+        checkpoint.finish_load(self.state_view(), read, state_dict)
+        read.taken = self.optimizer.step_count
         self._sync_weights()
 
-    def _state_view(self) -> StateView:
+    def state_view(self) -> StateView:
+        """Return the parts that saving and loading use, with the state as it is now."""
         return StateView(
             inner=self.inner,
             state=self.optimizer.attach(),
@@ -464,6 +463,7 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
             manifest=self.manifest,
             replica=self._replica(),
             model_parallel_rank=lambda: self.data_parallel_group_idx,
+            data_parallel_group=self.data_parallel_group,
             sizes=self._sizes,
         )
 
@@ -499,14 +499,14 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
         if self.grad_scaler is not None:
             found["grad_scaler"] = self.grad_scaler.state_dict()
         with self.optimizer.left_where_it_is():
-            view = self._state_view()
+            view = self.state_view()
             found["adam_mini"] = parameter_state.identity(view)
             if not self.ddp_config.use_distributed_optimizer and not is_loading:
                 found["parameter_state"] = parameter_state.gather(view, None)
         return found
 
     def _load_legacy(self, state_dict: dict[str, Any]) -> None:
-        self.optimizer.step_count = checkpoint.load_common(self._state_view(), state_dict)
+        self.optimizer.step_count = checkpoint.load_common(self.state_view(), state_dict)
         if not self.ddp_config.use_distributed_optimizer:
             if "parameter_state" not in state_dict:
                 raise ValueError(
@@ -514,7 +514,7 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
                     "saved with --use-distributed-optimizer, or by another optimizer. Load it as "
                     "it was saved, or use --no-load-optim."
                 )
-            parameter_state.scatter(self._state_view(), None, lambda: state_dict["parameter_state"])
+            parameter_state.scatter(self.state_view(), None, lambda: state_dict["parameter_state"])
 
     def get_parameter_state_dp_zero(
         self,
@@ -534,7 +534,7 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
         )
         with self.optimizer.left_where_it_is():
             return parameter_state.gather(
-                self._state_view(), group, everywhere=return_on_all_ranks, empty=empty_data
+                self.state_view(), group, everywhere=return_on_all_ranks, empty=empty_data
             )
 
     def save_parameter_state(self, filename: str) -> None:
@@ -572,7 +572,7 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
                 "before February 2024. Convert them with --optimizer adam first."
             )
         parameter_state.scatter(
-            self._state_view(), self.data_parallel_group_gloo or self.data_parallel_group, read
+            self.state_view(), self.data_parallel_group_gloo or self.data_parallel_group, read
         )
         self._sync_weights()
 
