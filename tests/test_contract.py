@@ -924,7 +924,9 @@ def names_that_fail(job: Job) -> dict[str, str]:
 
 MODES = {
     "float32": Job(layers=1),
-    "fp16": Job(layers=1, fp16=True, grad_fp32=False),
+    "fp16": Job(
+        layers=1, fp16=True, grad_fp32=False, optimizer_args={"initial_loss_scale": 2.0**10}
+    ),
     "remainders": Job(
         layers=1, bf16=True, adam_mini={"param_remainders": True, "exp_avg_dtype": "bf16"}
     ),
