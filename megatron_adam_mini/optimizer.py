@@ -54,13 +54,14 @@ class Outcome(NamedTuple):
 
     Attributes:
         updated: whether the step was taken.
-        grad_norm: norm of the model's gradient without the loss scale, before clipping.
+        grad_norm: norm of the model's gradient without the loss scale, before clipping; ``None``
+            if it was not computed.
         found_inf: whether a gradient of any rank is not finite; if decided by float32 sums, these
             may also just be too large, see :attr:`Decision.in_doubt`.
     """
 
     updated: bool
-    grad_norm: float
+    grad_norm: float | None
     found_inf: bool
 
 
@@ -69,7 +70,7 @@ class Decision:
 
     Args:
         values: float64, ``[grad_scale, squared grad_norm, found_inf]``; ``None``: the step is taken
-            unscaled, and its norm is unknown (reported as 0, as Megatron does without clipping).
+            unscaled, and its norm is unknown.
         wide: float64 sums, if they were taken.
 
     Attributes:
@@ -80,7 +81,7 @@ class Decision:
 
     def __init__(self, values: Tensor | None = None, wide: WideSums | None = None) -> None:
         self._values = values
-        self._outcome: Outcome | None = Outcome(True, 0.0, False) if values is None else None
+        self._outcome: Outcome | None = Outcome(True, None, False) if values is None else None
         self.wide = wide
         self.problem: str | None = None
         self.names: list[str] = []
