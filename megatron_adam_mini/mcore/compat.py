@@ -48,6 +48,8 @@ class Hook(NamedTuple):
 #: since 0.18. Before, there is no such function, and megatron.training.training in 0.17.1 calls
 #: the getter by an imported name.
 FACTORY = Hook("megatron.core.optimizer", "_get_megatron_emerging_optimizer")
+#: Saves a checkpoint. Public; all.
+CHECKPOINT_SAVE = Hook("megatron.core.dist_checkpointing", "save")
 #: Loads a checkpoint; the next two read its common state before that. Public; all.
 CHECKPOINT_LOAD = Hook("megatron.core.dist_checkpointing", "load")
 CHECKPOINT_COMMON = (
@@ -137,6 +139,13 @@ def argument_reader(function: Callable[..., Any], name: str) -> Callable[..., An
         return signature.bind(*args, **kwargs).arguments[name]
 
     return read
+
+
+def bind(function: Callable[..., Any], *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+    """Return the arguments of a call by name, defaults included, to read, change and pass on."""
+    call = inspect.signature(function).bind(*args, **kwargs)
+    call.apply_defaults()
+    return call
 
 
 # Configs and process groups.

@@ -24,11 +24,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, distributed
 from torch.nn import Parameter
 
+from megatron_adam_mini.agreement import on_all_ranks
 from megatron_adam_mini.mcore import checkpoint, compat, parameter_state
-from megatron_adam_mini.mcore.entries import MARK, PendingLoad, StateView
+from megatron_adam_mini.mcore.entries import StateView
+from megatron_adam_mini.mcore.model_space import ModelEntries
+from megatron_adam_mini.mcore.state_part import StatePart, part_of
 from megatron_adam_mini.optimizer import AdamMini, Decision, Outcome
 from megatron_adam_mini.plan.step_plan import Piece
-from megatron_adam_mini.state import RankState
+from megatron_adam_mini.wide_sums import WideSums
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +85,10 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         self.ddp_config: Any = model_chunks[0].ddp_config
         self._groups_of_ranks = groups
         self._scale_one = torch.ones(1, dtype=torch.float32, device=inner.device)
-        self._sums: tuple[Tensor, Tensor | None] | None = None
+        # Sums of squares in float32 or, too, in float64, and the inverse loss scale.
+        self._sums: tuple[Tensor, WideSums | None, Tensor | None] | None = None
         self._decision: Decision | None = None
-        self._pending_load: tuple[PendingLoad, RankState] | None = None
-        self._warned_non_finite = False
+        self._warned: set[str] = set()
         self._describe_shards()
 
     @torch.no_grad()
@@ -98,20 +101,26 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         Returns:
             ``(updated, grad_norm, num_zeros_in_grad)``; the norm is ``None`` in a single-phase
             step, which does not know it. A step with a non-finite gradient on any rank is skipped
-            everywhere: ``(False, None, None)``, with no state changed.
+            everywhere: ``(False, None, None)``, with no state changed. If all are finite, but v
+            would not fit into float32: ``(False, grad_norm, num_zeros_in_grad)``.
         """
         self._sums = self._decision = None
         decision = self._decide_at_once()
         self._update(decision)
+        if decision.in_doubt:
+            decision = self._decide(*self._wide_sums())
+            if decision.read().updated:
+                self._update(decision)
         outcome = self.inner.finish(decision)
         self._tell_scaler(outcome)
+        self._report(decision)
         if outcome.found_inf:
             return False, None, None
         num_zeros = None
         if self.config.log_num_zeros_in_grad:
             with self._timer("optimizer-count-zeros"):
                 num_zeros = self.count_zeros()
-        if not outcome.updated:
+        if not outcome.updated and decision.problem is None:
             logger.info(
                 "skipping a step: grad_norm %s exceeds grad_norm_skip_threshold %s",
                 outcome.grad_norm,
@@ -125,13 +134,20 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
             if self.inner.config.single_phase:
                 self.inner.sum_squares_of_cut_blocks()
                 return Decision()
-            stats = self.inner.sum_squares()
-            return self.inner.decide(
-                stats,
-                inv_scale=self._inv_scale(),
-                clip_grad=self.config.clip_grad,
-                skip_threshold=compat.grad_norm_skip_threshold(self.config),
-            )
+            return self._decide(self.inner.sum_squares())
+
+    def _decide(self, stats: Tensor, wide: WideSums | None = None) -> Decision:
+        return self.inner.decide(
+            stats,
+            wide,
+            inv_scale=self._inv_scale(),
+            clip_grad=self.config.clip_grad,
+            skip_threshold=compat.grad_norm_skip_threshold(self.config),
+        )
+
+    def _wide_sums(self) -> tuple[Tensor, WideSums]:
+        with self._timer(_SUMS_TIMER):
+            return self.inner.sum_squares_in_float64()
 
     # The same phase by phase, for callers that drive a MegatronOptimizer themselves.
 
@@ -145,12 +161,12 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
             )
         with self._timer(_SUMS_TIMER):
             # The loss scale of these gradients: the scaler changes it before they are used.
-            self._sums = self.inner.sum_squares(), self._inv_scale()
-            stats, inv_scale = self._sums
-            self._decision = self.inner.decide(stats, inv_scale=inv_scale)
-        outcome = self._decision.read()
-        self._tell_scaler(outcome)
-        return outcome.found_inf
+            self._sums = self.inner.sum_squares(), None, self._inv_scale()
+        decision = self._decide_phase(clip_grad=0.0)
+        self._tell_scaler(decision.read())
+        if decision.read().found_inf:
+            self._report(decision)
+        return decision.read().found_inf
 
     @torch.no_grad()
     def get_grad_norm(self) -> float:
@@ -165,11 +181,19 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
         Gradients are never rewritten: after the step, ``main_grad`` is unclipped.
         """
-        grad_norm = self.get_grad_norm()
+        self._decided("clip_grad_norm")
+        self._decide_phase(clip_grad=clip_grad)
+        return self.get_grad_norm()
+
+    def _decide_phase(self, *, clip_grad: float) -> Decision:
         assert self._sums is not None
-        stats, inv_scale = self._sums
-        self._decision = self.inner.decide(stats, inv_scale=inv_scale, clip_grad=clip_grad)
-        return grad_norm
+        stats, wide, inv_scale = self._sums
+        decision = self.inner.decide(stats, wide, inv_scale=inv_scale, clip_grad=clip_grad)
+        if decision.in_doubt:
+            self._sums = (*self._wide_sums(), inv_scale)
+            return self._decide_phase(clip_grad=clip_grad)
+        self._decision = decision
+        return decision
 
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
@@ -177,7 +201,9 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         decision = self._decided("step_with_ready_grads")
         self._update(decision)
         self._sums = self._decision = None
-        return self.inner.finish(decision).updated
+        outcome = self.inner.finish(decision)
+        self._report(decision)
+        return outcome.updated
 
     def _decided(self, caller: str) -> Decision:
         if self._decision is None:
@@ -199,12 +225,36 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
     def _tell_scaler(self, outcome: Outcome) -> None:
         if self.grad_scaler is not None:
             self.grad_scaler.update(outcome.found_inf)
-        elif outcome.found_inf and not self._warned_non_finite:
-            self._warned_non_finite = True
-            logger.warning(
-                "skipping a step with non-finite gradients; optimizer state and weights are "
-                "unchanged (further skipped steps are only counted in Megatron's log)"
+
+    def _report(self, decision: Decision) -> None:
+        """Log, once of each kind, what float32 cannot hold: on rank 0 and where it is."""
+        outcome, wide, problem = decision.read(), decision.wide, decision.problem
+        if wide is None or (outcome.found_inf and self.grad_scaler is not None):
+            return  # with a loss scale, gradients that are not finite are nothing special
+        if not (outcome.updated or outcome.found_inf or problem):
+            return  # above the threshold of norms
+        kind = "non-finite" if outcome.found_inf else problem or "float64"
+        if kind in self._warned:
+            return
+        self._warned.add(kind)
+        names = wide.non_finite_names() if outcome.found_inf else decision.names
+        finite = f"gradients are finite (norm {outcome.grad_norm:.3g})"
+        if outcome.updated:
+            text = (
+                f"{finite}, but sums of their squares overflow float32, or nearly: such steps take "
+                "sums in float64, and longer (further ones are not logged)"
             )
+        else:
+            reason = "non-finite gradients" if outcome.found_inf else f"{finite}, but {problem}"
+            text = (
+                f"skipping a step: {reason}; optimizer state and weights are unchanged (further "
+                "skipped steps are only counted in Megatron's log)"
+            )
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            text += f". On this rank: {', '.join(names[:5])}{more}"
+        if names or not distributed.is_initialized() or distributed.get_rank() == 0:
+            logger.warning(text)
 
     def count_zeros(self) -> int:
         """Return the number of zeros in the model's gradients, each parameter counted once."""
@@ -377,21 +427,17 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         Args:
             model_sharded_state_dict: the model's whole sharded state dict.
             is_loading: whether to read.
-            metadata: content metadata of the checkpoint; on save, the identity of Adam-mini's
-                state is added to it (modified in place).
+            metadata: content metadata of the checkpoint that is read. Without Adam-mini's identity
+                in it, ``dist_checkpointing.load`` finds out what the checkpoint holds.
 
         Raises:
-            ValueError: the checkpoint's state has another partition, or is another optimizer's.
+            ValueError: the state that ``metadata`` describes has another partition, or the model's
+                state dict lacks a parameter.
         """
+        part = StatePart(self, ModelEntries(model_sharded_state_dict))
         if not is_loading:
-            with self.optimizer.left_where_it_is():
-                return checkpoint.state_to_save(
-                    self._state_view(), model_sharded_state_dict, metadata
-                )
-        view = self._state_view()
-        pending = checkpoint.prepare_load(view, model_sharded_state_dict, metadata)
-        self._pending_load = pending, view.state
-        return pending.state_dict(check_files=self.inner.config.check_files)
+            return part.to_save()
+        return on_all_ranks(lambda: part.to_load(metadata), "Adam-mini's state cannot be loaded")
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -399,23 +445,25 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
         Raises:
             RuntimeError: the dict is of a torch_dist checkpoint, and no load was prepared.
-            ValueError: parameter groups or identity do not match this run.
+            ValueError: nothing was read, or parameter groups do not match this run.
         """
-        if "optimizer" in state_dict and MARK not in state_dict:
+        part = part_of(state_dict)
+        if part is None and "optimizer" in state_dict:
             self._load_legacy(state_dict)
             return
-        pending, self._pending_load = self._pending_load, None
-        if pending is None:
+        if part is None:
             raise RuntimeError(
                 "Adam-mini's load_state_dict needs what state_dict() returned; or, for a "
                 "torch_dist checkpoint, sharded_state_dict(..., is_loading=True) before the load."
             )
-        read, into = pending
-        self.optimizer.put_back(into)
-        checkpoint.finish_load(self._state_view(), read, state_dict)
+        read = on_all_ranks(lambda: part.taken_by(self), "Adam-mini's state cannot be loaded")
+        self.optimizer.put_back(read.state)
+        checkpoint.finish_load(self.state_view(), read, state_dict)
+        read.taken = self.optimizer.step_count
         self._sync_weights()
 
-    def _state_view(self) -> StateView:
+    def state_view(self) -> StateView:
+        """Return the parts that saving and loading use, with the state as it is now."""
         return StateView(
             inner=self.inner,
             state=self.optimizer.attach(),
@@ -425,6 +473,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
             manifest=self.manifest,
             replica=self._replica(),
             model_parallel_rank=lambda: self.data_parallel_group_idx,
+            data_parallel_group=self.data_parallel_group,
             sizes=self._sizes,
         )
 
@@ -460,14 +509,14 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         if self.grad_scaler is not None:
             found["grad_scaler"] = self.grad_scaler.state_dict()
         with self.optimizer.left_where_it_is():
-            view = self._state_view()
+            view = self.state_view()
             found["adam_mini"] = parameter_state.identity(view)
             if not self.ddp_config.use_distributed_optimizer and not is_loading:
                 found["parameter_state"] = parameter_state.gather(view, None)
         return found
 
     def _load_legacy(self, state_dict: dict[str, Any]) -> None:
-        self.optimizer.step_count = checkpoint.load_common(self._state_view(), state_dict)
+        self.optimizer.step_count = checkpoint.load_common(self.state_view(), state_dict)
         if not self.ddp_config.use_distributed_optimizer:
             if "parameter_state" not in state_dict:
                 raise ValueError(
@@ -475,7 +524,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
                     "saved with --use-distributed-optimizer, or by another optimizer. Load it as "
                     "it was saved, or use --no-load-optim."
                 )
-            parameter_state.scatter(self._state_view(), None, lambda: state_dict["parameter_state"])
+            parameter_state.scatter(self.state_view(), None, lambda: state_dict["parameter_state"])
 
     def get_parameter_state_dp_zero(
         self,
@@ -495,7 +544,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         )
         with self.optimizer.left_where_it_is():
             return parameter_state.gather(
-                self._state_view(), group, everywhere=return_on_all_ranks, empty=empty_data
+                self.state_view(), group, everywhere=return_on_all_ranks, empty=empty_data
             )
 
     def save_parameter_state(self, filename: str) -> None:
@@ -533,7 +582,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
                 "before February 2024. Convert them with --optimizer adam first."
             )
         parameter_state.scatter(
-            self._state_view(), self.data_parallel_group_gloo or self.data_parallel_group, read
+            self.state_view(), self.data_parallel_group_gloo or self.data_parallel_group, read
         )
         self._sync_weights()
 

@@ -1,9 +1,10 @@
 """Registration with Megatron: which of its functions are wrapped, and how to undo it.
 
 Imports ``compat``, which names the functions and their releases, and the wrappers' modules.
-Ten functions are replaced, those of megatron.training only if it is installed:
+Eleven functions are replaced, those of megatron.training only if it is installed:
 
 * the optimizer factory builds Adam-mini if the config names it;
+* a checkpoint that is saved says what its optimizer state is, and a load asks for what is there;
 * before each of three functions reads a checkpoint, its files are checked for damage and foreign
   code;
 * Adam-mini's flags are added to the parser;
@@ -33,9 +34,10 @@ from megatron_adam_mini.mcore.arguments import (
     config_from_args,
     refuse_stray_options,
 )
+from megatron_adam_mini.mcore.checkpoint_calls import wrap_load, wrap_save
 from megatron_adam_mini.mcore.compat import Hook
 from megatron_adam_mini.mcore.factory import build_optimizer
-from megatron_adam_mini.mcore.load_guard import wrap_load, wrap_load_common
+from megatron_adam_mini.mcore.load_guard import wrap_load_common
 from megatron_adam_mini.mcore.metrics import (
     wrap_params_norm,
     wrap_state_memory,
@@ -106,6 +108,7 @@ def register() -> Registration:
     compat.warn_if_untested()
     handle = Registration()
     handle.replace(compat.FACTORY, _wrap_factory)
+    handle.replace(compat.CHECKPOINT_SAVE, wrap_save)
     handle.replace(compat.CHECKPOINT_LOAD, wrap_load)
     for hook in compat.CHECKPOINT_COMMON:
         handle.replace(hook, wrap_load_common)
