@@ -8,7 +8,6 @@ with Megatron's own, name by name.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -460,14 +459,6 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
         """Return the bytes of this rank's optimizer state: main_param, exp_avg, exp_avg_sq."""
         return self.inner.state_bytes()
 
-    def saved_state_bytes(self) -> int:
-        """Return how many bytes less this rank's state takes than Adam's, which is all float32."""
-        adam = sum(
-            piece.window.numel * (8 if _is_float32(self.model_params[piece.parameter]) else 12)
-            for piece in self.inner.plan.pieces
-        )
-        return adam - sum(self.state_bytes().values())
-
     def communication_per_step(self) -> dict[str, Any]:
         """Return what Adam-mini adds per step on this rank: collectives, and bytes by group."""
         return self.inner.collectives.per_step()
@@ -668,8 +659,8 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
     def _describe_shards(self) -> None:
         """Give shards Megatron's attributes of their parameters, and parameters ``main_param``.
 
-        Megatron's parameter norm reads it. Remainders allow no such view, see
-        :meth:`norms_as_main_params`. The order within groups is that of Megatron's Adam.
+        Megatron's parameter norm reads it. Remainders allow no such view; ``metrics`` helps the
+        norm then. The order within groups is that of Megatron's Adam.
         """
         owned = not self.inner.config.param_remainders
         for param in self.model_params:
@@ -691,40 +682,6 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
                 else piece.parameter
             )
         )
-
-    @property
-    def hides_main_params(self) -> bool:
-        """Whether Megatron's parameter norm goes wrong without :meth:`norms_as_main_params`."""
-        instances = self.ddp_config.num_distributed_optimizer_instances
-        return bool(self.inner.config.param_remainders or instances > 1)
-
-    @contextmanager
-    def norms_as_main_params(self) -> Iterator[None]:
-        """Give 16-bit parameters the norm of their main shard as ``main_param``, for a while.
-
-        Megatron's parameter norm adds up the squares of what it finds there, so it comes out the
-        same without main parameters in memory. It also comes out right with several optimizer
-        instances, where Megatron adds up the shards of all of them.
-        """
-        params = [param for param in self.model_params if not _is_float32(param)]
-        norms: dict[Parameter, Tensor] = {}
-        is_sharded = bool(self.ddp_config.use_distributed_optimizer)
-        copies = self.ddp_config.num_distributed_optimizer_instances if is_sharded else 1
-        buffers = self.optimizer.attach().buffers
-        for piece in self.inner.plan.pieces:
-            norm = buffers[piece.buffer].norm(piece.window).view(1)
-            norms[self.model_params[piece.parameter]] = norm / math.sqrt(copies)
-        names = "main_param", "main_param_sharded"
-        kept = [{key: value for key, value in vars(p).items() if key in names} for p in params]
-        try:
-            for param in params:
-                vars(param).update(main_param=norms.get(param), main_param_sharded=is_sharded)
-            yield
-        finally:
-            for param, attributes in zip(params, kept, strict=True):
-                for name in names:
-                    vars(param).pop(name, None)
-                vars(param).update(attributes)
 
 
 def _is_float32(param: Tensor) -> bool:
