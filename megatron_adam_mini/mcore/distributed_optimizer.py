@@ -8,7 +8,7 @@ with Megatron's own, name by name.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,8 +24,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, distributed
 from torch.nn import Parameter
 
+from megatron_adam_mini.agreement import on_all_ranks
 from megatron_adam_mini.mcore import checkpoint, compat, parameter_state
 from megatron_adam_mini.mcore.entries import MARK, PendingLoad, StateView
+from megatron_adam_mini.mcore.model_weights import weights_by_parameter
+from megatron_adam_mini.mcore.param_groups import take_bounds
 from megatron_adam_mini.optimizer import AdamMini, Decision, Outcome
 from megatron_adam_mini.plan.step_plan import Piece
 from megatron_adam_mini.state import RankState
@@ -81,6 +84,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         self._decision: Decision | None = None
         self._pending_load: tuple[PendingLoad, RankState] | None = None
         self._warned_non_finite = False
+        self._saved_groups: list[Mapping[str, Any] | None] = []
         self._describe_shards()
 
     @torch.no_grad()
@@ -238,13 +242,18 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
     @torch.no_grad()
     def reload_model_params(self, state_dict: dict[str, Any] | None = None) -> None:
-        """Copy model weights to the main parameters, after the weights were changed."""
-        if state_dict is not None:
-            raise NotImplementedError(
-                "Adam-mini cannot take main parameters from a model state dict "
-                "(--load-main-params-from-ckpt); drop the flag to start from the model's weights."
-            )
-        self._copy_model_params_to_main_params()
+        """Copy model weights to the main parameters, after the weights were changed.
+
+        All ranks must call it.
+
+        Args:
+            state_dict: take them from there, where they may have more bits; see
+                :func:`~megatron_adam_mini.mcore.model_weights.weights_by_parameter`.
+
+        Raises:
+            ValueError: the dict lacks a parameter, or has it with another shape.
+        """
+        self._copy_model_params_to_main_params(state_dict)
 
     # Names that tools and frameworks use.
 
@@ -319,9 +328,23 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
     _copy_main_params_to_param_buffer = _copy_main_params_to_model_params
 
     @torch.no_grad()
-    def _copy_model_params_to_main_params(self) -> None:
-        """Set the main parameters to this rank's weights."""
+    def _copy_model_params_to_main_params(self, state_dict: dict[str, Any] | None = None) -> None:
+        """Set the main parameters to this rank's weights, or to those of a state dict."""
         self.optimizer.take_weights()
+        if state_dict is None:
+            return
+        weights = on_all_ranks(
+            lambda: weights_by_parameter(self.model_chunks, state_dict),
+            "Main parameters cannot be taken from the state dict",
+        )
+        state = self.optimizer.attach()
+        for piece in self.inner.plan.pieces:
+            held = state.buffers[piece.buffer]
+            values = held.as_float32(piece.window)
+            weight = weights[self.model_params[piece.parameter]].reshape(-1)
+            values["param"].copy_(weight[piece.begin : piece.end])
+            held.store(piece.window, values)
+        self._sync_weights()
 
     @torch.no_grad()
     def exp_avg_sq_per_element(self, shard: Tensor) -> Tensor:
@@ -382,7 +405,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
         Raises:
             RuntimeError: the dict is of a torch_dist checkpoint, and no load was prepared.
-            ValueError: parameter groups or identity do not match this run.
+            ValueError: the identity does not match this run.
         """
         if "optimizer" in state_dict and MARK not in state_dict:
             self._load_legacy(state_dict)
@@ -398,12 +421,18 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         checkpoint.finish_load(self._state_view(), read, state_dict)
         self._sync_weights()
 
+    def take_bounds_of_checkpoint(self) -> None:
+        """Set the bounds of learning rate and weight decay to those of the loaded checkpoint."""
+        if self._saved_groups:
+            take_bounds(self.param_groups, self._saved_groups)
+
     def _state_view(self) -> StateView:
         return StateView(
             inner=self.inner,
             state=self.optimizer.attach(),
             parameters=self.model_params,
             param_groups=self.param_groups,
+            saved_groups=self._saved_groups,
             grad_scaler=self.grad_scaler,
             manifest=self.manifest,
             replica=self._replica(),

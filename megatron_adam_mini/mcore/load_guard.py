@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from torch import distributed
 
 from megatron_adam_mini.agreement import on_all_ranks
@@ -49,6 +51,10 @@ def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
         )
         if check_checkpoint:
             on_all_ranks(lambda: check_share(Path(checkpoint_dir), *_rank_and_size()), failure)
+            on_all_ranks(
+                lambda: refuse_missing(optimizer, Path(checkpoint_dir)),
+                "The optimizer's state was not loaded",
+            )
         return on_all_ranks(
             lambda: original(sharded_state_dict, checkpoint_dir, *args, **kwargs), failure
         )
@@ -118,6 +124,22 @@ def check_share(folder: Path, rank: int, size: int) -> None:
         problem = tiling_problem(checkpoint.tensors[key])
         if problem is not None:
             raise ValueError(f"{key}: {problem}")
+
+
+def refuse_missing(optimizer: dict[str, Any], folder: Path) -> None:
+    """Refuse a checkpoint that lacks tensors of the optimizer's state.
+
+    Raises:
+        ValueError: names them.
+    """
+    asked = {entry.key for entry in nested_values(optimizer) if isinstance(entry, ShardedTensor)}
+    missing = sorted(asked - Checkpoint(folder).tensors.keys())
+    if missing:
+        raise ValueError(
+            f"Checkpoint {str(folder)!r} lacks {len(missing)} tensors of the optimizer's state on "
+            f"this rank: {', '.join(missing[:4])}. Their parameters were frozen, or did not exist, "
+            "in the run that saved it. Freeze them, or start with new state (--no-load-optim)."
+        )
 
 
 def _checks_files() -> bool:
