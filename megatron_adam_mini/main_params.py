@@ -12,7 +12,8 @@ load begins is the state.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -146,6 +147,24 @@ class MainParams(torch.optim.Optimizer):
                 self._write_weight(number)
         return self._rank_state([self._whole(flat, states) for flat in self._flats])
 
+    @contextmanager
+    def left_where_it_is(self) -> Iterator[None]:
+        """Let :meth:`attach` move nothing for good, as for a save of state that was moved away.
+
+        Afterwards callers find the tensors that they left here, and memory of the device is held
+        only by what was made of the attached state meanwhile.
+        """
+        shards = [shard.data for shard in self.shards]
+        states = [dict(state) for state in self._states()]
+        try:
+            yield
+        finally:
+            for shard, data in zip(self.shards, shards, strict=True):
+                shard.data = data
+            for state, kept in zip(self._states(), states, strict=True):
+                state.clear()
+                state.update(kept)
+
     def put_back(self, state: RankState) -> None:
         """Let all views be those of a state that :meth:`attach` returned, wherever they are now."""
         states = self._states()
@@ -168,6 +187,15 @@ class MainParams(torch.optim.Optimizer):
                 self.shards[number].data = self._weight(self._plan.pieces[number])
         for held in self.attach().buffers:
             held.take_weights()
+
+    def sort_shards(self, key: Callable[[Piece], Any]) -> None:
+        """Order the shards within each group by a key of their pieces; equal keys stay in order."""
+        keys = {
+            shard: key(piece) for shard, piece in zip(self.shards, self._plan.pieces, strict=True)
+        }
+        for group in self.param_groups:
+            group["params"].sort(key=keys.__getitem__)
+        self._params = [list(group["params"]) for group in self.param_groups]
 
     # What torch's own optimizers offer.
 
@@ -274,8 +302,8 @@ class MainParams(torch.optim.Optimizer):
         for number, slot in zip(flat.members, flat.slots, strict=True):
             if flat.key == _SHARD:
                 self.shards[number].data = whole[slot]
-            else:
-                states[number][flat.key] = whole[slot]
+            else:  # .data: a view would keep ``whole`` even after a caller's ``.data = ...``
+                states[number][flat.key] = whole[slot].data
 
     def _rank_state(self, flat_tensors: list[Tensor]) -> RankState:
         *of_buffers, exp_avg_sq_S, exp_avg_sq_E = flat_tensors

@@ -129,7 +129,8 @@ def freed_and_current(job: Job) -> dict[str, Any]:
 
     def storages() -> list[StorageWeakRef]:
         tensors = [state[key] for state in inner.state.values() for key in own if key in state]
-        tensors += [p for group in member.shard_fp32_from_float16_groups for p in group]
+        masters = [p for group in member.shard_fp32_from_float16_groups for p in group]
+        tensors += [p for p in masters if p is not None]
         return [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
 
     found: dict[str, Any] = {}

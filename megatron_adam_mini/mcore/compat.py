@@ -54,6 +54,8 @@ class Hook(NamedTuple):
 #: since 0.18. Before, there is no such function, and megatron.training.training in 0.17.1 calls
 #: the getter by an imported name.
 FACTORY = Hook("megatron.core.optimizer", "_get_megatron_emerging_optimizer")
+#: Saves a checkpoint. Public; all.
+CHECKPOINT_SAVE = Hook("megatron.core.dist_checkpointing", "save")
 #: Loads a checkpoint; the next two read its common state before that. Public; all.
 CHECKPOINT_LOAD = Hook("megatron.core.dist_checkpointing", "load")
 CHECKPOINT_COMMON = (
@@ -72,6 +74,14 @@ VALIDATE_ARGUMENTS = Hook("megatron.training.arguments", "validate_args")
 #: Makes the optimizer's config from arguments. Public; all, but before 0.18 it raises for unknown
 #: optimizers.
 OPTIMIZER_CONFIG = Hook("megatron.training.training", "get_megatron_optimizer_config")
+#: Computes what --log-params-norm logs; of bfloat16 parameters it reads ``main_param`` and
+#: ``main_param_sharded``. Public; all that have megatron.training.
+PARAMS_NORM = Hook("megatron.training.training", "calc_params_l2_norm")
+#: Bytes of weights, gradients and Adam's state on the fullest rank, by a formula. Public; all that
+#: have megatron.training.
+STATE_MEMORY = Hook(
+    "megatron.training.theoretical_memory_usage", "compute_weight_and_optimizer_memory"
+)
 #: Writes the logs. Public; all, with more arguments since 0.18.
 TRAINING_LOG = Hook("megatron.training.training", "training_log")
 
@@ -139,6 +149,13 @@ def argument_reader(function: Callable[..., Any], name: str) -> Callable[..., An
         return signature.bind(*args, **kwargs).arguments[name]
 
     return read
+
+
+def bind(function: Callable[..., Any], *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+    """Return the arguments of a call by name, defaults included, to read, change and pass on."""
+    call = inspect.signature(function).bind(*args, **kwargs)
+    call.apply_defaults()
+    return call
 
 
 # Configs and process groups.

@@ -8,6 +8,7 @@ with Megatron's own, name by name.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,14 +27,20 @@ from torch.nn import Parameter
 
 from megatron_adam_mini.agreement import on_all_ranks
 from megatron_adam_mini.mcore import checkpoint, compat, parameter_state
-from megatron_adam_mini.mcore.entries import MARK, PendingLoad, StateView
+from megatron_adam_mini.mcore.entries import StateView
+from megatron_adam_mini.mcore.model_space import ModelEntries
 from megatron_adam_mini.mcore.model_weights import weights_by_parameter
 from megatron_adam_mini.mcore.param_groups import take_bounds
+from megatron_adam_mini.mcore.state_part import StatePart, part_of
 from megatron_adam_mini.optimizer import AdamMini, Decision, Outcome
 from megatron_adam_mini.plan.step_plan import Piece
-from megatron_adam_mini.state import RankState
+from megatron_adam_mini.wide_sums import WideSums
 
 logger = logging.getLogger(__name__)
+
+#: The pass that takes block sums, norm and clipping factor. Megatron prints the timers that it
+#: knows by name, and no others.
+_SUMS_TIMER = "optimizer-clip-main-grad"
 
 
 class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
@@ -68,7 +75,8 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         groups: ProcessGroupCollection,
         data_parallel_group: distributed.ProcessGroup | None,
     ) -> None:
-        super().__init__(inner.main_params, config)
+        # Callers make the state of an optimizer that has none, as of a rank without parameters.
+        super().__init__(inner.main_params, config, init_state_fn=lambda *_: None)
         self.inner = inner
         self.model_chunks = list(model_chunks)
         self.model_params = list(model_params)
@@ -80,10 +88,10 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         self.ddp_config: Any = model_chunks[0].ddp_config
         self._groups_of_ranks = groups
         self._scale_one = torch.ones(1, dtype=torch.float32, device=inner.device)
-        self._sums: tuple[Tensor, Tensor | None] | None = None
+        # Sums of squares in float32 or, too, in float64, and the inverse loss scale.
+        self._sums: tuple[Tensor, WideSums | None, Tensor | None] | None = None
         self._decision: Decision | None = None
-        self._pending_load: tuple[PendingLoad, RankState] | None = None
-        self._warned_non_finite = False
+        self._warned: set[str] = set()
         self._saved_groups: list[Mapping[str, Any] | None] = []
         self._describe_shards()
 
@@ -95,18 +103,28 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         only at the end, for the values to return.
 
         Returns:
-            ``(updated, grad_norm, num_zeros_in_grad)``. A step with a non-finite gradient on any
-            rank is skipped everywhere: ``(False, None, None)``, with no state changed.
+            ``(updated, grad_norm, num_zeros_in_grad)``; the norm is ``None`` in a single-phase
+            step, which does not know it. A step with a non-finite gradient on any rank is skipped
+            everywhere: ``(False, None, None)``, with no state changed. If all are finite, but v
+            would not fit into float32: ``(False, grad_norm, num_zeros_in_grad)``.
         """
         self._sums = self._decision = None
         decision = self._decide_at_once()
         self._update(decision)
+        if decision.in_doubt:
+            decision = self._decide(*self._wide_sums())
+            if decision.read().updated:
+                self._update(decision)
         outcome = self.inner.finish(decision)
         self._tell_scaler(outcome)
+        self._report(decision)
         if outcome.found_inf:
             return False, None, None
-        num_zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
-        if not outcome.updated:
+        num_zeros = None
+        if self.config.log_num_zeros_in_grad:
+            with self._timer("optimizer-count-zeros"):
+                num_zeros = self.count_zeros()
+        if not outcome.updated and decision.problem is None:
             logger.info(
                 "skipping a step: grad_norm %s exceeds grad_norm_skip_threshold %s",
                 outcome.grad_norm,
@@ -116,17 +134,24 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
     def _decide_at_once(self) -> Decision:
         """Compute all sums and decide, without waiting for the device."""
-        with self._timer("optimizer-block-sums"):
+        with self._timer(_SUMS_TIMER):
             if self.inner.config.single_phase:
                 self.inner.sum_squares_of_cut_blocks()
                 return Decision()
-            stats = self.inner.sum_squares()
-            return self.inner.decide(
-                stats,
-                inv_scale=self._inv_scale(),
-                clip_grad=self.config.clip_grad,
-                skip_threshold=compat.grad_norm_skip_threshold(self.config),
-            )
+            return self._decide(self.inner.sum_squares())
+
+    def _decide(self, stats: Tensor, wide: WideSums | None = None) -> Decision:
+        return self.inner.decide(
+            stats,
+            wide,
+            inv_scale=self._inv_scale(),
+            clip_grad=self.config.clip_grad,
+            skip_threshold=compat.grad_norm_skip_threshold(self.config),
+        )
+
+    def _wide_sums(self) -> tuple[Tensor, WideSums]:
+        with self._timer(_SUMS_TIMER):
+            return self.inner.sum_squares_in_float64()
 
     # The same phase by phase, for callers that drive a MegatronOptimizer themselves.
 
@@ -138,19 +163,21 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
                 "A single-phase step has no phases to drive one by one; call step(), or drop "
                 "--adam-mini-single-phase."
             )
-        with self._timer("optimizer-block-sums"):
+        with self._timer(_SUMS_TIMER):
             # The loss scale of these gradients: the scaler changes it before they are used.
-            self._sums = self.inner.sum_squares(), self._inv_scale()
-            stats, inv_scale = self._sums
-            self._decision = self.inner.decide(stats, inv_scale=inv_scale)
-        outcome = self._decision.read()
-        self._tell_scaler(outcome)
-        return outcome.found_inf
+            self._sums = self.inner.sum_squares(), None, self._inv_scale()
+        decision = self._decide_phase(clip_grad=0.0)
+        self._tell_scaler(decision.read())
+        if decision.read().found_inf:
+            self._report(decision)
+        return decision.read().found_inf
 
     @torch.no_grad()
     def get_grad_norm(self) -> float:
         """Return the norm of the model's gradient, without the loss scale, before clipping."""
-        return self._decided("get_grad_norm").read().grad_norm
+        grad_norm = self._decided("get_grad_norm").read().grad_norm
+        assert grad_norm is not None
+        return grad_norm
 
     @torch.no_grad()
     def clip_grad_norm(self, clip_grad: float) -> float:
@@ -158,11 +185,19 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
         Gradients are never rewritten: after the step, ``main_grad`` is unclipped.
         """
-        grad_norm = self.get_grad_norm()
+        self._decided("clip_grad_norm")
+        self._decide_phase(clip_grad=clip_grad)
+        return self.get_grad_norm()
+
+    def _decide_phase(self, *, clip_grad: float) -> Decision:
         assert self._sums is not None
-        stats, inv_scale = self._sums
-        self._decision = self.inner.decide(stats, inv_scale=inv_scale, clip_grad=clip_grad)
-        return grad_norm
+        stats, wide, inv_scale = self._sums
+        decision = self.inner.decide(stats, wide, inv_scale=inv_scale, clip_grad=clip_grad)
+        if decision.in_doubt:
+            self._sums = (*self._wide_sums(), inv_scale)
+            return self._decide_phase(clip_grad=clip_grad)
+        self._decision = decision
+        return decision
 
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
@@ -170,7 +205,9 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         decision = self._decided("step_with_ready_grads")
         self._update(decision)
         self._sums = self._decision = None
-        return self.inner.finish(decision).updated
+        outcome = self.inner.finish(decision)
+        self._report(decision)
+        return outcome.updated
 
     def _decided(self, caller: str) -> Decision:
         if self._decision is None:
@@ -192,12 +229,36 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
     def _tell_scaler(self, outcome: Outcome) -> None:
         if self.grad_scaler is not None:
             self.grad_scaler.update(outcome.found_inf)
-        elif outcome.found_inf and not self._warned_non_finite:
-            self._warned_non_finite = True
-            logger.warning(
-                "skipping a step with non-finite gradients; optimizer state and weights are "
-                "unchanged (further skipped steps are only counted in Megatron's log)"
+
+    def _report(self, decision: Decision) -> None:
+        """Log, once of each kind, what float32 cannot hold: on rank 0 and where it is."""
+        outcome, wide, problem = decision.read(), decision.wide, decision.problem
+        if wide is None or (outcome.found_inf and self.grad_scaler is not None):
+            return  # with a loss scale, gradients that are not finite are nothing special
+        if not (outcome.updated or outcome.found_inf or problem):
+            return  # above the threshold of norms
+        kind = "non-finite" if outcome.found_inf else problem or "float64"
+        if kind in self._warned:
+            return
+        self._warned.add(kind)
+        names = wide.non_finite_names() if outcome.found_inf else decision.names
+        finite = f"gradients are finite (norm {outcome.grad_norm:.3g})"
+        if outcome.updated:
+            text = (
+                f"{finite}, but sums of their squares overflow float32, or nearly: such steps take "
+                "sums in float64, and longer (further ones are not logged)"
             )
+        else:
+            reason = "non-finite gradients" if outcome.found_inf else f"{finite}, but {problem}"
+            text = (
+                f"skipping a step: {reason}; optimizer state and weights are unchanged (further "
+                "skipped steps are only counted in Megatron's log)"
+            )
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            text += f". On this rank: {', '.join(names[:5])}{more}"
+        if names or not distributed.is_initialized() or distributed.get_rank() == 0:
+            logger.warning(text)
 
     def count_zeros(self) -> int:
         """Return the number of zeros in the model's gradients, each parameter counted once."""
@@ -302,10 +363,13 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         return self._by_group(lambda param, _, shard: shard if _is_float32(param) else None)
 
     @property
-    def shard_fp32_from_float16_groups(self) -> list[list[Tensor]]:
-        """Float32 main shards of :attr:`model_float16_groups`; empty groups with remainders."""
+    def shard_fp32_from_float16_groups(self) -> Sequence[Sequence[Tensor | None]]:
+        """Float32 main shards of :attr:`model_float16_groups`; with remainders ``None`` for each.
+
+        So does Megatron's precision-aware optimizer, and callers that need main shards can tell.
+        """
         if self.inner.config.param_remainders:
-            return [[] for _ in self.param_groups]
+            return [[None] * len(group) for group in self.model_float16_groups]
         return self._by_group(lambda param, _, shard: None if _is_float32(param) else shard)
 
     def _by_group(
@@ -355,7 +419,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
     def offload_to_cpu(self) -> None:
         """Move all state to the CPU, and free its memory on the device.
 
-        A step, save or load brings it back, too.
+        A step or a load brings it back, too; a save leaves it there.
         """
         self.optimizer.move_to("cpu")
         torch.cuda.empty_cache()
@@ -367,6 +431,14 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
     def state_bytes(self) -> dict[str, int]:
         """Return the bytes of this rank's optimizer state: main_param, exp_avg, exp_avg_sq."""
         return self.inner.state_bytes()
+
+    def saved_state_bytes(self) -> int:
+        """Return how many bytes less this rank's state takes than Adam's, which is all float32."""
+        adam = sum(
+            piece.window.numel * (8 if _is_float32(self.model_params[piece.parameter]) else 12)
+            for piece in self.inner.plan.pieces
+        )
+        return adam - sum(self.state_bytes().values())
 
     def communication_per_step(self) -> dict[str, Any]:
         """Return what Adam-mini adds per step on this rank: collectives, and bytes by group."""
@@ -386,18 +458,17 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         Args:
             model_sharded_state_dict: the model's whole sharded state dict.
             is_loading: whether to read.
-            metadata: content metadata of the checkpoint; on save, the identity of Adam-mini's
-                state is added to it (modified in place).
+            metadata: content metadata of the checkpoint that is read. Without Adam-mini's identity
+                in it, ``dist_checkpointing.load`` finds out what the checkpoint holds.
 
         Raises:
-            ValueError: the checkpoint's state has another partition, or is another optimizer's.
+            ValueError: the state that ``metadata`` describes has another partition, or the model's
+                state dict lacks a parameter.
         """
-        view = self._state_view()
+        part = StatePart(self, ModelEntries(model_sharded_state_dict))
         if not is_loading:
-            return checkpoint.state_to_save(view, model_sharded_state_dict, metadata)
-        pending = checkpoint.prepare_load(view, model_sharded_state_dict, metadata)
-        self._pending_load = pending, view.state
-        return pending.state_dict(check_files=self.inner.config.check_files)
+            return part.to_save()
+        return on_all_ranks(lambda: part.to_load(metadata), "Adam-mini's state cannot be loaded")
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -405,20 +476,21 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
         Raises:
             RuntimeError: the dict is of a torch_dist checkpoint, and no load was prepared.
-            ValueError: the identity does not match this run.
+            ValueError: nothing was read, or it does not fit this run.
         """
-        if "optimizer" in state_dict and MARK not in state_dict:
+        part = part_of(state_dict)
+        if part is None and "optimizer" in state_dict:
             self._load_legacy(state_dict)
             return
-        pending, self._pending_load = self._pending_load, None
-        if pending is None:
+        if part is None:
             raise RuntimeError(
                 "Adam-mini's load_state_dict needs what state_dict() returned; or, for a "
                 "torch_dist checkpoint, sharded_state_dict(..., is_loading=True) before the load."
             )
-        read, into = pending
-        self.optimizer.put_back(into)
-        checkpoint.finish_load(self._state_view(), read, state_dict)
+        read = on_all_ranks(lambda: part.taken_by(self), "Adam-mini's state cannot be loaded")
+        self.optimizer.put_back(read.state)
+        checkpoint.finish_load(self.state_view(), read, state_dict)
+        read.taken = self.optimizer.step_count
         self._sync_weights()
 
     def take_bounds_of_checkpoint(self) -> None:
@@ -426,7 +498,8 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         if self._saved_groups:
             take_bounds(self.param_groups, self._saved_groups)
 
-    def _state_view(self) -> StateView:
+    def state_view(self) -> StateView:
+        """Return the parts that saving and loading use, with the state as it is now."""
         return StateView(
             inner=self.inner,
             state=self.optimizer.attach(),
@@ -437,6 +510,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
             manifest=self.manifest,
             replica=self._replica(),
             model_parallel_rank=lambda: self.data_parallel_group_idx,
+            data_parallel_group=self.data_parallel_group,
             sizes=self._sizes,
         )
 
@@ -468,19 +542,18 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         without it, it is in the dict, too.
         """
         groups = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
-        view = self._state_view()
-        found: dict[str, Any] = {
-            "optimizer": {"param_groups": groups},
-            "adam_mini": parameter_state.identity(view),
-        }
+        found: dict[str, Any] = {"optimizer": {"param_groups": groups}}
         if self.grad_scaler is not None:
             found["grad_scaler"] = self.grad_scaler.state_dict()
-        if not self.ddp_config.use_distributed_optimizer and not is_loading:
-            found["parameter_state"] = parameter_state.gather(view, None)
+        with self.optimizer.left_where_it_is():
+            view = self.state_view()
+            found["adam_mini"] = parameter_state.identity(view)
+            if not self.ddp_config.use_distributed_optimizer and not is_loading:
+                found["parameter_state"] = parameter_state.gather(view, None)
         return found
 
     def _load_legacy(self, state_dict: dict[str, Any]) -> None:
-        self.optimizer.step_count = checkpoint.load_common(self._state_view(), state_dict)
+        self.optimizer.step_count = checkpoint.load_common(self.state_view(), state_dict)
         if not self.ddp_config.use_distributed_optimizer:
             if "parameter_state" not in state_dict:
                 raise ValueError(
@@ -488,7 +561,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
                     "saved with --use-distributed-optimizer, or by another optimizer. Load it as "
                     "it was saved, or use --no-load-optim."
                 )
-            parameter_state.scatter(self._state_view(), None, lambda: state_dict["parameter_state"])
+            parameter_state.scatter(self.state_view(), None, lambda: state_dict["parameter_state"])
 
     def get_parameter_state_dp_zero(
         self,
@@ -506,9 +579,10 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         group = (self.data_parallel_group_gloo if use_gloo_comm else None) or (
             self.data_parallel_group
         )
-        return parameter_state.gather(
-            self._state_view(), group, everywhere=return_on_all_ranks, empty=empty_data
-        )
+        with self.optimizer.left_where_it_is():
+            return parameter_state.gather(
+                self.state_view(), group, everywhere=return_on_all_ranks, empty=empty_data
+            )
 
     def save_parameter_state(self, filename: str) -> None:
         """Save :meth:`get_parameter_state_dp_zero` to a file; all ranks must call it."""
@@ -545,7 +619,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
                 "before February 2024. Convert them with --optimizer adam first."
             )
         parameter_state.scatter(
-            self._state_view(), self.data_parallel_group_gloo or self.data_parallel_group, read
+            self.state_view(), self.data_parallel_group_gloo or self.data_parallel_group, read
         )
         self._sync_weights()
 
@@ -572,8 +646,8 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
     def _describe_shards(self) -> None:
         """Give shards Megatron's attributes of their parameters, and parameters ``main_param``.
 
-        Megatron's parameter norm reads it. Remainders allow no such view; it then computes the
-        norm of the weights.
+        Megatron's parameter norm reads it. Remainders allow no such view, see
+        :meth:`norms_as_main_params`. The order within groups is that of Megatron's Adam.
         """
         owned = not self.inner.config.param_remainders
         for param in self.model_params:
@@ -587,6 +661,48 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
             compat.copy_attributes(shard, param)
             if owned and not _is_float32(param):
                 param.main_param = shard  # type: ignore[attr-defined]
+        is_sharded = self.ddp_config.use_distributed_optimizer
+        self.optimizer.sort_shards(
+            lambda piece: (
+                not _is_float32(self.model_params[piece.parameter])
+                if is_sharded
+                else piece.parameter
+            )
+        )
+
+    @property
+    def hides_main_params(self) -> bool:
+        """Whether Megatron's parameter norm goes wrong without :meth:`norms_as_main_params`."""
+        instances = self.ddp_config.num_distributed_optimizer_instances
+        return bool(self.inner.config.param_remainders or instances > 1)
+
+    @contextmanager
+    def norms_as_main_params(self) -> Iterator[None]:
+        """Give 16-bit parameters the norm of their main shard as ``main_param``, for a while.
+
+        Megatron's parameter norm adds up the squares of what it finds there, so it comes out the
+        same without main parameters in memory. It also comes out right with several optimizer
+        instances, where Megatron adds up the shards of all of them.
+        """
+        params = [param for param in self.model_params if not _is_float32(param)]
+        norms: dict[Parameter, Tensor] = {}
+        is_sharded = bool(self.ddp_config.use_distributed_optimizer)
+        copies = self.ddp_config.num_distributed_optimizer_instances if is_sharded else 1
+        buffers = self.optimizer.attach().buffers
+        for piece in self.inner.plan.pieces:
+            norm = buffers[piece.buffer].norm(piece.window).view(1)
+            norms[self.model_params[piece.parameter]] = norm / math.sqrt(copies)
+        names = "main_param", "main_param_sharded"
+        kept = [{key: value for key, value in vars(p).items() if key in names} for p in params]
+        try:
+            for param in params:
+                vars(param).update(main_param=norms.get(param), main_param_sharded=is_sharded)
+            yield
+        finally:
+            for param, attributes in zip(params, kept, strict=True):
+                for name in names:
+                    vars(param).pop(name, None)
+                vars(param).update(attributes)
 
 
 def _is_float32(param: Tensor) -> bool:

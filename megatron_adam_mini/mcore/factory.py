@@ -29,10 +29,14 @@ from megatron_adam_mini.mcore.chained_optimizer import AdamMiniChainedOptimizer
 from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
 from megatron_adam_mini.mcore.metrics import observe
 from megatron_adam_mini.mcore.param_info import collect_parameters, frozen_keys
-from megatron_adam_mini.mcore.preflight import refuse_single_phase, refuse_unsupported
+from megatron_adam_mini.mcore.preflight import (
+    refuse_buckets,
+    refuse_single_phase,
+    refuse_unsupported,
+)
 from megatron_adam_mini.mcore.slices import dense_buffers, sharded_buffers, whole_parameters
 from megatron_adam_mini.optimizer import AdamMini
-from megatron_adam_mini.plan.manifest import manifest_of, partition_fields
+from megatron_adam_mini.plan.manifest import BUCKETS, manifest_of, partition_fields
 from megatron_adam_mini.plan.partition import partition_parameter, unmatched_patterns
 from megatron_adam_mini.plan.step_plan import DomainLayout, StepPlan, plan_step
 from megatron_adam_mini.state import Buffer, check_remainders
@@ -167,6 +171,8 @@ def _check_options(
         weight_decay=config.weight_decay,
     )
     _check_distributed_optimizer(config, model_chunks)
+    if options.checkpoint_format == BUCKETS:
+        refuse_buckets(distributed_optimizer=config.use_distributed_optimizer)
     if options.single_phase:
         refuse_single_phase(
             config.clip_grad,

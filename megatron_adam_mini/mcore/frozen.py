@@ -15,7 +15,7 @@ from typing import Any
 from torch import distributed
 
 from megatron_adam_mini.mcore.entries import PendingLoad, StateView
-from megatron_adam_mini.plan.manifest import FLAT_BUCKETS, format_of, trained_otherwise
+from megatron_adam_mini.plan.manifest import BUCKETS, format_of, trained_otherwise
 from megatron_adam_mini.plan.partition import ParameterBlocks
 
 logger = logging.getLogger(__name__)
@@ -41,12 +41,12 @@ def note_new_pieces(
     new, gone = trained_otherwise(saved, view.manifest)
     if not new and not gone:
         return
-    if format_of(saved) == FLAT_BUCKETS:
+    if format_of(saved) == BUCKETS:
         raise ValueError(
-            f"The checkpoint's optimizer state is dp_reshardable: flat buckets of all trained "
-            f"parameters, and this run trains others: {_some(new)} were frozen, {_some(gone)} are "
-            "frozen now. Train the same parameters, save with --dist-ckpt-optim-fully-reshardable, "
-            "or start with new state (--no-load-optim)."
+            "The checkpoint's optimizer state consists of flat buckets of all trained parameters, "
+            f"and this run trains others: {_some(new)} were frozen, {_some(gone)} are frozen now. "
+            "Train the same parameters, save without --adam-mini-checkpoint-format buckets, or "
+            "start with new state (--no-load-optim)."
         )
     pieces = enumerate(view.inner.plan.pieces)
     pending.new = {number for number, piece in pieces if sources[piece.parameter] is None}

@@ -1,7 +1,7 @@
-"""State bytes and added communication in Megatron's TensorBoard and Weights & Biases logs.
+"""What Megatron's logs say of Adam-mini: own metrics, and numbers that Megatron computes for Adam.
 
 Imports ``compat`` and, when it writes, megatron.training; holds a weak reference to the optimizer
-that was built last.
+that was built last. ``docs/logs.md`` lists all that is logged.
 """
 
 from __future__ import annotations
@@ -53,6 +53,36 @@ def wrap_training_log(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return training_log
+
+
+def wrap_params_norm(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return Megatron's ``calc_params_l2_norm``, right also where its way to main parameters fails.
+
+    With remainders there are no main parameters to read, and the weights of other ranks are old
+    where their gather overlaps the next forward pass.
+    """
+
+    @functools.wraps(original)
+    def calc_params_l2_norm(*args: Any, **kwargs: Any) -> Any:
+        optimizer = _observed() if _observed is not None else None
+        if optimizer is None or not optimizer.hides_main_params:
+            return original(*args, **kwargs)
+        with optimizer.norms_as_main_params():
+            return original(*args, **kwargs)
+
+    return calc_params_l2_norm
+
+
+def wrap_state_memory(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return Megatron's ``compute_weight_and_optimizer_memory`` less what Adam-mini saves."""
+
+    @functools.wraps(original)
+    def compute_weight_and_optimizer_memory(*args: Any, **kwargs: Any) -> Any:
+        optimizer = _observed() if _observed is not None else None
+        saved = 0 if optimizer is None else optimizer.saved_state_bytes()
+        return original(*args, **kwargs) - saved
+
+    return compute_weight_and_optimizer_memory
 
 
 def _write(optimizer: AdamMiniOptimizer, iteration: int) -> None:

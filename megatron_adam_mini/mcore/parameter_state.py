@@ -98,7 +98,7 @@ def scatter(
     stored = on_all_ranks(lambda: dict(read()) if first else {}, failure)
     saved = _from_first({k: stored[k] for k in ("adam_mini",) if k in stored}, group)
     blocks = list(view.inner.plan.parameters)
-    pending = PendingLoad(average=True)
+    pending = PendingLoad(view.state, average=True)
     if "adam_mini" in saved:
         sources = on_all_ranks(
             lambda: partition_of_checkpoint(

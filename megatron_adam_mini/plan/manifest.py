@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.config import CHECKPOINT_FORMATS, AdamMiniConfig
 from megatron_adam_mini.plan.partition import (
     RULE_VERSION,
     IntArray,
@@ -32,7 +32,10 @@ FORMAT_VERSION = 2
 STATE_PREFIX = "optimizer.adam_mini."
 
 #: Formats of the state: tensors in the model's coordinates; flat buckets, bound to one layout.
-MODEL_SPACE, FLAT_BUCKETS = "model_space", "dp_reshardable"
+MODEL_SPACE, BUCKETS = CHECKPOINT_FORMATS
+
+#: What identities call them. Checkpoints have always called buckets by Megatron's word for its own.
+_STORED_FORMATS = {MODEL_SPACE: "model_space", BUCKETS: "dp_reshardable"}
 
 #: Weights with a row per token, which Megatron pads by an amount that depends on the layout.
 VOCABULARY_ROLES = ("embedding", "output")
@@ -145,12 +148,12 @@ def identity_of(
     Args:
         manifest: manifest of the whole model.
         config: the options that produced it.
-        checkpoint_format: ``MODEL_SPACE`` or ``FLAT_BUCKETS``.
+        checkpoint_format: ``MODEL_SPACE`` or ``BUCKETS``.
         saved_from: sizes of the parallel layout, for information only.
     """
     return {
         "format": FORMAT_VERSION,
-        "layout": checkpoint_format,  # read with format_of; existing checkpoints use this key
+        "layout": _STORED_FORMATS.get(checkpoint_format, checkpoint_format),
         "partition": partition_fields(config),
         "manifest_hash": manifest["hash"],
         "rules": {e["key"]: [e["rule"], e["blocks"]] for e in manifest["parameters"]},
@@ -170,9 +173,9 @@ def config_of(identity: Mapping[str, Any]) -> AdamMiniConfig:
 
 
 def format_of(identity: Mapping[str, Any]) -> str:
-    """Return a checkpoint's format: ``MODEL_SPACE`` or ``FLAT_BUCKETS``."""
-    checkpoint_format: str = identity["layout"]
-    return checkpoint_format
+    """Return a checkpoint's format: ``MODEL_SPACE`` or ``BUCKETS``."""
+    stored: str = identity["layout"]
+    return next((name for name, known in _STORED_FORMATS.items() if known == stored), stored)
 
 
 def format_problem(identity: Mapping[str, Any]) -> str | None:
