@@ -27,6 +27,7 @@ from torch.nn import Parameter
 
 from megatron_adam_mini.agreement import on_all_ranks
 from megatron_adam_mini.mcore import checkpoint, compat, parameter_state
+from megatron_adam_mini.mcore.distributed_names import DistributedNames
 from megatron_adam_mini.mcore.entries import StateView
 from megatron_adam_mini.mcore.model_space import ModelEntries
 from megatron_adam_mini.mcore.model_weights import weights_by_parameter
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 _SUMS_TIMER = "optimizer-clip-main-grad"
 
 
-class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
+class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[misc]
     """Adam-mini behind Megatron's optimizer interface.
 
     Built by ``factory.build_optimizer``; users get it from Megatron's ``get_megatron_optimizer``,
@@ -87,10 +88,16 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         self.is_stub_optimizer = False
         self.ddp_config: Any = model_chunks[0].ddp_config
         self._groups_of_ranks = groups
+        self.tp_group = groups.tp
+        self.expert_tp_group = compat.expert_tp_group(groups)
+        self.grad_stats_parallel_group = inner.collectives.norm_group
+        self.grad_norms_by_group: dict[str, float] = {}
+        self.found_inf = torch.zeros(1, dtype=torch.float32, device=inner.device)
         self._scale_one = torch.ones(1, dtype=torch.float32, device=inner.device)
         # Sums of squares in float32 or, too, in float64, and the inverse loss scale.
         self._sums: tuple[Tensor, WideSums | None, Tensor | None] | None = None
         self._decision: Decision | None = None
+        self._clip_grad = 0.0
         self._warned: set[str] = set()
         self._saved_groups: list[Mapping[str, Any] | None] = []
         self._describe_shards()
@@ -157,7 +164,10 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
-        """Compute all sums; return whether any gradient of any rank is not finite."""
+        """Compute all sums; return whether any gradient of any rank is not finite.
+
+        ``.grad`` of each main shard is its gradient from here on, for callers that change it.
+        """
         if self.inner.config.single_phase:
             raise RuntimeError(
                 "A single-phase step has no phases to drive one by one; call step(), or drop "
@@ -166,11 +176,14 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         with self._timer(_SUMS_TIMER):
             # The loss scale of these gradients: the scaler changes it before they are used.
             self._sums = self.inner.sum_squares(), None, self._inv_scale()
-        decision = self._decide_phase(clip_grad=0.0)
-        self._tell_scaler(decision.read())
-        if decision.read().found_inf:
+        self._clip_grad = 0.0
+        decision = self._decide_phase()
+        self._lend_gradients()
+        outcome = decision.read()
+        self._tell_scaler(outcome)
+        if outcome.found_inf:
             self._report(decision)
-        return decision.read().found_inf
+        return outcome.found_inf
 
     @torch.no_grad()
     def get_grad_norm(self) -> float:
@@ -186,28 +199,54 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         Gradients are never rewritten: after the step, ``main_grad`` is unclipped.
         """
         self._decided("clip_grad_norm")
-        self._decide_phase(clip_grad=clip_grad)
+        self._clip_grad = clip_grad
+        self._decide_phase()
         return self.get_grad_norm()
 
-    def _decide_phase(self, *, clip_grad: float) -> Decision:
+    def _decide_phase(self) -> Decision:
         assert self._sums is not None
         stats, wide, inv_scale = self._sums
-        decision = self.inner.decide(stats, wide, inv_scale=inv_scale, clip_grad=clip_grad)
+        decision = self.inner.decide(stats, wide, inv_scale=inv_scale, clip_grad=self._clip_grad)
         if decision.in_doubt:
             self._sums = (*self._wide_sums(), inv_scale)
-            return self._decide_phase(clip_grad=clip_grad)
+            return self._decide_phase()
         self._decision = decision
         return decision
 
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
-        """Update state and weights, and start Megatron's parameter all-gather."""
-        decision = self._decided("step_with_ready_grads")
+        """Update state and weights, and start Megatron's parameter all-gather.
+
+        Sums are taken again: the caller may have clipped the gradients of the main shards.
+        """
+        self._decided("step_with_ready_grads")
+        assert self._sums is not None
+        _, _, inv_scale = self._sums
+        self._take_gradients_back()
+        with self._timer(_SUMS_TIMER):
+            self._sums = self.inner.sum_squares(), None, inv_scale
+        decision = self._decide_phase()
         self._update(decision)
         self._sums = self._decision = None
         outcome = self.inner.finish(decision)
         self._report(decision)
         return outcome.updated
+
+    def _lend_gradients(self) -> None:
+        """Let ``.grad`` of the main shards be their gradients, still with the loss scale.
+
+        They are views of float32 gradients and copies of others. Shards that are 16-bit weights,
+        completed by remainders, cannot have float32 gradients, and have none.
+        """
+        for shard, piece in zip(self.optimizer.shards, self.inner.plan.pieces, strict=True):
+            if _is_float32(shard):
+                shard.grad = self.inner.grad(piece).float()
+
+    def _take_gradients_back(self) -> None:
+        for shard, piece in zip(self.optimizer.shards, self.inner.plan.pieces, strict=True):
+            grad = self.inner.grad(piece)
+            if shard.grad is not None and shard.grad.data_ptr() != grad.data_ptr():
+                grad.copy_(shard.grad)
 
     def _decided(self, caller: str) -> Decision:
         if self._decision is None:
@@ -228,6 +267,7 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
     def _tell_scaler(self, outcome: Outcome) -> None:
         if self.grad_scaler is not None:
+            self.found_inf.fill_(outcome.found_inf)
             self.grad_scaler.update(outcome.found_inf)
 
     def _report(self, decision: Decision) -> None:
@@ -287,8 +327,8 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         return self.inner.collectives.norm_group
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop ``.grad`` of all parameters; Megatron zeroes its buffers itself."""
-        for param in self.model_params:
+        """Drop ``.grad`` of all parameters and shards; Megatron zeroes its buffers itself."""
+        for param in (*self.model_params, *self.optimizer.shards):
             if set_to_none:
                 param.grad = None
             elif param.grad is not None:
@@ -372,6 +412,10 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
             return [[None] * len(group) for group in self.model_float16_groups]
         return self._by_group(lambda param, _, shard: None if _is_float32(param) else shard)
 
+    def _model_params_by_group(self) -> list[list[Parameter]]:
+        found: Any = self._by_group(lambda param, _, __: param)
+        return list(found)
+
     def _by_group(
         self, select: Callable[[Parameter, Piece, Tensor], Tensor | None]
     ) -> list[list[Tensor]]:
@@ -389,7 +433,13 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         for held in self.optimizer.attach().buffers:
             held.write_weights()
 
-    _copy_main_params_to_param_buffer = _copy_main_params_to_model_params
+    @torch.no_grad()
+    def _copy_main_params_to_param_buffer(self) -> None:
+        """Do the same, and let the next forward pass gather weights again if it overlaps that."""
+        self._copy_main_params_to_model_params()
+        if self.ddp_config.use_distributed_optimizer:
+            for chunk in self.model_chunks:
+                compat.gather_again(chunk)
 
     @torch.no_grad()
     def _copy_model_params_to_main_params(self, state_dict: dict[str, Any] | None = None) -> None:
