@@ -8,7 +8,7 @@ with Megatron's own, name by name.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,8 @@ from megatron_adam_mini.mcore import checkpoint, compat, parameter_state
 from megatron_adam_mini.mcore.distributed_names import DistributedNames
 from megatron_adam_mini.mcore.entries import StateView
 from megatron_adam_mini.mcore.model_space import ModelEntries
+from megatron_adam_mini.mcore.model_weights import weights_by_parameter
+from megatron_adam_mini.mcore.param_groups import take_bounds
 from megatron_adam_mini.mcore.state_part import StatePart, part_of
 from megatron_adam_mini.optimizer import AdamMini, Decision, Outcome
 from megatron_adam_mini.plan.step_plan import Piece
@@ -96,6 +98,7 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
         self._decision: Decision | None = None
         self._clip_grad = 0.0
         self._warned: set[str] = set()
+        self._saved_groups: list[Mapping[str, Any] | None] = []
         self._describe_shards()
 
     @torch.no_grad()
@@ -339,13 +342,18 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
 
     @torch.no_grad()
     def reload_model_params(self, state_dict: dict[str, Any] | None = None) -> None:
-        """Copy model weights to the main parameters, after the weights were changed."""
-        if state_dict is not None:
-            raise NotImplementedError(
-                "Adam-mini cannot take main parameters from a model state dict "
-                "(--load-main-params-from-ckpt); drop the flag to start from the model's weights."
-            )
-        self._copy_model_params_to_main_params()
+        """Copy model weights to the main parameters, after the weights were changed.
+
+        All ranks must call it.
+
+        Args:
+            state_dict: take them from there, where they may have more bits; see
+                :func:`~megatron_adam_mini.mcore.model_weights.weights_by_parameter`.
+
+        Raises:
+            ValueError: the dict lacks a parameter, or has it with another shape.
+        """
+        self._copy_model_params_to_main_params(state_dict)
 
     # Names that tools and frameworks use.
 
@@ -433,9 +441,23 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
                 compat.gather_again(chunk)
 
     @torch.no_grad()
-    def _copy_model_params_to_main_params(self) -> None:
-        """Set the main parameters to this rank's weights."""
+    def _copy_model_params_to_main_params(self, state_dict: dict[str, Any] | None = None) -> None:
+        """Set the main parameters to this rank's weights, or to those of a state dict."""
         self.optimizer.take_weights()
+        if state_dict is None:
+            return
+        weights = on_all_ranks(
+            lambda: weights_by_parameter(self.model_chunks, state_dict),
+            "Main parameters cannot be taken from the state dict",
+        )
+        state = self.optimizer.attach()
+        for piece in self.inner.plan.pieces:
+            held = state.buffers[piece.buffer]
+            values = held.as_float32(piece.window)
+            weight = weights[self.model_params[piece.parameter]].reshape(-1)
+            values["param"].copy_(weight[piece.begin : piece.end])
+            held.store(piece.window, values)
+        self._sync_weights()
 
     @torch.no_grad()
     def exp_avg_sq_per_element(self, shard: Tensor) -> Tensor:
@@ -495,7 +517,7 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
 
         Raises:
             RuntimeError: the dict is of a torch_dist checkpoint, and no load was prepared.
-            ValueError: nothing was read, or parameter groups do not match this run.
+            ValueError: nothing was read, or it does not fit this run.
         """
         part = part_of(state_dict)
         if part is None and "optimizer" in state_dict:
@@ -512,6 +534,11 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
         read.taken = self.optimizer.step_count
         self._sync_weights()
 
+    def take_bounds_of_checkpoint(self) -> None:
+        """Set the bounds of learning rate and weight decay to those of the loaded checkpoint."""
+        if self._saved_groups:
+            take_bounds(self.param_groups, self._saved_groups)
+
     def state_view(self) -> StateView:
         """Return the parts that saving and loading use, with the state as it is now."""
         return StateView(
@@ -519,6 +546,7 @@ class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[mi
             state=self.optimizer.attach(),
             parameters=self.model_params,
             param_groups=self.param_groups,
+            saved_groups=self._saved_groups,
             grad_scaler=self.grad_scaler,
             manifest=self.manifest,
             replica=self._replica(),
