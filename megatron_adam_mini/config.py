@@ -45,7 +45,7 @@ class AdamMiniConfig:
             ones are the bfloat16 model weights. Training is the same, bit for bit.
         single_phase: read each gradient once per step instead of twice. Possible if nothing needs
             the gradient norm (no clipping, no loss scale); the norm is then not reported, and a
-            non-finite gradient does not skip the step.
+            non-finite gradient does not skip the step, nor do squares that overflow float32.
         manifest: path of a JSON file to which rank 0 writes the partition; ``None``: none.
         convert_partition: when a checkpoint has finer blocks, average its v over this run's
             (exact) instead of refusing it.

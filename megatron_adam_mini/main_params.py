@@ -188,6 +188,15 @@ class MainParams(torch.optim.Optimizer):
         for held in self.attach().buffers:
             held.take_weights()
 
+    def sort_shards(self, key: Callable[[Piece], Any]) -> None:
+        """Order the shards within each group by a key of their pieces; equal keys stay in order."""
+        keys = {
+            shard: key(piece) for shard, piece in zip(self.shards, self._plan.pieces, strict=True)
+        }
+        for group in self.param_groups:
+            group["params"].sort(key=keys.__getitem__)
+        self._params = [list(group["params"]) for group in self.param_groups]
+
     # What torch's own optimizers offer.
 
     def exp_avg_sq_per_element(self, shard: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ gradient shard goes through a step like this::
                                     | decide                                   |
     gradients ------------------ grad_scale -------- update ----> m, main parameter, model weight
 
+Where the squares of gradients overflow float32, ``wide_sums`` takes the place of the first row.
+
 Shape suffixes: see the docstring of ``plan``.
 """
 
@@ -34,11 +36,17 @@ from megatron_adam_mini.main_params import MainParams
 from megatron_adam_mini.plan.segment_table import SegmentTable
 from megatron_adam_mini.plan.step_plan import Piece, StepPlan
 from megatron_adam_mini.state import Buffer, BufferState, RankState
+from megatron_adam_mini.wide_sums import WideSums
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 #: As in megatron.core.optimizer.clip_grads.clip_grad_by_total_norm_fp32.
 _CLIP_EPS = 1.0e-6
+
+#: Up to this squared norm, no block's sum of squares overflows float32: it is a part of the norm.
+_MAX_NORM_SQ = 2.0**126
+#: The smallest normal number of float32.
+_MIN_SCALE = 2.0**-126
 
 
 class Outcome(NamedTuple):
@@ -46,12 +54,14 @@ class Outcome(NamedTuple):
 
     Attributes:
         updated: whether the step was taken.
-        grad_norm: norm of the model's gradient without the loss scale, before clipping.
-        found_inf: whether a gradient of any rank is not finite.
+        grad_norm: norm of the model's gradient without the loss scale, before clipping; ``None``
+            if it was not computed.
+        found_inf: whether a gradient of any rank is not finite; if decided by float32 sums, these
+            may also just be too large, see :attr:`Decision.in_doubt`.
     """
 
     updated: bool
-    grad_norm: float
+    grad_norm: float | None
     found_inf: bool
 
 
@@ -60,12 +70,21 @@ class Decision:
 
     Args:
         values: float64, ``[grad_scale, squared grad_norm, found_inf]``; ``None``: the step is taken
-            unscaled, and its norm is unknown (reported as 0, as Megatron does without clipping).
+            unscaled, and its norm is unknown.
+        wide: float64 sums, if they were taken.
+
+    Attributes:
+        wide: as above.
+        problem: why the step is skipped though all gradients are finite; ``None``: it is not.
+        names: this rank's parameters that are the reason.
     """
 
-    def __init__(self, values: Tensor | None = None) -> None:
+    def __init__(self, values: Tensor | None = None, wide: WideSums | None = None) -> None:
         self._values = values
-        self._outcome: Outcome | None = Outcome(True, 0.0, False) if values is None else None
+        self._outcome: Outcome | None = Outcome(True, None, False) if values is None else None
+        self.wide = wide
+        self.problem: str | None = None
+        self.names: list[str] = []
 
     @property
     def grad_scale(self) -> float | Tensor:
@@ -82,11 +101,25 @@ class Decision:
             self._outcome = Outcome(math.isfinite(grad_scale), grad_norm, found_inf > 0)
         return self._outcome
 
+    @property
+    def in_doubt(self) -> bool:
+        """Whether float32 sums are too large to decide; waits for the device.
+
+        The step is not taken then: :meth:`AdamMini.sum_squares_in_float64`, and decide again.
+        """
+        return self.read().found_inf and self.wide is None
+
+    def skip(self, problem: str, names: list[str]) -> None:
+        """Skip the step because something finite does not fit into float32."""
+        self._outcome = self.read()._replace(updated=False)
+        self.problem, self.names = problem, names
+
 
 class AdamMini:
     """State and step of Adam-mini for the slices of one rank.
 
-    A step is :meth:`sum_squares`, :meth:`decide`, :meth:`update`, :meth:`finish`, on all ranks.
+    A step is :meth:`sum_squares`, :meth:`decide`, :meth:`update`, :meth:`finish`, on all ranks; if
+    the decision is in doubt, the first three again with :meth:`sum_squares_in_float64`.
 
     Args:
         plan: all integers.
@@ -194,6 +227,20 @@ class AdamMini:
         self.collectives.add_over_model_(self._stats_D2)
         return self._stats_D2.sum(dim=0) if len(self._stats_D2) > 1 else self._stats_D2[0]
 
+    def sum_squares_in_float64(self) -> tuple[Tensor, WideSums]:
+        """Read every gradient again, with squares and sums in float64; all ranks must call it.
+
+        Collectives: the one for the norm.
+
+        Returns:
+            The tensor that :meth:`sum_squares` returns, and the sums, both for :meth:`decide`.
+        """
+        wide = WideSums(self.plan, self.buffers, self.device)
+        stats_D2 = torch.zeros_like(self._stats_D2)
+        wide.norm_partials_(stats_D2, self._norm_domain_SR)
+        self.collectives.add_over_model_(stats_D2)
+        return stats_D2.sum(dim=0), wide
+
     def sum_squares_of_cut_blocks(self) -> None:
         """Sum the squares of cut blocks only; all ranks must call it.
 
@@ -207,6 +254,7 @@ class AdamMini:
     def decide(
         self,
         stats: Tensor,
+        wide: WideSums | None = None,
         *,
         clip_grad: float = 0.0,
         inv_scale: Tensor | None = None,
@@ -216,27 +264,33 @@ class AdamMini:
 
         Args:
             stats: what :meth:`sum_squares` returned.
+            wide: what :meth:`sum_squares_in_float64` returned, too.
             clip_grad: largest norm; 0: no clipping.
             inv_scale: inverse of the loss scale, one float32 number.
             skip_threshold: steps with a larger norm are skipped.
         """
-        norm_sq, num_non_finite = stats
+        scaled_sq, num_non_finite = stats
         # grad_scale <- 1 / loss_scale
-        grad_scale = torch.ones_like(norm_sq)
+        grad_scale = torch.ones_like(scaled_sq)
         if inv_scale is not None:
             grad_scale *= inv_scale.squeeze()
         # |g| <- sqrt(norm^2 / loss_scale^2)
-        norm_sq = norm_sq * grad_scale**2
+        norm_sq = scaled_sq * grad_scale**2
         grad_norm = norm_sq.sqrt()
         # grad_scale <- grad_scale * min(1, clip_grad / |g|)
         if clip_grad > 0.0:
             grad_scale = grad_scale * (clip_grad / (grad_norm + _CLIP_EPS)).clamp(max=1.0)
-        found_inf = (num_non_finite > 0) | ~grad_norm.isfinite()
+        found_inf = num_non_finite > 0
+        if wide is None:
+            # Or sums may overflow once they are complete; or grad_scale may be below 2^-63, whose
+            # square (for v) has few bits in float32.
+            smallest = min(1.0, clip_grad) if clip_grad > 0.0 else 1.0
+            found_inf |= ~(scaled_sq <= _MAX_NORM_SQ * smallest**2)
         skip = found_inf | (grad_norm > skip_threshold)
         # Kernels read it as float32. It does not exceed the float32 number 1 / loss_scale, so it
         # is finite there if it is finite here: steps that kernels skip are not counted.
         grad_scale = grad_scale.masked_fill(skip, math.nan)
-        return Decision(torch.stack([grad_scale, norm_sq, found_inf.double()]))
+        return Decision(torch.stack([grad_scale, norm_sq, found_inf.double()]), wide)
 
     def update(self, decision: Decision) -> None:
         """Advance v, m, main parameters and model weights by one step; local to the rank.
@@ -254,13 +308,11 @@ class AdamMini:
             p   <- p - lr * weight_decay * p
             p   <- p - lr / (1 - beta1^t) * m / (sqrt(v_b / (1 - beta2^t)) + eps)
         """
+        if decision.wide is not None:
+            self._update_with(decision.wide, decision)
+            return
         scalars, kernels = self._scalars, self.kernels
-        scalars.fill(
-            self.main_params.param_groups,
-            betas=self._betas(),
-            step=self.main_params.step_count + 1,
-            grad_scale=decision.grad_scale,
-        )
+        self._fill_scalars(decision.grad_scale)
         state = self.main_params.attach()
         vectors = self._vectors(state)
         single_phase = self.config.single_phase
@@ -275,9 +327,7 @@ class AdamMini:
             if len(plan.uncut):
                 update_(tensors, plan.uncut, vectors, scalars)
             # the same, with v per element
-            if len(plan.ranges):
-                elements = state.exp_avg_sq_E[plan.elements]
-                kernels.update_elementwise_(tensors, elements, plan.ranges, vectors, scalars)
+            self._update_ranges(held, state, vectors)
         # the same for cut blocks, once their sums are complete
         self.collectives.finish_(self._sum_sq_S)
         if self._cut is not None:
@@ -286,12 +336,65 @@ class AdamMini:
                 if len(held.plan.cut):
                     kernels.update_(self._tensors(held), held.plan.cut, vectors, scalars)
 
+    def _update_with(self, wide: WideSums, decision: Decision) -> None:
+        """Take the same step from float64 sums, unless v or the gradients' factor would not fit.
+
+        All ranks must call it. Collectives: those of :meth:`sum_squares`, the last for a count.
+        """
+        if not decision.read().updated:
+            return
+        grad_scale = torch.as_tensor(decision.grad_scale)
+        if grad_scale < _MIN_SCALE:
+            decision.skip("the factor that clips them does not fit into float32", [])
+            return
+        # s <- mean(grad_scale^2 g * g): float32 holds each rank's part of it if it holds v
+        mean_sq_S = wide.shares_of_mean(grad_scale)
+        self.collectives.start_(mean_sq_S)
+        self.collectives.finish_(mean_sq_S)
+        too_large = wide.too_large(mean_sq_S, grad_scale)
+        count_D = torch.zeros(len(self.plan.domains), dtype=torch.int64, device=self.device)
+        count_D[:1] = too_large.sum()
+        self.collectives.add_over_model_(count_D)
+        if count_D.sum() > 0:
+            decision.skip(
+                "v, a mean of their squares, does not fit into float32 (--clip-grad would help)",
+                wide.names(too_large),
+            )
+            return
+        state = self.main_params.attach()
+        vectors, scalars, kernels = self._vectors(state), self._scalars, self.kernels
+        # v <- beta2 v + (1 - beta2) s;  step <- lr' / (sqrt(v') + eps)
+        self._fill_scalars(1.0)
+        means = vectors._replace(sum_sq_SR=mean_sq_S, inv_numel_S=torch.ones_like(mean_sq_S))
+        kernels.segment_step_size_(means, scalars)
+        scalars.grad_scale.copy_(grad_scale)
+        for held in state.buffers:
+            tensors, plan = self._tensors(held), held.plan
+            for table in filter(len, (plan.uncut, plan.cut)):
+                kernels.update_(tensors, table, vectors, scalars)
+            self._update_ranges(held, state, vectors)
+
     def finish(self, decision: Decision) -> Outcome:
         """Wait for the decision, and count the step unless it was skipped."""
         outcome = decision.read()
         if outcome.updated:
             self.main_params.step_count += 1
         return outcome
+
+    def _update_ranges(self, held: BufferState, state: RankState, vectors: SegmentVectors) -> None:
+        if len(held.plan.ranges):
+            elements = state.exp_avg_sq_E[held.plan.elements]
+            self.kernels.update_elementwise_(
+                self._tensors(held), elements, held.plan.ranges, vectors, self._scalars
+            )
+
+    def _fill_scalars(self, grad_scale: float | Tensor) -> None:
+        self._scalars.fill(
+            self.main_params.param_groups,
+            betas=self._betas(),
+            step=self.main_params.step_count + 1,
+            grad_scale=grad_scale,
+        )
 
     def _sum(self, buffer: Buffer, table: SegmentTable) -> None:
         if len(table):
@@ -315,7 +418,8 @@ class AdamMini:
         return BufferTensors(held.param, held.exp_avg, buffer.weight, buffer.grad)
 
     def _betas(self) -> tuple[float, float]:
-        betas = {tuple(group["betas"]) for group in self.main_params.param_groups}
+        groups = self.main_params.param_groups
+        betas = {tuple(group["betas"]) for group in groups} or {(0.0, 0.0)}  # nothing to train
         if len(betas) != 1:
             raise NotImplementedError(
                 f"Adam-mini got parameter groups with different betas {sorted(betas)}; all groups "

@@ -20,7 +20,7 @@ from megatron_adam_mini.plan.buffer_plan import BufferPlan, Window
 from megatron_adam_mini.plan.step_plan import Piece
 from megatron_adam_mini.rounding import join, split, to_weight
 
-#: Number of elements rounded at a time when state is loaded.
+#: Number of elements rounded or joined at a time.
 _STORE_NUMEL = 2**22
 
 
@@ -119,6 +119,17 @@ class BufferState:
         if self.param.dtype == torch.float32:
             return self.param[window.in_state]
         return join(self.buffer.weight[window.in_buffer], self.param[window.in_state])
+
+    def norm(self, window: Window) -> Tensor:
+        """Return the norm of the main parameters of a window, float32, shape ``()``."""
+        # In parts: joined main parameters of a whole window are as long as what remainders save.
+        parts = range(0, window.numel, _STORE_NUMEL)
+        norms = [
+            self.main_param(window.part(begin, min(begin + _STORE_NUMEL, window.numel))).norm()
+            for begin in parts
+        ]
+        norm: Tensor = torch.stack(norms).norm()
+        return norm
 
     def as_float32(self, window: Window) -> dict[str, Tensor]:
         """Return ``param`` and ``exp_avg`` of a window as float32: views of float32 state."""

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from megatron.core import __version__ as MCORE_VERSION  # noqa: N812 (a constant)
 from megatron.core import optimizer as mcore_optimizer
 from megatron.core import parallel_state
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.layers import (
     copy_tensor_model_parallel_attributes,
     param_is_not_tensor_parallel_duplicate,
@@ -64,6 +65,14 @@ VALIDATE_ARGUMENTS = Hook("megatron.training.arguments", "validate_args")
 #: Makes the optimizer's config from arguments. Public; all, but before 0.18 it raises for unknown
 #: optimizers.
 OPTIMIZER_CONFIG = Hook("megatron.training.training", "get_megatron_optimizer_config")
+#: Computes what --log-params-norm logs; of bfloat16 parameters it reads ``main_param`` and
+#: ``main_param_sharded``. Public; all that have megatron.training.
+PARAMS_NORM = Hook("megatron.training.training", "calc_params_l2_norm")
+#: Bytes of weights, gradients and Adam's state on the fullest rank, by a formula. Public; all that
+#: have megatron.training.
+STATE_MEMORY = Hook(
+    "megatron.training.theoretical_memory_usage", "compute_weight_and_optimizer_memory"
+)
 #: Writes the logs. Public; all, with more arguments since 0.18.
 TRAINING_LOG = Hook("megatron.training.training", "training_log")
 
@@ -261,3 +270,41 @@ def stored_prefixes(module: Module) -> Mapping[str, str]:
     submodules = getattr(module, "submodules_config", None)
     prefixes: Mapping[str, str] = getattr(submodules, "sharded_state_dict_keys_map", {})
     return prefixes
+
+
+# Buffers and tables of the distributed optimizer.
+
+
+def gather_again(chunk: Any) -> None:
+    """Let the next forward pass of a DDP-wrapped chunk start its parameter gather; since 0.19."""
+    reset = getattr(chunk, "reset_param_sync_dispatch_state", None)
+    if reset is not None:
+        reset()
+
+
+#: Checkpoint formats that load under any layout; all.
+RESHARDABLE_FORMATS: set[str] = DistributedOptimizer.checkpoint_fully_reshardable_formats
+#: Lays out parameters in buffers, a static method; since 0.19.
+PARAM_LAYOUT: Any = vars(DistributedOptimizer).get("compute_full_param_layout")
+
+
+def owned_ranges(buffer: Any) -> dict[tuple[Any, Any], list[dict[str, Any]]]:
+    """Return what this rank owns of a buffer: ``_build_gbuf_range_map``."""
+    found: dict[tuple[Any, Any], list[dict[str, Any]]]
+    found = DistributedOptimizer._build_gbuf_range_map(buffer)
+    return found
+
+
+def buffer_of_params(ranges: Sequence[Any]) -> dict[Parameter, tuple[int, Any, int]]:
+    """Return where each parameter of :func:`owned_ranges` is: ``_build_model_param_gbuf_map``."""
+    found: dict[Parameter, tuple[int, Any, int]]
+    found = DistributedOptimizer._build_model_param_gbuf_map(ranges)
+    return found
+
+
+def owned_by_group(
+    groups: Sequence[Any], ranges: Sequence[Any]
+) -> tuple[dict[Parameter, tuple[int, int]], list[dict[str, Any]]]:
+    """Return group and place of each such parameter: ``_build_optimizer_group_ranges``."""
+    index, by_group = DistributedOptimizer._build_optimizer_group_ranges(groups, ranges)
+    return index, by_group

@@ -26,16 +26,22 @@ from torch.nn import Parameter
 
 from megatron_adam_mini.agreement import on_all_ranks
 from megatron_adam_mini.mcore import checkpoint, compat, parameter_state
+from megatron_adam_mini.mcore.distributed_names import DistributedNames
 from megatron_adam_mini.mcore.entries import StateView
 from megatron_adam_mini.mcore.model_space import ModelEntries
 from megatron_adam_mini.mcore.state_part import StatePart, part_of
 from megatron_adam_mini.optimizer import AdamMini, Decision, Outcome
 from megatron_adam_mini.plan.step_plan import Piece
+from megatron_adam_mini.wide_sums import WideSums
 
 logger = logging.getLogger(__name__)
 
+#: The pass that takes block sums, norm and clipping factor. Megatron prints the timers that it
+#: knows by name, and no others.
+_SUMS_TIMER = "optimizer-clip-main-grad"
 
-class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
+
+class AdamMiniOptimizer(DistributedNames, MegatronOptimizer):  # type: ignore[misc]
     """Adam-mini behind Megatron's optimizer interface.
 
     Built by ``factory.build_optimizer``; users get it from Megatron's ``get_megatron_optimizer``,
@@ -79,10 +85,17 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         self.is_stub_optimizer = False
         self.ddp_config: Any = model_chunks[0].ddp_config
         self._groups_of_ranks = groups
+        self.tp_group = groups.tp
+        self.expert_tp_group = compat.expert_tp_group(groups)
+        self.grad_stats_parallel_group = inner.collectives.norm_group
+        self.grad_norms_by_group: dict[str, float] = {}
+        self.found_inf = torch.zeros(1, dtype=torch.float32, device=inner.device)
         self._scale_one = torch.ones(1, dtype=torch.float32, device=inner.device)
-        self._sums: tuple[Tensor, Tensor | None] | None = None
+        # Sums of squares in float32 or, too, in float64, and the inverse loss scale.
+        self._sums: tuple[Tensor, WideSums | None, Tensor | None] | None = None
         self._decision: Decision | None = None
-        self._warned_non_finite = False
+        self._clip_grad = 0.0
+        self._warned: set[str] = set()
         self._describe_shards()
 
     @torch.no_grad()
@@ -93,18 +106,28 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         only at the end, for the values to return.
 
         Returns:
-            ``(updated, grad_norm, num_zeros_in_grad)``. A step with a non-finite gradient on any
-            rank is skipped everywhere: ``(False, None, None)``, with no state changed.
+            ``(updated, grad_norm, num_zeros_in_grad)``; the norm is ``None`` in a single-phase
+            step, which does not know it. A step with a non-finite gradient on any rank is skipped
+            everywhere: ``(False, None, None)``, with no state changed. If all are finite, but v
+            would not fit into float32: ``(False, grad_norm, num_zeros_in_grad)``.
         """
         self._sums = self._decision = None
         decision = self._decide_at_once()
         self._update(decision)
+        if decision.in_doubt:
+            decision = self._decide(*self._wide_sums())
+            if decision.read().updated:
+                self._update(decision)
         outcome = self.inner.finish(decision)
         self._tell_scaler(outcome)
+        self._report(decision)
         if outcome.found_inf:
             return False, None, None
-        num_zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
-        if not outcome.updated:
+        num_zeros = None
+        if self.config.log_num_zeros_in_grad:
+            with self._timer("optimizer-count-zeros"):
+                num_zeros = self.count_zeros()
+        if not outcome.updated and decision.problem is None:
             logger.info(
                 "skipping a step: grad_norm %s exceeds grad_norm_skip_threshold %s",
                 outcome.grad_norm,
@@ -114,41 +137,56 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
     def _decide_at_once(self) -> Decision:
         """Compute all sums and decide, without waiting for the device."""
-        with self._timer("optimizer-block-sums"):
+        with self._timer(_SUMS_TIMER):
             if self.inner.config.single_phase:
                 self.inner.sum_squares_of_cut_blocks()
                 return Decision()
-            stats = self.inner.sum_squares()
-            return self.inner.decide(
-                stats,
-                inv_scale=self._inv_scale(),
-                clip_grad=self.config.clip_grad,
-                skip_threshold=compat.grad_norm_skip_threshold(self.config),
-            )
+            return self._decide(self.inner.sum_squares())
+
+    def _decide(self, stats: Tensor, wide: WideSums | None = None) -> Decision:
+        return self.inner.decide(
+            stats,
+            wide,
+            inv_scale=self._inv_scale(),
+            clip_grad=self.config.clip_grad,
+            skip_threshold=compat.grad_norm_skip_threshold(self.config),
+        )
+
+    def _wide_sums(self) -> tuple[Tensor, WideSums]:
+        with self._timer(_SUMS_TIMER):
+            return self.inner.sum_squares_in_float64()
 
     # The same phase by phase, for callers that drive a MegatronOptimizer themselves.
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
-        """Compute all sums; return whether any gradient of any rank is not finite."""
+        """Compute all sums; return whether any gradient of any rank is not finite.
+
+        ``.grad`` of each main shard is its gradient from here on, for callers that change it.
+        """
         if self.inner.config.single_phase:
             raise RuntimeError(
                 "A single-phase step has no phases to drive one by one; call step(), or drop "
                 "--adam-mini-single-phase."
             )
-        with self._timer("optimizer-block-sums"):
+        with self._timer(_SUMS_TIMER):
             # The loss scale of these gradients: the scaler changes it before they are used.
-            self._sums = self.inner.sum_squares(), self._inv_scale()
-            stats, inv_scale = self._sums
-            self._decision = self.inner.decide(stats, inv_scale=inv_scale)
-        outcome = self._decision.read()
+            self._sums = self.inner.sum_squares(), None, self._inv_scale()
+        self._clip_grad = 0.0
+        decision = self._decide_phase()
+        self._lend_gradients()
+        outcome = decision.read()
         self._tell_scaler(outcome)
+        if outcome.found_inf:
+            self._report(decision)
         return outcome.found_inf
 
     @torch.no_grad()
     def get_grad_norm(self) -> float:
         """Return the norm of the model's gradient, without the loss scale, before clipping."""
-        return self._decided("get_grad_norm").read().grad_norm
+        grad_norm = self._decided("get_grad_norm").read().grad_norm
+        assert grad_norm is not None
+        return grad_norm
 
     @torch.no_grad()
     def clip_grad_norm(self, clip_grad: float) -> float:
@@ -156,19 +194,55 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
         Gradients are never rewritten: after the step, ``main_grad`` is unclipped.
         """
-        grad_norm = self.get_grad_norm()
+        self._decided("clip_grad_norm")
+        self._clip_grad = clip_grad
+        self._decide_phase()
+        return self.get_grad_norm()
+
+    def _decide_phase(self) -> Decision:
         assert self._sums is not None
-        stats, inv_scale = self._sums
-        self._decision = self.inner.decide(stats, inv_scale=inv_scale, clip_grad=clip_grad)
-        return grad_norm
+        stats, wide, inv_scale = self._sums
+        decision = self.inner.decide(stats, wide, inv_scale=inv_scale, clip_grad=self._clip_grad)
+        if decision.in_doubt:
+            self._sums = (*self._wide_sums(), inv_scale)
+            return self._decide_phase()
+        self._decision = decision
+        return decision
 
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
-        """Update state and weights, and start Megatron's parameter all-gather."""
-        decision = self._decided("step_with_ready_grads")
+        """Update state and weights, and start Megatron's parameter all-gather.
+
+        Sums are taken again: the caller may have clipped the gradients of the main shards.
+        """
+        self._decided("step_with_ready_grads")
+        assert self._sums is not None
+        _, _, inv_scale = self._sums
+        self._take_gradients_back()
+        with self._timer(_SUMS_TIMER):
+            self._sums = self.inner.sum_squares(), None, inv_scale
+        decision = self._decide_phase()
         self._update(decision)
         self._sums = self._decision = None
-        return self.inner.finish(decision).updated
+        outcome = self.inner.finish(decision)
+        self._report(decision)
+        return outcome.updated
+
+    def _lend_gradients(self) -> None:
+        """Let ``.grad`` of the main shards be their gradients, still with the loss scale.
+
+        They are views of float32 gradients and copies of others. Shards that are 16-bit weights,
+        completed by remainders, cannot have float32 gradients, and have none.
+        """
+        for shard, piece in zip(self.optimizer.shards, self.inner.plan.pieces, strict=True):
+            if _is_float32(shard):
+                shard.grad = self.inner.grad(piece).float()
+
+    def _take_gradients_back(self) -> None:
+        for shard, piece in zip(self.optimizer.shards, self.inner.plan.pieces, strict=True):
+            grad = self.inner.grad(piece)
+            if shard.grad is not None and shard.grad.data_ptr() != grad.data_ptr():
+                grad.copy_(shard.grad)
 
     def _decided(self, caller: str) -> Decision:
         if self._decision is None:
@@ -189,13 +263,38 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
     def _tell_scaler(self, outcome: Outcome) -> None:
         if self.grad_scaler is not None:
+            self.found_inf.fill_(outcome.found_inf)
             self.grad_scaler.update(outcome.found_inf)
-        elif outcome.found_inf and not self._warned_non_finite:
-            self._warned_non_finite = True
-            logger.warning(
-                "skipping a step with non-finite gradients; optimizer state and weights are "
-                "unchanged (further skipped steps are only counted in Megatron's log)"
+
+    def _report(self, decision: Decision) -> None:
+        """Log, once of each kind, what float32 cannot hold: on rank 0 and where it is."""
+        outcome, wide, problem = decision.read(), decision.wide, decision.problem
+        if wide is None or (outcome.found_inf and self.grad_scaler is not None):
+            return  # with a loss scale, gradients that are not finite are nothing special
+        if not (outcome.updated or outcome.found_inf or problem):
+            return  # above the threshold of norms
+        kind = "non-finite" if outcome.found_inf else problem or "float64"
+        if kind in self._warned:
+            return
+        self._warned.add(kind)
+        names = wide.non_finite_names() if outcome.found_inf else decision.names
+        finite = f"gradients are finite (norm {outcome.grad_norm:.3g})"
+        if outcome.updated:
+            text = (
+                f"{finite}, but sums of their squares overflow float32, or nearly: such steps take "
+                "sums in float64, and longer (further ones are not logged)"
             )
+        else:
+            reason = "non-finite gradients" if outcome.found_inf else f"{finite}, but {problem}"
+            text = (
+                f"skipping a step: {reason}; optimizer state and weights are unchanged (further "
+                "skipped steps are only counted in Megatron's log)"
+            )
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            text += f". On this rank: {', '.join(names[:5])}{more}"
+        if names or not distributed.is_initialized() or distributed.get_rank() == 0:
+            logger.warning(text)
 
     def count_zeros(self) -> int:
         """Return the number of zeros in the model's gradients, each parameter counted once."""
@@ -224,8 +323,8 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         return self.inner.collectives.norm_group
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop ``.grad`` of all parameters; Megatron zeroes its buffers itself."""
-        for param in self.model_params:
+        """Drop ``.grad`` of all parameters and shards; Megatron zeroes its buffers itself."""
+        for param in (*self.model_params, *self.optimizer.shards):
             if set_to_none:
                 param.grad = None
             elif param.grad is not None:
@@ -304,6 +403,10 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
             return [[None] * len(group) for group in self.model_float16_groups]
         return self._by_group(lambda param, _, shard: None if _is_float32(param) else shard)
 
+    def _model_params_by_group(self) -> list[list[Parameter]]:
+        found: Any = self._by_group(lambda param, _, __: param)
+        return list(found)
+
     def _by_group(
         self, select: Callable[[Parameter, Piece, Tensor], Tensor | None]
     ) -> list[list[Tensor]]:
@@ -321,7 +424,13 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         for held in self.optimizer.attach().buffers:
             held.write_weights()
 
-    _copy_main_params_to_param_buffer = _copy_main_params_to_model_params
+    @torch.no_grad()
+    def _copy_main_params_to_param_buffer(self) -> None:
+        """Do the same, and let the next forward pass gather weights again if it overlaps that."""
+        self._copy_main_params_to_model_params()
+        if self.ddp_config.use_distributed_optimizer:
+            for chunk in self.model_chunks:
+                compat.gather_again(chunk)
 
     @torch.no_grad()
     def _copy_model_params_to_main_params(self) -> None:
@@ -550,8 +659,8 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
     def _describe_shards(self) -> None:
         """Give shards Megatron's attributes of their parameters, and parameters ``main_param``.
 
-        Megatron's parameter norm reads it. Remainders allow no such view; it then computes the
-        norm of the weights.
+        Megatron's parameter norm reads it. Remainders allow no such view; ``metrics`` helps the
+        norm then. The order within groups is that of Megatron's Adam.
         """
         owned = not self.inner.config.param_remainders
         for param in self.model_params:
@@ -565,6 +674,14 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
             compat.copy_attributes(shard, param)
             if owned and not _is_float32(param):
                 param.main_param = shard  # type: ignore[attr-defined]
+        is_sharded = self.ddp_config.use_distributed_optimizer
+        self.optimizer.sort_shards(
+            lambda piece: (
+                not _is_float32(self.model_params[piece.parameter])
+                if is_sharded
+                else piece.parameter
+            )
+        )
 
 
 def _is_float32(param: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Registration with Megatron: which of its functions are wrapped, and how to undo it.
 
 Imports ``compat``, which names the functions and their releases, and the wrappers' modules.
-Nine functions are replaced, those of megatron.training only if it is installed:
+Eleven functions are replaced, those of megatron.training only if it is installed:
 
 * the optimizer factory builds Adam-mini if the config names it;
 * a checkpoint that is saved says what its optimizer state is, and a load asks for what is there;
@@ -11,7 +11,9 @@ Nine functions are replaced, those of megatron.training only if it is installed:
 * Adam-mini's flags are validated, then Megatron validates all others as for Adam: for any other
   optimizer it would replace the distributed optimizer by the layer-wise one;
 * the options are attached to the optimizer's config;
-* Adam-mini's metrics are added to the logs.
+* Adam-mini's metrics are added to the logs;
+* the norm of the parameters is computed from main parameters that Megatron cannot read;
+* the logged theoretical memory is Adam-mini's.
 """
 
 from __future__ import annotations
@@ -36,7 +38,11 @@ from megatron_adam_mini.mcore.checkpoint_calls import wrap_load, wrap_save
 from megatron_adam_mini.mcore.compat import Hook
 from megatron_adam_mini.mcore.factory import build_optimizer
 from megatron_adam_mini.mcore.load_guard import wrap_load_common
-from megatron_adam_mini.mcore.metrics import wrap_training_log
+from megatron_adam_mini.mcore.metrics import (
+    wrap_params_norm,
+    wrap_state_memory,
+    wrap_training_log,
+)
 from megatron_adam_mini.mcore.preflight import refuse_keywords
 
 
@@ -112,6 +118,8 @@ def register() -> Registration:
         handle.replace(compat.VALIDATE_ARGUMENTS, functools.partial(_wrap_validate, defaults))
         handle.replace(compat.OPTIMIZER_CONFIG, _wrap_config)
         handle.replace(compat.TRAINING_LOG, wrap_training_log)
+        handle.replace(compat.PARAMS_NORM, wrap_params_norm)
+        handle.replace(compat.STATE_MEMORY, wrap_state_memory)
     _active = handle
     return handle
 
