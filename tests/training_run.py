@@ -215,7 +215,7 @@ def _shards(chunks: list[Any], member: Any) -> dict[str, Any]:
     """Return main shards by name, as Megatron's distributed optimizer lists them."""
     names = {param: name for name, param in _names(chunks).items()}
     models = [*member.model_float16_groups, *member.model_fp32_groups]
-    if any(group for group in member.shard_fp32_from_float16_groups):
+    if any(shard is not None for group in member.shard_fp32_from_float16_groups for shard in group):
         shards = [*member.shard_fp32_from_float16_groups, *member.shard_fp32_groups]
     else:  # remainders
         shards = [*member.shard_float16_groups, *member.shard_fp32_groups]
