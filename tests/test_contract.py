@@ -675,6 +675,14 @@ def _reloaded(ours: Side, stock: Side) -> None:
         assert optimizer(ours).reload_model_params() is None
         assert optimizer(stock).reload_model_params() is None
         assert plain(ours.shards(), ours) == plain(stock.shards(), stock)
+        for side in (ours, stock):
+            names = dict(side.leaf.model_chunks[0].named_parameters())
+            wide = {
+                name.replace("module.", ""): param.detach().float() * 1.001
+                for name, param in names.items()
+            }
+            assert optimizer(side).reload_model_params({"model": wide}) is None
+        assert plain(ours.shards(), ours) == plain(stock.shards(), stock)
 
 
 @check("changed", "offload_to_cpu", "restore_from_cpu")

@@ -37,12 +37,18 @@ logger = logging.getLogger(__name__)
 class Hook(NamedTuple):
     """A function of Megatron that ``registration`` wraps.
 
-    Megatron looks it up as a global of its module at call time, so its callers may have been
-    imported before.
+    Megatron looks it up at call time, as a global of its module or in its class, so its callers may
+    have been imported before.
     """
 
     module: str
     name: str
+    owner: str = ""  # class in the module
+
+    def place(self) -> Any:
+        """Return the module or class that holds the function."""
+        module = importlib.import_module(self.module)
+        return getattr(module, self.owner) if self.owner else module
 
 
 #: ``get_megatron_optimizer`` calls it for every optimizer that is neither Adam nor SGD. Private;
@@ -56,6 +62,10 @@ CHECKPOINT_LOAD = Hook("megatron.core.dist_checkpointing", "load")
 CHECKPOINT_COMMON = (
     Hook("megatron.core.dist_checkpointing", "load_common_state_dict"),
     Hook("megatron.core.dist_checkpointing", "load_content_metadata"),
+)
+#: Loads a schedule, or checks that it is this run's. Public; all.
+SCHEDULER_LOAD = Hook(
+    "megatron.core.optimizer_param_scheduler", "load_state_dict", "OptimizerParamScheduler"
 )
 #: Adds all flags to a parser. Public; all that have megatron.training.
 ADD_ARGUMENTS = Hook("megatron.training.arguments", "add_megatron_arguments")

@@ -135,7 +135,8 @@ def check_request(checkpoint: Checkpoint, request: Any) -> None:
             f"({len(problems)} such entries on this rank). Formats with flat buckets "
             "(dp_reshardable, dp_zero_gather_scatter) need the tensor- and pipeline-parallel sizes "
             "and the bucket size (--ddp-bucket-size) that they were saved with, all formats the "
-            "model. Load it with those, or start without it: --no-load-optim."
+            "model, with no more trained parameters. Load it with those, or start without it: "
+            "--no-load-optim."
         )
 
 
