@@ -17,7 +17,7 @@ from megatron_adam_mini.cli import main
 from tests.gather import slices_of, weights_of, whole_tensors
 from tests.megatron_job import Job, Trainer
 from tests.ranks import RankError, run_ranks
-from tests.test_checkpoint import BASE, STATE
+from tests.test_checkpoint import BASE, STATE, adam_state, compare_with_adam
 
 FLAGS = """
     --micro-batch-size 1 --global-batch-size 48 --train-iters 10 --lr 1e-3 --swiglu
@@ -197,6 +197,23 @@ def test_megatrons_default_flags_give_a_checkpoint_for_any_layout(tmp_path: Path
     compare_unpadded(saved, buckets, run_ranks(1, load_and_save, wider, *folders), wider)
     with pytest.raises(RankError, match="mismatch after resume"):  # Megatron's own refusal
         run_ranks(2, load_and_save, replace(wider, tp=2), *folders)
+
+
+def save_plain_adam(job: Job, folder: str) -> Any:
+    set_megatron_args(job, folder, "--optimizer", "adam")
+    trainer = Trainer(job)
+    trainer.step(0)
+    save(trainer)
+    return (adam_state(trainer),)
+
+
+def test_adam_without_the_distributed_optimizer_starts_a_run_with_it(tmp_path: Path) -> None:
+    """Under other TP and PP sizes, for which Megatron asks the metadata for a format it lacks."""
+    adam_job = replace(BASE, tp=2, layers=2, steps=1, optimizer="adam", distributed_optimizer=False)
+    adam = run_ranks(2, save_plain_adam, adam_job, str(tmp_path / "a"))
+    job = replace(adam_job, tp=1, optimizer="adam_mini", distributed_optimizer=True)
+    loaded = run_ranks(2, load_and_save, job, str(tmp_path / "a"), str(tmp_path / "b"))
+    compare_with_adam(adam, adam_job, [(r["state"],) for r in loaded], job)
 
 
 def test_format_torch_and_its_conversion_to_torch_dist_and_back(tmp_path: Path) -> None:
