@@ -38,6 +38,7 @@ FLAGS = (
     "--adam-mini-param-remainders",
     "--adam-mini-stochastic-rounding",
     "--adam-mini-single-phase",
+    "--adam-mini-checkpoint-format",
 )
 
 
@@ -121,6 +122,7 @@ def test_flags_reach_the_config(tmp_path):
         *("--adam-mini-no-file-check", "--adam-mini-param-remainders"),
         *("--adam-mini-stochastic-rounding", "--exp-avg-dtype", "bf16", "--bf16"),
         *("--adam-mini-single-phase", "--clip-grad", "0"),
+        *("--adam-mini-checkpoint-format", "buckets"),
     ]
     own = [flag for flag in flags if flag.startswith("--adam-mini")]
     assert sorted(own) == sorted(FLAGS)
@@ -137,6 +139,7 @@ def test_flags_reach_the_config(tmp_path):
         stochastic_rounding=True,
         param_remainders=True,
         single_phase=True,
+        checkpoint_format="buckets",
     )
 
 
@@ -211,6 +214,10 @@ def test_bad_values_are_refused_before_megatron_validates(tmp_path):
             "ValueError",
             "a loss scale (--fp16 or --loss-scale) needs it first",
         ),
+        ("--adam-mini-checkpoint-format", "buckets", "--dist-ckpt-optim-fully-reshardable"): (
+            "ValueError",
+            "contradict each other",
+        ),
         ("--exp-avg-dtype", "fp16"): ("ValueError", "exp_avg_dtype='fp16' is not known; allowed"),
         ("--exp-avg-sq-dtype", "bf16"): ("NotImplementedError", "--exp-avg-sq-dtype bf16: allowed"),
         ("--main-params-dtype", "fp16"): ("NotImplementedError", "Remedy: drop the flag; what"),
@@ -233,6 +240,22 @@ def test_bad_values_are_refused_before_megatron_validates(tmp_path):
     for (kind, text), error in zip(lines.values(), found, strict=True):
         assert error[0] == kind
         assert text in error[1]
+
+
+def buckets_without_buckets() -> list[tuple[str, str] | None]:
+    """Ask for them on the command line, and in a config."""
+    from tests.megatron_job import Job, Trainer
+
+    flags = [*ADAM_MINI[:2], "--adam-mini-checkpoint-format", "buckets"]
+    job = Job(layers=1, distributed_optimizer=False, adam_mini={"checkpoint_format": "buckets"})
+    return [error_of(parse, flags), error_of(Trainer, job)]
+
+
+def test_buckets_need_the_distributed_optimizer():
+    for error in only(run_ranks(1, buckets_without_buckets)):
+        assert error is not None
+        assert error[0] == "ValueError"
+        assert "buckets needs --use-distributed-optimizer" in error[1]
 
 
 def optimizer_after_failure() -> tuple[tuple[str, str] | None, str]:

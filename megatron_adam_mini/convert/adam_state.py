@@ -139,7 +139,8 @@ def _refuse_other_formats(checkpoint: Checkpoint) -> None:
     optimizer = checkpoint.optimizer
     if "adam_mini" in optimizer or any(key.startswith(STATE_PREFIX) for key in checkpoint.tensors):
         raise UnreadableError(f"{checkpoint.folder} holds the state of Adam-mini already.")
-    sharding = checkpoint.content.get("distrib_optim_sharding_type")
+    # Not what the content metadata say: callers of Megatron make them from constants.
+    sharding = optimizer.get("param_state_sharding_type")
     flat = any(
         ".dp_group_idx_" in k or k.startswith("optimizer.distributed.") for k in checkpoint.tensors
     )

@@ -63,9 +63,10 @@ def format_of_adam(common: Mapping[Any, Any] | None) -> str:
             "The checkpoint holds no optimizer state there (was it saved with --no-save-optim, or "
             f"apart from the model?). Load the folder that holds it, or {load_no_optimizer}."
         )
-    if all(isinstance(key, int) for key in common):
+    members = [key for key in common if isinstance(key, int)]
+    if members:
         raise ValueError(
-            f"The checkpoint holds the state of a chain of {len(common)} optimizers (experts have "
+            f"The checkpoint holds the state of a chain of {len(members)} optimizers (experts have "
             "one of their own), from which Adam-mini cannot start yet. Remedy: "
             f"{load_no_optimizer}."
         )

@@ -52,8 +52,7 @@ class SavedState(DistributedNames):
                 in it, ``dist_checkpointing.load`` finds out what the checkpoint holds.
 
         Raises:
-            ValueError: the state that ``metadata`` describes has another partition, or the model's
-                state dict lacks a parameter.
+            ValueError: the model's state dict lacks a parameter.
         """
         part = StatePart(self, ModelEntries(model_sharded_state_dict))
         if not is_loading:

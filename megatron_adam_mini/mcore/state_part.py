@@ -52,6 +52,7 @@ class StatePart:
         saved_step: step count of state that is to be saved, ``None`` if it is to be loaded.
         pending: what is requested from a checkpoint, ``None`` if that is not known.
         source: identity of Adam-mini's state for which it is requested, or the format of Adam's.
+        refusal: why the state that metadata described cannot be requested.
     """
 
     owner: Owner
@@ -59,6 +60,7 @@ class StatePart:
     saved_step: int | None = None
     pending: PendingLoad | None = None
     source: Mapping[str, Any] | str | None = None
+    refusal: ValueError | None = None
 
     def __deepcopy__(self, _: Any) -> StatePart:
         """Return itself: a copied state dict still belongs to the same optimizer."""
@@ -78,16 +80,21 @@ class StatePart:
     def to_load(self, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return a request for the state that content metadata describe, else an open request.
 
+        It is open, too, if that state cannot be loaded: the checkpoint may hold another.
+
         Raises:
-            ValueError: the state that they describe cannot be loaded into this optimizer.
+            ValueError: the model's sharded state dict lacks a parameter.
         """
-        identity = (metadata or {}).get(IDENTITY)
-        if identity is not None:
-            return self._request(identity)
         view = self.owner.state_view()
         for piece in view.inner.plan.pieces:
-            view.entry_of(piece, self.entries)  # or a refusal would come long after the call
-        return StatePart(self.owner, self.entries)._with({})
+            view.entry_of(piece, self.entries)
+        identity, refusal = (metadata or {}).get(IDENTITY), None
+        if identity is not None:
+            try:
+                return self._request(identity)
+            except ValueError as error:
+                refusal = error
+        return StatePart(self.owner, self.entries, refusal=refusal)._with({})
 
     def to_load_from(self, common: Mapping[Any, Any] | None) -> dict[str, Any] | None:
         """Return a request for the state in a checkpoint; ``None`` if this part asks for it.
@@ -117,6 +124,8 @@ class StatePart:
                 "that one. Call load_state_dict of the optimizer whose sharded_state_dict was "
                 "given to dist_checkpointing.load."
             )
+        if self.refusal is not None:
+            raise self.refusal
         if self.pending is None:
             raise ValueError(
                 "Adam-mini's state was not read from the checkpoint. sharded_state_dict(..., "
