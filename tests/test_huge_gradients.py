@@ -102,7 +102,7 @@ CASES = {
     # Sums of 32 squares fit, but the square of the clipping factor has few bits in float32.
     "everywhere, sums fit, clipped": Case(Grads(2e18), 1.0),
     "everywhere, clipped": Case(Grads(1e25), 1.0),
-    "everywhere, clipped to little": Case(Grads(1e15), 1e-6),
+    "everywhere, sums fit, clipped to little": Case(Grads(8e16), 0.01),
     # The mean of the squares of 32 elements is 3.1e38.
     "one element, its block's mean fits": Case(Grads(at=FC1, value=1e20), 0.0),
     "one element, clipped": Case(Grads(at=FC1, value=1e30), 1.0),

@@ -1,8 +1,8 @@
 """Names of Megatron's distributed optimizer that Adam-mini itself has no use for.
 
-Imports megatron.core and ``compat``. Megatron's tools and people's own scripts read them: tables of
-which rank owns which part of a buffer are made, by Megatron's own functions, when somebody asks for
-one; what cannot be had is refused. ``docs/megatron-contract.md`` lists all of them.
+Imports megatron.core and ``rank_optimizer``. Megatron's tools and people's own scripts read them:
+tables of which rank owns which part of a buffer are made, by Megatron's own functions, when
+somebody asks for one; what cannot be had is refused. ``docs/megatron-contract.md`` lists all.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_adam_mini.mcore import compat
+from megatron_adam_mini.mcore.rank_optimizer import RankOptimizer
 
 _Dtypes = tuple[Any, Any]
 
@@ -38,25 +39,17 @@ def _adams(name: str) -> Callable[..., NoReturn]:
     )
 
 
-class DistributedNames:
-    """What a distributed optimizer of Megatron has beside what Adam-mini uses; a mix-in.
+class DistributedNames(RankOptimizer):
+    """What a distributed optimizer of Megatron has beside what Adam-mini uses.
 
-    Attributes:
-        model_chunks, buffers, ddp_config, param_groups: of the optimizer, which has them.
+    Args:
+        args, kwargs: of ``RankOptimizer``.
     """
-
-    model_chunks: list[Any]
-    ddp_config: Any
-    buffers: Any
-    param_groups: Any
 
     checkpoint_fully_reshardable_formats = compat.RESHARDABLE_FORMATS
     compute_full_param_layout = compat.PARAM_LAYOUT
     #: Keys of the state of each main shard.
     optimizer_state_keys = ("exp_avg", "exp_avg_sq")
-
-    def _model_params_by_group(self) -> list[list[Parameter]]:
-        raise NotImplementedError
 
     # Tables of buffers.
 
