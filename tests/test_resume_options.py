@@ -12,8 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from megatron_adam_mini.cli import main
+from tests.adam_checkpoints import save as save_at_once
+from tests.gather import slices_of, whole_tensors
+from tests.megatron_job import Job, Trainer, whole_weight
 from tests.ranks import run_ranks
+from tests.test_checkpoint import load
 from tests.training_run import Run, Seen, assert_same_state, make_dataset, train
 
 OVERRIDE, USE = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
@@ -356,11 +362,56 @@ def test_state_of_a_parameter_that_is_frozen_now_is_left_out(
         assert FC1 in warning
 
 
+def train_and_save(job: Job, folder: str) -> Any:
+    trainer = Trainer(job)
+    for step in range(job.steps):
+        trainer.step(step)
+    save_at_once(trainer, folder, None)
+    return slices_of(trainer)
+
+
+def load_after_steps(job: Job, folder: str) -> Any:
+    trainer = Trainer(job)
+    for step in range(3):  # so that the state has moved
+        trainer.step(step)
+    load(trainer, folder)
+    return slices_of(trainer), trainer.optimizer.inner.main_params.step_count
+
+
+def test_a_frozen_parameter_starts_under_another_layout_and_in_moved_state(tmp_path: Path) -> None:
+    thawed = "decoder.layers.1.mlp.linear_fc1.weight"  # on one of the stages
+    saved_job = Job(pp=2, bf16=True, frozen=(thawed,), bucket_size=1, steps=2)
+    job = Job(tp=2, bf16=True, adam_mini={"param_remainders": True})
+    saved = run_ranks(2, train_and_save, saved_job, str(tmp_path))
+    loaded = run_ranks(2, load_after_steps, job, str(tmp_path))
+    assert [steps for _, steps in loaded] == [2, 2]
+    for key in ("param", "exp_avg", "v"):
+        before = whole_tensors(saved, key, saved_job)
+        after = whole_tensors([parts for parts, _ in loaded], key, job)
+        started = after.pop(thawed)
+        assert after.keys() == before.keys()
+        for name, value in after.items():
+            assert torch.equal(value, before[name]), f"{key} of {name}"
+        if key == "param":  # never trained
+            assert torch.equal(started, whole_weight(thawed, tuple(started.shape)).bfloat16())
+        else:
+            assert not started.any()
+    assert main(["verify", str(tmp_path)]) == 0
+
+
 def test_state_that_adam_did_not_save_is_named(data: str, tmp_path: Path) -> None:
     save(data, tmp_path, Run(optimizer="adam", frozen=("linear_fc1",)))
     for seen in go(data, Run(f"--load {tmp_path}"), ranks=2):
-        assert "optimizer.state.exp_avg.decoder.layers.mlp.linear_fc1.weight" in seen.error[1]
-    assert "--no-load-optim" in seen.error[1]
+        _, text = seen.error or ("", "")
+        assert ".decoder.layers.mlp.linear_fc1.weight is missing" in text
+        assert "no more trained parameters" in text
+
+
+def test_flat_buckets_of_other_parameters_are_refused(data: str, tmp_path: Path) -> None:
+    save(data, tmp_path, Run("--adam-mini-checkpoint-format buckets"))
+    (seen,) = go(data, Run(f"--load {tmp_path}", frozen=("linear_fc1",)))
+    _, text = seen.error or ("", "")
+    assert f"1 parameters ({FC1}) are frozen now" in text
 
 
 def joined(ranks: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -27,13 +27,19 @@ MODEL = """
     --make-vocab-size-divisible-by 1 --use-distributed-optimizer --micro-batch-size 1 --seed 3
     --split 100,0,0 --eval-iters 0 --eval-interval 1000 --log-interval 1
     --no-create-attention-mask-in-dataloader
-    --save-interval 1000 --dist-ckpt-optim-fully-reshardable
+    --save-interval 1000
 """
 #: Of 8 iterations, the first two warm the rate up, the others bring it down on a line.
 SCHEDULE = """
     --global-batch-size 2 --train-iters 8 --lr 1e-2 --min-lr 1e-3 --lr-warmup-iters 2
     --lr-decay-style linear --weight-decay 0.1
 """
+
+
+OPTIMIZERS = {
+    "adam_mini": "--optimizer adam_mini",
+    "adam": "--optimizer adam --dist-ckpt-optim-fully-reshardable",
+}
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ def train(run: Run) -> Seen:
 
     training.setup_model_and_optimizer = setup_and_look
     script = str(ROOT / "examples/pretrain_llama.py")
-    flags = f"{MODEL} {run.schedule} --optimizer {run.optimizer} {run.flags}".split()
+    flags = f"{MODEL} {run.schedule} {OPTIMIZERS[run.optimizer]} {run.flags}".split()
     try:
         launch.main(["--cpu-host", script, *flags, *["--bf16"] * run.bf16])
     except SystemExit as end:  # as --exit-interval ends a run
