@@ -418,7 +418,8 @@ class AdamMini:
         return BufferTensors(held.param, held.exp_avg, buffer.weight, buffer.grad)
 
     def _betas(self) -> tuple[float, float]:
-        betas = {tuple(group["betas"]) for group in self.main_params.param_groups}
+        groups = self.main_params.param_groups
+        betas = {tuple(group["betas"]) for group in groups} or {(0.0, 0.0)}  # nothing to train
         if len(betas) != 1:
             raise NotImplementedError(
                 f"Adam-mini got parameter groups with different betas {sorted(betas)}; all groups "

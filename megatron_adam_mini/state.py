@@ -168,12 +168,17 @@ class BufferState:
             weight = self.buffer.weight
             weight[in_buffer] = to_weight(self.param[in_state], weight.dtype)
 
-    def take_weights(self) -> None:
-        """Set the main parameters to the model's weights, after these were changed."""
+    def take_weights(self, windows: Iterable[Window] | None = None) -> None:
+        """Set the main parameters to the model's weights, after these were changed.
+
+        Args:
+            windows: where; default everywhere.
+        """
         if self.param is None:
             return
-        for slice_plan in self.plan.slices:
-            in_buffer, in_state = slice_plan.window
+        if windows is None:
+            windows = [slice_plan.window for slice_plan in self.plan.slices]
+        for in_buffer, in_state in windows:
             if self.param.dtype == torch.int16:
                 self.param[in_state] = 0
             else:

@@ -44,7 +44,7 @@ torch.set_num_threads(1)
 
 # The writers of a checkpoint report through a process that Megatron would spawn on every rank, with
 # all imports of the main module; here it is forked, as the ranks are.
-filesystem_async.get_write_results_queue.__defaults__ = ("fork",)
+filesystem_async.get_write_results_queue.__wrapped__.__defaults__ = ("fork",)
 
 # Ranks share these objects with the server for as long as nobody touches them.
 gc.collect()

@@ -326,6 +326,44 @@ def phases(trainer: Trainer, clip_grad: float) -> tuple[bool, float | None, None
     return optimizer.step_with_ready_grads(), norm, None
 
 
+def halved_steps(job: Job, by_caller: bool) -> list[str]:
+    """Halve gradients in the buffers, or on the main shards as callers of Megatron's do."""
+    trainer = Trainer(job)
+    optimizer, record = trainer.optimizer, []
+    for step in range(3):
+        trainer.backward(step)
+        if not by_caller:
+            for buffer in optimizer.inner.buffers:
+                buffer.grad.mul_(0.5)
+        assert not optimizer.prepare_grads()
+        if by_caller:
+            for shard in optimizer.get_parameters():
+                shard.grad.mul_(0.5)
+        assert optimizer.step_with_ready_grads()
+        trainer.sync_params()
+        record.append(state_bits(trainer))
+        optimizer.zero_grad()
+        assert all(shard.grad is None for shard in optimizer.get_parameters())
+    return record
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        Job(),
+        Job(bf16=True, bucket_size=3000, overlap=True),
+        Job(bf16=True, grad_fp32=False),
+        Job(fp16=True, optimizer_args={"initial_loss_scale": 2.0**10}),
+        Job(bf16=True, distributed_optimizer=False),
+    ],
+    ids=["float32", "bf16", "bf16 gradients", "fp16", "replicated"],
+)
+def test_gradients_of_main_shards_are_those_of_the_step(job: Job) -> None:
+    by_caller = run_ranks(2, halved_steps, job, True)
+    assert by_caller == run_ranks(2, halved_steps, job, False)
+    assert len({*by_caller[0]}) == 3
+
+
 def driven_run(job: Job, by_phases: bool) -> list[Any]:
     """Train by step() or by its phases; gradients of one rank are not finite in step 2."""
     from torch import distributed

@@ -25,7 +25,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
 from megatron_adam_mini.adam_rules import steps_of, steps_problem
 from megatron_adam_mini.mcore import adam_import
@@ -43,10 +42,13 @@ from megatron_adam_mini.mcore.entries import (
     tp_rank_of_rows,
     v_from_rows,
 )
+from megatron_adam_mini.mcore.frozen import note_new_pieces, start_new_pieces
 from megatron_adam_mini.mcore.model_space import ModelEntries, copy_back
+from megatron_adam_mini.mcore.param_groups import load_groups
 from megatron_adam_mini.plan.manifest import (
     BUCKETS,
     MODEL_SPACE,
+    changes_blocks,
     format_of,
     identity_of,
     partition_of_checkpoint,
@@ -116,13 +118,17 @@ def prepare_load(
     Raises:
         ValueError: the state is of another partition, or its buckets are those of another layout.
     """
-    blocks = list(view.inner.plan.parameters)
+    blocks = view.inner.plan.parameters
     sources = partition_of_checkpoint(identity, view.manifest, view.inner.config, blocks)
     checkpoint_format = format_of(identity)
     if checkpoint_format == BUCKETS:
         _refuse_other_buckets(view, identity)
-    pending = PendingLoad(view.state, average=sources != blocks)
+    pending = PendingLoad(view.state, average=changes_blocks(sources, blocks))
+    note_new_pieces(view, identity, sources, pending)
     for number, piece in enumerate(view.inner.plan.pieces):
+        source = sources[piece.parameter]
+        if source is None:
+            continue
         entry, span = view.entry_of(piece, entries), (piece.begin, piece.end)
         if checkpoint_format == MODEL_SPACE:
             for kind, flat in pending.floats_of(view.state_of(piece), piece.window).items():
@@ -131,7 +137,7 @@ def prepare_load(
                     f"{kind}.{number}",
                     entry.elements(state_key(kind, ""), flat, *span),
                 )
-        if sources[piece.parameter].pattern is None:
+        if source.pattern is None:
             values = view.state.v_of_elements(piece)
             if not piece.is_elementwise:
                 values = pending.elements[number] = torch.empty(
@@ -162,19 +168,20 @@ def finish_load(view: StateView, pending: PendingLoad, loaded: Mapping[str, Any]
     All ranks must call it, after the load that :func:`prepare_load` prepared.
 
     Raises:
-        ValueError: parameter groups do not match this run, or state of Adam is unsound.
+        ValueError: state of Adam is unsound.
     """
     for name, asked in pending.asked.items():
         copy_back(asked, loaded[SHARDS][name])
     if pending.adam_format is not None:
         loaded = adam_import.take_from_adam(view, loaded, pending)
+    start_new_pieces(view, pending)
     if pending.average and pending.adam_format != adam_import.GATHERED:
         view.inner.average_into_v(view.state, sums_over_segments(view, pending))
     else:
         for number, piece in enumerate(view.inner.plan.pieces):
             if number in pending.rows:
                 v_from_rows(view, piece, pending.rows[number])
-    _load_groups(view, loaded["param_groups"])
+    view.saved_groups[:] = load_groups(view.param_groups, loaded["param_groups"])
     view.inner.main_params.step_count = int(loaded["step"])
     if view.grad_scaler is not None and "grad_scaler" in loaded:
         view.grad_scaler.load_state_dict(loaded["grad_scaler"])
@@ -189,14 +196,14 @@ def load_common(view: StateView, state_dict: Mapping[str, Any]) -> int:
         The steps taken.
 
     Raises:
-        ValueError: parameter groups do not match this run, or their steps differ.
+        ValueError: the steps of parameter groups differ.
     """
     groups = state_dict["optimizer"]["param_groups"]
     steps = steps_of(state_dict["optimizer"])
     problem = steps_problem(steps)
     if problem:
         raise ValueError(f"The checkpoint {problem}")
-    _load_groups(view, groups)
+    view.saved_groups[:] = load_groups(view.param_groups, groups)
     if view.grad_scaler is not None and "grad_scaler" in state_dict:
         view.grad_scaler.load_state_dict(state_dict["grad_scaler"])
     return steps[0]
@@ -218,24 +225,4 @@ def _refuse_other_buckets(view: StateView, identity: Mapping[str, Any]) -> None:
             + ", ".join(f"{name} ({saved.get(name)}, here {own.get(name)})" for name in other)
             + ". Load it with those sizes and save it again without --adam-mini-checkpoint-format "
             "buckets: model_space loads under any layout."
-        )
-
-
-def _load_groups(view: StateView, saved: list[dict[str, Any]]) -> None:
-    """Copy the saved values of each parameter group to the matching group."""
-
-    def identifier(group: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(group.get(key) for key in param_group_identifier_keys)
-
-    by_identifier = {identifier(group): group for group in saved}
-    for group in view.param_groups:
-        if identifier(group) not in by_identifier:
-            raise ValueError(
-                f"The checkpoint has no parameter group {identifier(group)} (keys "
-                f"{param_group_identifier_keys}); it has {list(by_identifier)}. Use the learning "
-                "rate and weight decay overrides that it was saved with, or --no-load-optim."
-            )
-        saved_values = by_identifier[identifier(group)]
-        group.update(
-            {key: saved_values[key] for key in group.keys() & saved_values.keys() - {"params"}}
         )

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from megatron.core import __version__ as MCORE_VERSION  # noqa: N812 (a constant)
 from megatron.core import optimizer as mcore_optimizer
 from megatron.core import parallel_state
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.layers import (
     copy_tensor_model_parallel_attributes,
     param_is_not_tensor_parallel_duplicate,
@@ -36,12 +37,18 @@ logger = logging.getLogger(__name__)
 class Hook(NamedTuple):
     """A function of Megatron that ``registration`` wraps.
 
-    Megatron looks it up as a global of its module at call time, so its callers may have been
-    imported before.
+    Megatron looks it up at call time, as a global of its module or in its class, so its callers may
+    have been imported before.
     """
 
     module: str
     name: str
+    owner: str = ""  # class in the module
+
+    def place(self) -> Any:
+        """Return the module or class that holds the function."""
+        module = importlib.import_module(self.module)
+        return getattr(module, self.owner) if self.owner else module
 
 
 #: ``get_megatron_optimizer`` calls it for every optimizer that is neither Adam nor SGD. Private;
@@ -52,9 +59,11 @@ FACTORY = Hook("megatron.core.optimizer", "_get_megatron_emerging_optimizer")
 CHECKPOINT_SAVE = Hook("megatron.core.dist_checkpointing", "save")
 #: Loads a checkpoint; the next two read its common state before that. Public; all.
 CHECKPOINT_LOAD = Hook("megatron.core.dist_checkpointing", "load")
-CHECKPOINT_COMMON = (
-    Hook("megatron.core.dist_checkpointing", "load_common_state_dict"),
-    Hook("megatron.core.dist_checkpointing", "load_content_metadata"),
+CHECKPOINT_COMMON = Hook("megatron.core.dist_checkpointing", "load_common_state_dict")
+CHECKPOINT_CONTENT = Hook("megatron.core.dist_checkpointing", "load_content_metadata")
+#: Loads a schedule, or checks that it is this run's. Public; all.
+SCHEDULER_LOAD = Hook(
+    "megatron.core.optimizer_param_scheduler", "load_state_dict", "OptimizerParamScheduler"
 )
 #: Adds all flags to a parser. Public; all that have megatron.training.
 ADD_ARGUMENTS = Hook("megatron.training.arguments", "add_megatron_arguments")
@@ -269,3 +278,41 @@ def stored_prefixes(module: Module) -> Mapping[str, str]:
     submodules = getattr(module, "submodules_config", None)
     prefixes: Mapping[str, str] = getattr(submodules, "sharded_state_dict_keys_map", {})
     return prefixes
+
+
+# Buffers and tables of the distributed optimizer.
+
+
+def gather_again(chunk: Any) -> None:
+    """Let the next forward pass of a DDP-wrapped chunk start its parameter gather; since 0.19."""
+    reset = getattr(chunk, "reset_param_sync_dispatch_state", None)
+    if reset is not None:
+        reset()
+
+
+#: Checkpoint formats that load under any layout; all.
+RESHARDABLE_FORMATS: set[str] = DistributedOptimizer.checkpoint_fully_reshardable_formats
+#: Lays out parameters in buffers, a static method; since 0.19.
+PARAM_LAYOUT: Any = vars(DistributedOptimizer).get("compute_full_param_layout")
+
+
+def owned_ranges(buffer: Any) -> dict[tuple[Any, Any], list[dict[str, Any]]]:
+    """Return what this rank owns of a buffer: ``_build_gbuf_range_map``."""
+    found: dict[tuple[Any, Any], list[dict[str, Any]]]
+    found = DistributedOptimizer._build_gbuf_range_map(buffer)
+    return found
+
+
+def buffer_of_params(ranges: Sequence[Any]) -> dict[Parameter, tuple[int, Any, int]]:
+    """Return where each parameter of :func:`owned_ranges` is: ``_build_model_param_gbuf_map``."""
+    found: dict[Parameter, tuple[int, Any, int]]
+    found = DistributedOptimizer._build_model_param_gbuf_map(ranges)
+    return found
+
+
+def owned_by_group(
+    groups: Sequence[Any], ranges: Sequence[Any]
+) -> tuple[dict[Parameter, tuple[int, int]], list[dict[str, Any]]]:
+    """Return group and place of each such parameter: ``_build_optimizer_group_ranges``."""
+    index, by_group = DistributedOptimizer._build_optimizer_group_ranges(groups, ranges)
+    return index, by_group

@@ -6,7 +6,7 @@ Imports megatron.core's checkpoint types, ``optimizer`` and ``model_space``. Use
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,7 @@ class StateView:
         state: its state.
         parameters: the model's parameters, in the plan's numbering.
         param_groups: groups whose values a load sets.
+        saved_groups: set by a load to the checkpoint's groups, see ``param_groups.load_groups``.
         grad_scaler: Megatron's loss scaler, or ``None``.
         manifest: partition of the whole model.
         replica: number of the optimizer instance, which distinguishes holders of one slice;
@@ -56,6 +57,7 @@ class StateView:
     state: RankState
     parameters: Sequence[Parameter]
     param_groups: list[dict[str, Any]]
+    saved_groups: list[Mapping[str, Any] | None]
     grad_scaler: Any
     manifest: dict[str, Any]
     replica: int | None
@@ -106,6 +108,7 @@ class PendingLoad:
         objects: entries that are not tensors.
         average: whether v is averaged over blocks rather than copied.
         adam_format: format of Megatron's Adam that is read, ``None`` for Adam-mini's own.
+        new: numbers of pieces whose parameters were frozen when the checkpoint was saved.
         taken: step count with which the optimizer has taken over what was read, ``None``: not yet.
     """
 
@@ -117,6 +120,7 @@ class PendingLoad:
     objects: dict[str, ShardedObject] = field(default_factory=dict)
     average: bool = False
     adam_format: str | None = None
+    new: set[int] = field(default_factory=set)
     taken: int | None = None
 
     def floats_of(self, state: BufferState, window: Window) -> dict[str, Tensor]:
@@ -183,7 +187,7 @@ def sums_over_segments(view: StateView, pending: PendingLoad) -> Tensor:
     sum_S = torch.zeros(inner.plan.num_segments, dtype=torch.float32, device=inner.device)
     for number, piece in enumerate(inner.plan.pieces):
         out = sum_S[piece.segments]
-        if not len(out):
+        if not len(out) or number in pending.new:
             continue
         first, last, width = _segments_in_rows(view, piece)
         if number in pending.elements:

@@ -28,7 +28,7 @@ from megatron_adam_mini.mcore import compat
 from megatron_adam_mini.mcore.chained_optimizer import AdamMiniChainedOptimizer
 from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
 from megatron_adam_mini.mcore.metrics import observe
-from megatron_adam_mini.mcore.param_info import collect_parameters
+from megatron_adam_mini.mcore.param_info import collect_parameters, frozen_keys
 from megatron_adam_mini.mcore.preflight import (
     refuse_buckets,
     refuse_single_phase,
@@ -82,7 +82,7 @@ def build_optimizer(
         [group_of[param] for param in planned.parameters],
         device=planned.device,
     )
-    manifest = _gather_manifest(planned, options)
+    manifest = _gather_manifest(planned, options, frozen_keys(model_chunks))
     optimizer = AdamMiniOptimizer(
         inner,
         config,
@@ -257,7 +257,9 @@ def _param_groups(
     return groups
 
 
-def _gather_manifest(planned: _Planned, options: AdamMiniConfig) -> dict[str, Any]:
+def _gather_manifest(
+    planned: _Planned, options: AdamMiniConfig, frozen: list[str]
+) -> dict[str, Any]:
     """Join the manifests of all pipeline stages; every rank gets the result."""
     own = [
         entry.manifest_entry()
@@ -266,8 +268,12 @@ def _gather_manifest(planned: _Planned, options: AdamMiniConfig) -> dict[str, An
     ]
     pp_group = planned.groups.pp
     stages: list[Any] = [None] * pp_group.size()
-    distributed.all_gather_object(stages, own, group=pp_group)
-    return manifest_of([entry for stage in stages for entry in stage], options)
+    distributed.all_gather_object(stages, (own, frozen), group=pp_group)
+    return manifest_of(
+        [entry for entries, _ in stages for entry in entries],
+        options,
+        frozen=[key for _, keys in stages for key in keys],
+    )
 
 
 def _report(optimizer: AdamMiniOptimizer, options: AdamMiniConfig) -> None:
@@ -290,8 +296,9 @@ def _report(optimizer: AdamMiniOptimizer, options: AdamMiniConfig) -> None:
         f"Adam-mini partition {manifest['preset']!r} (manifest {manifest['hash']}): "
         f"{manifest['elements']:,} elements share {manifest['blocks']:,} second moments\n"
         + "\n".join(lines)
-        + f"\nthis rank: kernels {optimizer.inner.kernels.NAME!r}, state bytes "
-        f"{optimizer.state_bytes()}, added per step {added}",
+        + f"\ncheckpoint format {options.checkpoint_format!r}; this rank: kernels "
+        f"{optimizer.inner.kernels.NAME!r}, state bytes {optimizer.state_bytes()}, added per step "
+        f"{added}",
         flush=True,
     )
     unknown = manifest["elementwise_unknown"]

@@ -25,9 +25,10 @@ from torch.distributed import ProcessGroup
 
 from megatron_adam_mini.agreement import on_all_ranks
 from megatron_adam_mini.mcore.entries import PendingLoad, StateView, sums_over_segments
+from megatron_adam_mini.mcore.frozen import note_new_pieces, start_new_pieces
 from megatron_adam_mini.mcore.slices import ShardedBuffer
 from megatron_adam_mini.plan.layout import Placement
-from megatron_adam_mini.plan.manifest import identity_of, partition_of_checkpoint
+from megatron_adam_mini.plan.manifest import changes_blocks, identity_of, partition_of_checkpoint
 from megatron_adam_mini.plan.partition import ParameterBlocks
 from megatron_adam_mini.plan.step_plan import Piece
 
@@ -105,12 +106,16 @@ def scatter(
             ),
             failure,
         )
-        pending.average = sources != blocks
+        pending.average = changes_blocks(sources, blocks)
+        note_new_pieces(view, saved["adam_mini"], sources, pending)
+        start_new_pieces(view, pending)
 
         def check() -> None:
             for plan in view.inner.plan.buffers:
                 for placement in (p for held in plan.slices for p in held.bucket.placements):
-                    _stored_parameter(stored[PARAMETERS], sources[placement.parameter], placement)
+                    source = sources[placement.parameter]
+                    if source is not None:
+                        _stored_parameter(stored[PARAMETERS], source, placement)
 
         def values_of(number: int, bucket: int) -> BucketValues:
             return _bucket_of_parameters(view, stored[PARAMETERS], sources, number, bucket)
@@ -134,9 +139,10 @@ def scatter(
         }
         floats = state.as_float32(window)
         for kind, into in floats.items():
-            for _, piece in _pieces(view, number, bucket):
+            for index, piece in _pieces(view, number, bucket):
                 here = _in_slice(piece, window.in_buffer.start)
-                into[here] = mine[kind][here]
+                if index not in pending.new:
+                    into[here] = mine[kind][here]
         state.store(window, floats)
         for index, piece in _pieces(view, number, bucket):
             pending.elements[index] = mine["exp_avg_sq"][_in_slice(piece, window.in_buffer.start)]
@@ -197,7 +203,7 @@ def _slice_values(view: StateView, number: int, bucket: int) -> dict[str, Tensor
 def _bucket_of_parameters(
     view: StateView,
     parameters: Mapping[str, Mapping[str, Tensor]],
-    sources: Sequence[ParameterBlocks],
+    sources: Sequence[ParameterBlocks | None],
     number: int,
     bucket: int,
 ) -> BucketValues:
@@ -206,6 +212,8 @@ def _bucket_of_parameters(
     whole = {kind: torch.zeros(layout.numel) for kind in KINDS}
     for placement in layout.placements:
         source = sources[placement.parameter]
+        if source is None:
+            continue
         stored = _stored_parameter(parameters, source, placement)
         for kind, flat in whole.items():
             values = stored[kind]
