@@ -103,11 +103,9 @@ def state_of(trainer: Trainer) -> Any:
 def poison(trainer: Trainer) -> None:
     """Set the whole state to NaN (modified in place)."""
     if trainer.job.optimizer == "adam_mini":
-        inner = trainer.optimizer.inner
-        tensors = [inner.vectors.exp_avg_sq_S, inner.exp_avg_sq_E]
-        for state in inner.states:
-            param = state.buffer.weight if state.param is None else state.param
-            tensors += [state.exp_avg, param]
+        state = trainer.optimizer.inner.main_params.attach()
+        tensors = state.flat_tensors()
+        tensors += [held.buffer.weight for held in state.buffers if held.param is None]
     else:
         inner = trainer.optimizer.chained_optimizers[0].optimizer
         tensors = [param for group in inner.param_groups for param in group["params"]]

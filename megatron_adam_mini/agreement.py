@@ -110,12 +110,15 @@ def agree_on_plan[P](
     return plan
 
 
-def on_all_ranks[T](work: Callable[[], T], failure: str) -> T:
+def on_all_ranks[T](
+    work: Callable[[], T], failure: str, group: distributed.ProcessGroup | None = None
+) -> T:
     """Do something on all ranks, and raise on all of them if it fails on any.
 
     Args:
         work: called on every rank; it must not leave some ranks waiting for others that fail.
         failure: message for the ranks that did not fail themselves.
+        group: these ranks, default all.
 
     Raises:
         Exception: on a rank that failed, its own error.
@@ -127,7 +130,7 @@ def on_all_ranks[T](work: Callable[[], T], failure: str) -> T:
         outcome.append(work())
     except (Exception, CheckpointException) as caught:  # torch's own is not an Exception
         error = caught
-    everyone = _gather(None if error is None else f"{type(error).__name__}: {error}", None)
+    everyone = _gather(None if error is None else f"{type(error).__name__}: {error}", group)
     if error is not None:
         raise error
     for rank, message in enumerate(everyone):

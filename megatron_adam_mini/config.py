@@ -20,6 +20,9 @@ EXP_AVG_DTYPES = ("fp32", "bf16")
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 
+#: How state is stored in checkpoints; see ``mcore/checkpoint``.
+CHECKPOINT_FORMATS = ("model_space", "buckets")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdamMiniConfig:
@@ -42,10 +45,13 @@ class AdamMiniConfig:
             ones are the bfloat16 model weights. Training is the same, bit for bit.
         single_phase: read each gradient once per step instead of twice. Possible if nothing needs
             the gradient norm (no clipping, no loss scale); the norm is then not reported, and a
-            non-finite gradient does not skip the step.
+            non-finite gradient does not skip the step, nor do squares that overflow float32.
         manifest: path of a JSON file to which rank 0 writes the partition; ``None``: none.
         convert_partition: when a checkpoint has finer blocks, average its v over this run's
             (exact) instead of refusing it.
+        checkpoint_format: how checkpoints store the state: ``model_space`` (default), which loads
+            under any parallel layout, or ``buckets``: flat buckets of the distributed optimizer,
+            which load under another data-parallel size only.
         check_files: before a load, read the whole checkpoint once (all ranks together) and check
             sizes and checksums.
 
@@ -66,6 +72,7 @@ class AdamMiniConfig:
     single_phase: bool = False
     manifest: str | None = None
     convert_partition: bool = False
+    checkpoint_format: str = "model_space"
     check_files: bool = True
 
     def __post_init__(self) -> None:
@@ -81,6 +88,7 @@ class AdamMiniConfig:
         _one_of("preset", self.preset, PRESETS)
         _one_of("backend", self.backend, BACKENDS)
         _one_of("exp_avg_dtype", self.exp_avg_dtype, EXP_AVG_DTYPES)
+        _one_of("checkpoint_format", self.checkpoint_format, CHECKPOINT_FORMATS)
         if self.stochastic_rounding and self.exp_avg_dtype == "fp32":
             raise ValueError(
                 "Adam-mini stochastic_rounding=True has nothing to round with "
@@ -99,8 +107,14 @@ class AdamMiniConfig:
         return tuple((pattern, "element") for pattern in self.full_v) + self.rules
 
     def step_fields(self) -> dict[str, Any]:
-        """Return what must be equal on all ranks beyond the partition."""
-        names = ("exp_avg_dtype", "stochastic_rounding", "param_remainders", "single_phase")
+        """Return what else must be equal on all ranks: how they step, and what they save."""
+        names = (
+            "exp_avg_dtype",
+            "stochastic_rounding",
+            "param_remainders",
+            "single_phase",
+            "checkpoint_format",
+        )
         return {name: getattr(self, name) for name in names}
 
 

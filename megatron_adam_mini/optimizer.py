@@ -1,6 +1,6 @@
 """Adam-mini on the slices of one rank: the state, and the step next to its equations.
 
-Imports everything below it (config, plan, collectives, state, kernels) and no Megatron. One
+Imports everything below it (config, plan, collectives, main_params, kernels) and no Megatron. One
 gradient shard goes through a step like this::
 
     gradients --sum_squares--> partial sums --data, tensor parallel--> sums over whole blocks
@@ -8,6 +8,8 @@ gradient shard goes through a step like this::
                             norm, non-finite?                         v, step size per block
                                     | decide                                   |
     gradients ------------------ grad_scale -------- update ----> m, main parameter, model weight
+
+Where the squares of gradients overflow float32, ``wide_sums`` takes the place of the first row.
 
 Shape suffixes: see the docstring of ``plan``.
 """
@@ -30,14 +32,21 @@ from megatron_adam_mini.kernels import (
     StepScalars,
     select_backend,
 )
+from megatron_adam_mini.main_params import MainParams
 from megatron_adam_mini.plan.segment_table import SegmentTable
 from megatron_adam_mini.plan.step_plan import Piece, StepPlan
-from megatron_adam_mini.state import Buffer, BufferState
+from megatron_adam_mini.state import Buffer, BufferState, RankState
+from megatron_adam_mini.wide_sums import WideSums
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 #: As in megatron.core.optimizer.clip_grads.clip_grad_by_total_norm_fp32.
 _CLIP_EPS = 1.0e-6
+
+#: Up to this squared norm, no block's sum of squares overflows float32: it is a part of the norm.
+_MAX_NORM_SQ = 2.0**126
+#: The smallest normal number of float32.
+_MIN_SCALE = 2.0**-126
 
 
 class Outcome(NamedTuple):
@@ -45,12 +54,14 @@ class Outcome(NamedTuple):
 
     Attributes:
         updated: whether the step was taken.
-        grad_norm: norm of the model's gradient without the loss scale, before clipping.
-        found_inf: whether a gradient of any rank is not finite.
+        grad_norm: norm of the model's gradient without the loss scale, before clipping; ``None``
+            if it was not computed.
+        found_inf: whether a gradient of any rank is not finite; if decided by float32 sums, these
+            may also just be too large, see :attr:`Decision.in_doubt`.
     """
 
     updated: bool
-    grad_norm: float
+    grad_norm: float | None
     found_inf: bool
 
 
@@ -59,12 +70,21 @@ class Decision:
 
     Args:
         values: float64, ``[grad_scale, squared grad_norm, found_inf]``; ``None``: the step is taken
-            unscaled, and its norm is unknown (reported as 0, as Megatron does without clipping).
+            unscaled, and its norm is unknown.
+        wide: float64 sums, if they were taken.
+
+    Attributes:
+        wide: as above.
+        problem: why the step is skipped though all gradients are finite; ``None``: it is not.
+        names: this rank's parameters that are the reason.
     """
 
-    def __init__(self, values: Tensor | None = None) -> None:
+    def __init__(self, values: Tensor | None = None, wide: WideSums | None = None) -> None:
         self._values = values
-        self._outcome: Outcome | None = Outcome(True, 0.0, False) if values is None else None
+        self._outcome: Outcome | None = Outcome(True, None, False) if values is None else None
+        self.wide = wide
+        self.problem: str | None = None
+        self.names: list[str] = []
 
     @property
     def grad_scale(self) -> float | Tensor:
@@ -81,27 +101,39 @@ class Decision:
             self._outcome = Outcome(math.isfinite(grad_scale), grad_norm, found_inf > 0)
         return self._outcome
 
+    @property
+    def in_doubt(self) -> bool:
+        """Whether float32 sums are too large to decide; waits for the device.
+
+        The step is not taken then: :meth:`AdamMini.sum_squares_in_float64`, and decide again.
+        """
+        return self.read().found_inf and self.wide is None
+
+    def skip(self, problem: str, names: list[str]) -> None:
+        """Skip the step because something finite does not fit into float32."""
+        self._outcome = self.read()._replace(updated=False)
+        self.problem, self.names = problem, names
+
 
 class AdamMini:
     """State and step of Adam-mini for the slices of one rank.
 
-    A step is :meth:`sum_squares`, :meth:`decide`, :meth:`update`, :meth:`finish`, on all ranks.
+    A step is :meth:`sum_squares`, :meth:`decide`, :meth:`update`, :meth:`finish`, on all ranks; if
+    the decision is in doubt, the first three again with :meth:`sum_squares_in_float64`.
 
     Args:
         plan: all integers.
         config: options of Adam-mini.
         buffers: live tensors of the plan's buffers.
         groups: process groups of the plan's domains.
-        param_groups: torch-style groups; ``lr``, ``weight_decay``, ``eps``, ``betas`` are read in
-            every step, so schedulers may write them.
+        param_groups: torch-style groups. Those of ``main_params`` take their place: ``lr``,
+            ``weight_decay``, ``eps``, ``betas`` are read there in every step.
         group_of_parameter: index of the group of each parameter of the plan.
         device: where the buffers are.
 
     Attributes:
-        step_count: steps taken; :meth:`finish` counts them.
-        states: state of each buffer.
-        vectors: one entry per segment of the rank, v among them.
-        exp_avg_sq_E: v of parameters that keep one per element.
+        buffers: live tensors of the plan's buffers.
+        main_params: all state, and the parameter groups; :meth:`finish` counts the steps there.
 
     Source: Zhang et al., arXiv:2406.16793, Algorithm 2; decoupled weight decay of Loshchilov and
     Hutter, arXiv:1711.05101.
@@ -120,20 +152,10 @@ class AdamMini:
     ) -> None:
         self.plan = plan
         self.config = config
-        self.param_groups = param_groups
+        self.buffers = tuple(buffers)
         self.device = device
-        self.step_count = 0
         self.kernels = select_backend(config.backend, device)
         self.collectives = Collectives(plan, groups, device=device)
-        self.states = [
-            BufferState.allocate(
-                buffer,
-                buffer_plan,
-                exp_avg_dtype=_DTYPES[config.exp_avg_dtype],
-                param_remainders=config.param_remainders,
-            )
-            for buffer, buffer_plan in zip(buffers, plan.buffers, strict=True)
-        ]
 
         def to_device(array: np.ndarray[Any, Any]) -> Tensor:
             return torch.from_numpy(array).to(device)
@@ -141,19 +163,33 @@ class AdamMini:
         def floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        groups_P = np.asarray(group_of_parameter, dtype=np.int32)
-        self.vectors = SegmentVectors(
+        allocated = RankState(
+            [
+                BufferState.allocate(
+                    buffer,
+                    buffer_plan,
+                    exp_avg_dtype=_DTYPES[config.exp_avg_dtype],
+                    param_remainders=config.param_remainders,
+                )
+                for buffer, buffer_plan in zip(buffers, plan.buffers, strict=True)
+            ],
             exp_avg_sq_S=floats(plan.num_segments),
-            step_size_S=floats(plan.num_segments),
-            sum_sq_SR=floats(len(plan.parameter_SR)),
-            inv_numel_S=to_device((1.0 / plan.block_numel_S.astype(np.float64)).astype(np.float32)),
-            group_SR=to_device(groups_P[plan.parameter_SR]),
-            origin_SR=to_device(plan.first_element_numbers())
-            if config.stochastic_rounding
-            else None,
+            exp_avg_sq_E=floats(plan.num_elementwise),
         )
-        self.exp_avg_sq_E = floats(plan.num_elementwise)
-        self._sum_sq_S = self.vectors.sum_sq_SR[: plan.num_segments]
+        self.main_params = MainParams(
+            plan, allocated, param_groups, group_of_parameter, device=device
+        )
+        self._state_bytes = allocated.bytes_by_kind()
+        groups_P = np.asarray(group_of_parameter, dtype=np.int32)
+        self._sum_sq_SR = floats(len(plan.parameter_SR))
+        self._sum_sq_S = self._sum_sq_SR[: plan.num_segments]
+        self._step_size_S = floats(plan.num_segments)
+        inv_numel_S = (1.0 / plan.block_numel_S.astype(np.float64)).astype(np.float32)
+        self._inv_numel_S = to_device(inv_numel_S)
+        self._group_SR = to_device(groups_P[plan.parameter_SR])
+        self._origin_SR = (
+            to_device(plan.first_element_numbers()) if config.stochastic_rounding else None
+        )
         # Segments of uncut and of cut blocks; ``None``: all segments and none.
         self._uncut: Tensor | None = None
         self._cut: Tensor | None = None
@@ -180,16 +216,30 @@ class AdamMini:
             ranks. The next call overwrites it.
         """
         # s <- sum(g * g), for each segment
-        for state in self.states:
-            self._sum(state, state.plan.segments)
-            self._sum(state, state.plan.ranges)
+        for buffer, plan in zip(self.buffers, self.plan.buffers, strict=True):
+            self._sum(buffer, plan.segments)
+            self._sum(buffer, plan.ranges)
         # norm^2 <- sum(s) over partial sums: complete ones would count a cut block once per rank
-        self.kernels.norm_partials_(self._stats_D2, self.vectors.sum_sq_SR, self._norm_domain_SR)
+        self.kernels.norm_partials_(self._stats_D2, self._sum_sq_SR, self._norm_domain_SR)
         # s <- sum(s over the ranks that hold segments of the block)
         self.collectives.start_(self._sum_sq_S)
         # norm^2 <- sum(norm^2 over the ranks that hold a part of the model)
         self.collectives.add_over_model_(self._stats_D2)
         return self._stats_D2.sum(dim=0) if len(self._stats_D2) > 1 else self._stats_D2[0]
+
+    def sum_squares_in_float64(self) -> tuple[Tensor, WideSums]:
+        """Read every gradient again, with squares and sums in float64; all ranks must call it.
+
+        Collectives: the one for the norm.
+
+        Returns:
+            The tensor that :meth:`sum_squares` returns, and the sums, both for :meth:`decide`.
+        """
+        wide = WideSums(self.plan, self.buffers, self.device)
+        stats_D2 = torch.zeros_like(self._stats_D2)
+        wide.norm_partials_(stats_D2, self._norm_domain_SR)
+        self.collectives.add_over_model_(stats_D2)
+        return stats_D2.sum(dim=0), wide
 
     def sum_squares_of_cut_blocks(self) -> None:
         """Sum the squares of cut blocks only; all ranks must call it.
@@ -197,13 +247,14 @@ class AdamMini:
         For single-phase steps: :meth:`update` then reads the other gradients itself. Collectives
         are those of :meth:`sum_squares` without the norm.
         """
-        for state in self.states:
-            self._sum(state, state.plan.cut)
+        for buffer, plan in zip(self.buffers, self.plan.buffers, strict=True):
+            self._sum(buffer, plan.cut)
         self.collectives.start_(self._sum_sq_S)
 
     def decide(
         self,
         stats: Tensor,
+        wide: WideSums | None = None,
         *,
         clip_grad: float = 0.0,
         inv_scale: Tensor | None = None,
@@ -213,27 +264,33 @@ class AdamMini:
 
         Args:
             stats: what :meth:`sum_squares` returned.
+            wide: what :meth:`sum_squares_in_float64` returned, too.
             clip_grad: largest norm; 0: no clipping.
             inv_scale: inverse of the loss scale, one float32 number.
             skip_threshold: steps with a larger norm are skipped.
         """
-        norm_sq, num_non_finite = stats
+        scaled_sq, num_non_finite = stats
         # grad_scale <- 1 / loss_scale
-        grad_scale = torch.ones_like(norm_sq)
+        grad_scale = torch.ones_like(scaled_sq)
         if inv_scale is not None:
             grad_scale *= inv_scale.squeeze()
         # |g| <- sqrt(norm^2 / loss_scale^2)
-        norm_sq = norm_sq * grad_scale**2
+        norm_sq = scaled_sq * grad_scale**2
         grad_norm = norm_sq.sqrt()
         # grad_scale <- grad_scale * min(1, clip_grad / |g|)
         if clip_grad > 0.0:
             grad_scale = grad_scale * (clip_grad / (grad_norm + _CLIP_EPS)).clamp(max=1.0)
-        found_inf = (num_non_finite > 0) | ~grad_norm.isfinite()
+        found_inf = num_non_finite > 0
+        if wide is None:
+            # Or sums may overflow once they are complete; or grad_scale may be below 2^-63, whose
+            # square (for v) has few bits in float32.
+            smallest = min(1.0, clip_grad) if clip_grad > 0.0 else 1.0
+            found_inf |= ~(scaled_sq <= _MAX_NORM_SQ * smallest**2)
         skip = found_inf | (grad_norm > skip_threshold)
         # Kernels read it as float32. It does not exceed the float32 number 1 / loss_scale, so it
         # is finite there if it is finite here: steps that kernels skip are not counted.
         grad_scale = grad_scale.masked_fill(skip, math.nan)
-        return Decision(torch.stack([grad_scale, norm_sq, found_inf.double()]))
+        return Decision(torch.stack([grad_scale, norm_sq, found_inf.double()]), wide)
 
     def update(self, decision: Decision) -> None:
         """Advance v, m, main parameters and model weights by one step; local to the rank.
@@ -251,55 +308,118 @@ class AdamMini:
             p   <- p - lr * weight_decay * p
             p   <- p - lr / (1 - beta1^t) * m / (sqrt(v_b / (1 - beta2^t)) + eps)
         """
-        vectors, scalars, kernels = self.vectors, self._scalars, self.kernels
-        scalars.fill(
-            self.param_groups,
-            betas=self._betas(),
-            step=self.step_count + 1,
-            grad_scale=decision.grad_scale,
-        )
+        if decision.wide is not None:
+            self._update_with(decision.wide, decision)
+            return
+        scalars, kernels = self._scalars, self.kernels
+        self._fill_scalars(decision.grad_scale)
+        state = self.main_params.attach()
+        vectors = self._vectors(state)
         single_phase = self.config.single_phase
         if not single_phase:
             # v <- beta2 v + (1 - beta2) grad_scale^2 s / numel;  step <- lr' / (sqrt(v') + eps)
             kernels.segment_step_size_(vectors, scalars, self._uncut)
-        for state in self.states:
-            tensors, plan = self._tensors(state), state.plan
+        for held in state.buffers:
+            tensors, plan = self._tensors(held), held.plan
             # m <- beta1 m + (1 - beta1) grad_scale g;  p <- (1 - lr weight_decay) p - step m
             # (in one pass: s, v and step of each segment before it)
             update_ = kernels.update_in_one_pass_ if single_phase else kernels.update_
             if len(plan.uncut):
                 update_(tensors, plan.uncut, vectors, scalars)
             # the same, with v per element
-            if len(plan.ranges):
-                elements = self.exp_avg_sq_E[plan.elements]
-                kernels.update_elementwise_(tensors, elements, plan.ranges, vectors, scalars)
+            self._update_ranges(held, state, vectors)
         # the same for cut blocks, once their sums are complete
         self.collectives.finish_(self._sum_sq_S)
         if self._cut is not None:
             kernels.segment_step_size_(vectors, scalars, self._cut)
-            for state in self.states:
-                if len(state.plan.cut):
-                    kernels.update_(self._tensors(state), state.plan.cut, vectors, scalars)
+            for held in state.buffers:
+                if len(held.plan.cut):
+                    kernels.update_(self._tensors(held), held.plan.cut, vectors, scalars)
+
+    def _update_with(self, wide: WideSums, decision: Decision) -> None:
+        """Take the same step from float64 sums, unless v or the gradients' factor would not fit.
+
+        All ranks must call it. Collectives: those of :meth:`sum_squares`, the last for a count.
+        """
+        if not decision.read().updated:
+            return
+        grad_scale = torch.as_tensor(decision.grad_scale)
+        if grad_scale < _MIN_SCALE:
+            decision.skip("the factor that clips them does not fit into float32", [])
+            return
+        # s <- mean(grad_scale^2 g * g): float32 holds each rank's part of it if it holds v
+        mean_sq_S = wide.shares_of_mean(grad_scale)
+        self.collectives.start_(mean_sq_S)
+        self.collectives.finish_(mean_sq_S)
+        too_large = wide.too_large(mean_sq_S, grad_scale)
+        count_D = torch.zeros(len(self.plan.domains), dtype=torch.int64, device=self.device)
+        count_D[:1] = too_large.sum()
+        self.collectives.add_over_model_(count_D)
+        if count_D.sum() > 0:
+            decision.skip(
+                "v, a mean of their squares, does not fit into float32 (--clip-grad would help)",
+                wide.names(too_large),
+            )
+            return
+        state = self.main_params.attach()
+        vectors, scalars, kernels = self._vectors(state), self._scalars, self.kernels
+        # v <- beta2 v + (1 - beta2) s;  step <- lr' / (sqrt(v') + eps)
+        self._fill_scalars(1.0)
+        means = vectors._replace(sum_sq_SR=mean_sq_S, inv_numel_S=torch.ones_like(mean_sq_S))
+        kernels.segment_step_size_(means, scalars)
+        scalars.grad_scale.copy_(grad_scale)
+        for held in state.buffers:
+            tensors, plan = self._tensors(held), held.plan
+            for table in filter(len, (plan.uncut, plan.cut)):
+                kernels.update_(tensors, table, vectors, scalars)
+            self._update_ranges(held, state, vectors)
 
     def finish(self, decision: Decision) -> Outcome:
         """Wait for the decision, and count the step unless it was skipped."""
         outcome = decision.read()
-        self.step_count += outcome.updated
+        if outcome.updated:
+            self.main_params.step_count += 1
         return outcome
 
-    def _sum(self, state: BufferState, table: SegmentTable) -> None:
+    def _update_ranges(self, held: BufferState, state: RankState, vectors: SegmentVectors) -> None:
+        if len(held.plan.ranges):
+            elements = state.exp_avg_sq_E[held.plan.elements]
+            self.kernels.update_elementwise_(
+                self._tensors(held), elements, held.plan.ranges, vectors, self._scalars
+            )
+
+    def _fill_scalars(self, grad_scale: float | Tensor) -> None:
+        self._scalars.fill(
+            self.main_params.param_groups,
+            betas=self._betas(),
+            step=self.main_params.step_count + 1,
+            grad_scale=grad_scale,
+        )
+
+    def _sum(self, buffer: Buffer, table: SegmentTable) -> None:
         if len(table):
-            self.kernels.segment_sum_sq_(self.vectors.sum_sq_SR, state.buffer.grad, table)
+            self.kernels.segment_sum_sq_(self._sum_sq_SR, buffer.grad, table)
+
+    def _vectors(self, state: RankState) -> SegmentVectors:
+        return SegmentVectors(
+            exp_avg_sq_S=state.exp_avg_sq_S,
+            step_size_S=self._step_size_S,
+            sum_sq_SR=self._sum_sq_SR,
+            inv_numel_S=self._inv_numel_S,
+            group_SR=self._group_SR,
+            origin_SR=self._origin_SR,
+        )
 
     @staticmethod
-    def _tensors(state: BufferState) -> BufferTensors:
-        buffer = state.buffer
-        if state.param is None:
-            return BufferTensors(buffer.weight, state.exp_avg, None, buffer.grad)
-        return BufferTensors(state.param, state.exp_avg, buffer.weight, buffer.grad)
+    def _tensors(held: BufferState) -> BufferTensors:
+        buffer = held.buffer
+        if held.param is None:
+            return BufferTensors(buffer.weight, held.exp_avg, None, buffer.grad)
+        return BufferTensors(held.param, held.exp_avg, buffer.weight, buffer.grad)
 
     def _betas(self) -> tuple[float, float]:
-        betas = {tuple(group["betas"]) for group in self.param_groups}
+        groups = self.main_params.param_groups
+        betas = {tuple(group["betas"]) for group in groups} or {(0.0, 0.0)}  # nothing to train
         if len(betas) != 1:
             raise NotImplementedError(
                 f"Adam-mini got parameter groups with different betas {sorted(betas)}; all groups "
@@ -307,38 +427,31 @@ class AdamMini:
             )
         return betas.pop()
 
-    # The state, piece by piece.
-
-    def v_of_segments(self, piece: Piece) -> Tensor:
-        """Return v of a piece's segments, a view of shape ``(segments of the piece,)``."""
-        return self.vectors.exp_avg_sq_S[piece.segments]
-
-    def v_of_elements(self, piece: Piece) -> Tensor:
-        """Return v of a piece that keeps one per element, a view; empty for other pieces."""
-        return self.exp_avg_sq_E[piece.elements]
+    # Piece by piece.
 
     def grad(self, piece: Piece) -> Tensor:
         """Return the gradient of a piece as it is in the buffer, a view."""
-        return self.states[piece.buffer].buffer.grad[piece.window.in_buffer]
+        return self.buffers[piece.buffer].grad[piece.window.in_buffer]
 
     def weight(self, piece: Piece) -> Tensor:
         """Return the model weights of a piece, a view."""
-        return self.states[piece.buffer].buffer.weight[piece.window.in_buffer]
+        return self.buffers[piece.buffer].weight[piece.window.in_buffer]
 
     @torch.no_grad()
-    def average_into_v(self, sum_S: Tensor) -> None:
+    def average_into_v(self, state: RankState, sum_S: Tensor) -> None:
         """Set v of every block to the mean of its elements' values; all ranks must call it.
 
         Cut blocks are averaged over all their ranks, by the collectives of :meth:`sum_squares`
         without the norm.
 
         Args:
+            state: where v is written.
             sum_S: sum of the values over each segment, float32.
         """
         self._sum_sq_S.copy_(sum_S)
         self.collectives.start_(self._sum_sq_S)
         self.collectives.finish_(self._sum_sq_S)
-        torch.mul(self._sum_sq_S, self.vectors.inv_numel_S, out=self.vectors.exp_avg_sq_S)
+        torch.mul(self._sum_sq_S, self._inv_numel_S, out=state.exp_avg_sq_S)
 
     @torch.no_grad()
     def count_zeros(self) -> int:
@@ -356,9 +469,4 @@ class AdamMini:
 
     def state_bytes(self) -> dict[str, int]:
         """Return the allocated bytes of this rank's optimizer state by kind."""
-        kinds = [state.bytes_by_kind() for state in self.states]
-        return {
-            "main_param": sum(kind["main_param"] for kind in kinds),
-            "exp_avg": sum(kind["exp_avg"] for kind in kinds),
-            "exp_avg_sq": self.vectors.exp_avg_sq_S.nbytes + self.exp_avg_sq_E.nbytes,
-        }
+        return dict(self._state_bytes)

@@ -3,22 +3,24 @@
 Imports torch, ``plan`` and ``rounding``. Everything is allocated at construction, on all ranks, so
 memory does not grow at the first step, and a checkpoint can be loaded before it.
 
-Data flow: step plan -> **BufferState** -> kernels (modified in place) -> checkpoint.
+Data flow: step plan -> **RankState** -> ``main_params`` (keeps it between steps) -> kernels
+(modified in place) -> checkpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_adam_mini.plan.buffer_plan import BufferPlan, Window
+from megatron_adam_mini.plan.step_plan import Piece
 from megatron_adam_mini.rounding import join, split, to_weight
 
-#: Number of elements rounded at a time when state is loaded.
+#: Number of elements rounded or joined at a time.
 _STORE_NUMEL = 2**22
 
 
@@ -105,6 +107,11 @@ class BufferState:
         """Whether the optimizer holds the memory of the main parameters."""
         return self.param is not None
 
+    @property
+    def param_is_weight(self) -> bool:
+        """Whether the model's weights are main parameters, or their upper halves."""
+        return self.param is None or self.param.dtype == torch.int16
+
     def main_param(self, window: Window) -> Tensor:
         """Return the main parameters of a window, float32: a view, or joined from remainders."""
         if self.param is None:
@@ -112,6 +119,17 @@ class BufferState:
         if self.param.dtype == torch.float32:
             return self.param[window.in_state]
         return join(self.buffer.weight[window.in_buffer], self.param[window.in_state])
+
+    def norm(self, window: Window) -> Tensor:
+        """Return the norm of the main parameters of a window, float32, shape ``()``."""
+        # In parts: joined main parameters of a whole window are as long as what remainders save.
+        parts = range(0, window.numel, _STORE_NUMEL)
+        norms = [
+            self.main_param(window.part(begin, min(begin + _STORE_NUMEL, window.numel))).norm()
+            for begin in parts
+        ]
+        norm: Tensor = torch.stack(norms).norm()
+        return norm
 
     def as_float32(self, window: Window) -> dict[str, Tensor]:
         """Return ``param`` and ``exp_avg`` of a window as float32: views of float32 state."""
@@ -140,12 +158,27 @@ class BufferState:
             else:
                 weight[in_buffer], self.param[in_state] = split(values["param"][part])
 
-    def take_weights(self) -> None:
-        """Set the main parameters to the model's weights, after these were changed."""
-        if self.param is None:
+    def write_weights(self) -> None:
+        """Set the model's weights to the rounded main parameters."""
+        if self.param_is_weight:
             return
         for slice_plan in self.plan.slices:
             in_buffer, in_state = slice_plan.window
+            assert self.param is not None
+            weight = self.buffer.weight
+            weight[in_buffer] = to_weight(self.param[in_state], weight.dtype)
+
+    def take_weights(self, windows: Iterable[Window] | None = None) -> None:
+        """Set the main parameters to the model's weights, after these were changed.
+
+        Args:
+            windows: where; default everywhere.
+        """
+        if self.param is None:
+            return
+        if windows is None:
+            windows = [slice_plan.window for slice_plan in self.plan.slices]
+        for in_buffer, in_state in windows:
             if self.param.dtype == torch.int16:
                 self.param[in_state] = 0
             else:
@@ -162,4 +195,42 @@ class BufferState:
         return {
             "main_param": 0 if self.param is None else self.param.nbytes,
             "exp_avg": self.exp_avg.nbytes,
+        }
+
+
+class RankState(NamedTuple):
+    """All state of one rank, as flat tensors.
+
+    Attributes:
+        buffers: main parameters and m, one entry per buffer.
+        exp_avg_sq_S: v of each segment's block, float32.
+        exp_avg_sq_E: v of parameters that keep one per element, float32.
+    """
+
+    buffers: list[BufferState]
+    exp_avg_sq_S: Tensor
+    exp_avg_sq_E: Tensor
+
+    def flat_tensors(self) -> list[Tensor]:
+        """Return what the optimizer has allocated: buffer after buffer, then v."""
+        found: list[Tensor] = []
+        for held in self.buffers:
+            found += [held.exp_avg] if held.param is None else [held.param, held.exp_avg]
+        return [*found, self.exp_avg_sq_S, self.exp_avg_sq_E]
+
+    def v_of_segments(self, piece: Piece) -> Tensor:
+        """Return v of a piece's segments, a view of shape ``(segments of the piece,)``."""
+        return self.exp_avg_sq_S[piece.segments]
+
+    def v_of_elements(self, piece: Piece) -> Tensor:
+        """Return v of a piece that keeps one per element, a view; empty for other pieces."""
+        return self.exp_avg_sq_E[piece.elements]
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Return allocated bytes of ``main_param``, ``exp_avg`` and ``exp_avg_sq``."""
+        kinds = [held.bytes_by_kind() for held in self.buffers]
+        return {
+            "main_param": sum(kind["main_param"] for kind in kinds),
+            "exp_avg": sum(kind["exp_avg"] for kind in kinds),
+            "exp_avg_sq": self.exp_avg_sq_S.nbytes + self.exp_avg_sq_E.nbytes,
         }

@@ -26,7 +26,7 @@ SAVED: dict[str, tuple[Job, int, str | None]] = {
     "adam-tp2": (replace(ADAM, tp=2), 2, SHARDING),
     "plain": (PLAIN, 1, None),
     "mini": (replace(MINI, tp=2, pp=2), 4, SHARDING),
-    "buckets": (MINI, 2, "dp_reshardable"),
+    "buckets": (replace(MINI, adam_mini={"checkpoint_format": "buckets"}), 2, SHARDING),
 }
 _made: dict[str, Path] = {}
 

@@ -46,17 +46,20 @@ def slices_of(trainer: Trainer, *, grads_only: bool = False) -> list[Part]:
     """Return what the optimizer of this rank owns: grad, and param, exp_avg, v per element."""
     names = {param: name for name, param in global_names(trainer.chunks).items()}
     inner = trainer.optimizer.inner
-    params = trainer.optimizer.get_parameters()
+    held_state = inner.main_params.attach()
+    params = trainer.optimizer.member.model_params
     parts = []
     for piece in inner.plan.pieces:
         param = params[piece.parameter]
         tensors = {"grad": inner.grad(piece)}
         if not grads_only:
-            state = inner.states[piece.buffer]
-            v = inner.v_of_elements(piece)
+            state = held_state.buffers[piece.buffer]
+            v = held_state.v_of_elements(piece)
             if not piece.is_elementwise:
                 first, last = inner.plan.segment_bounds(piece)
-                v = inner.v_of_segments(piece).repeat_interleave(torch.from_numpy(last - first))
+                v = held_state.v_of_segments(piece).repeat_interleave(
+                    torch.from_numpy(last - first)
+                )
             tensors |= {**state.as_float32(piece.window), "v": v}
         values = {key: tensor.float() for key, tensor in tensors.items()}
         parts.append(_part(trainer, names[param], param, piece.begin, values))

@@ -43,8 +43,7 @@ import tests.reference
 torch.set_num_threads(1)
 
 # The writers of a checkpoint report through a process that Megatron would spawn on every rank, with
-# all imports of the main module; here it is forked, as the ranks are. (The default is that of the
-# function itself, which its decorator hides.)
+# all imports of the main module; here it is forked, as the ranks are.
 filesystem_async.get_write_results_queue.__wrapped__.__defaults__ = ("fork",)
 
 # Ranks share these objects with the server for as long as nobody touches them.

@@ -216,9 +216,9 @@ def test_bad_values_are_refused_before_megatron_validates(tmp_path):
         ("--main-params-dtype", "fp16"): ("NotImplementedError", "Remedy: drop the flag; what"),
         ("--adam-mini-param-remainders", "--fp16"): ("ValueError", "needs --bf16"),
         ("--adam-mini-rules", missing): ("ValueError", f"{missing!r} cannot be read"),
-        ("--save", "x", "--ckpt-format", "torch"): (
+        ("--save", "x", "--ckpt-format", "fsdp_dtensor"): (
             "NotImplementedError",
-            "does not support --ckpt-format torch",
+            "does not support --ckpt-format fsdp_dtensor",
         ),
         ("--load", "x", "--ckpt-format", "torch_dcp"): (
             "NotImplementedError",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_adam_mini.checkpoint.reader import Checkpoint
-from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.config import CHECKPOINT_FORMATS, AdamMiniConfig
 from megatron_adam_mini.plan.manifest import manifest_of, partition_fields, partition_of_checkpoint
 from megatron_adam_mini.plan.parameter_info import ParameterInfo
 from megatron_adam_mini.plan.partition import partition_parameter
@@ -124,7 +124,7 @@ def load_and_show(job: Job, folder: str, parallel: bool = False) -> Any:
         group["lr"] = 1.0  # the saved one must come back
     load(trainer, folder, parallel=parallel)
     optimizer = trainer.optimizer
-    found = slices_of(trainer), weights_of(trainer), optimizer.inner.step_count
+    found = slices_of(trainer), weights_of(trainer), optimizer.inner.main_params.step_count
     return *found, [group["lr"] for group in optimizer.param_groups]
 
 
@@ -186,11 +186,14 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("sharding", ["fully_reshardable", "dp_reshardable"])
+@pytest.mark.parametrize("checkpoint_format", CHECKPOINT_FORMATS)
 @pytest.mark.parametrize("source", MODES)
-def test_storage_of_the_state_may_change(source: str, sharding: str, tmp_path: Path) -> None:
-    saved_job = replace(BASE, tp=2, adam_mini=MODES[source])
-    saved = run_ranks(4, train_and_save, saved_job, str(tmp_path), sharding)
+def test_storage_of_the_state_may_change(
+    source: str, checkpoint_format: str, tmp_path: Path
+) -> None:
+    options = MODES[source] | {"checkpoint_format": checkpoint_format}
+    saved_job = replace(BASE, tp=2, adam_mini=options)
+    saved = run_ranks(4, train_and_save, saved_job, str(tmp_path))
     for options in MODES.values():
         job = replace(saved_job, adam_mini=options)
         loaded = run_ranks(2, load_and_show, job, str(tmp_path))
@@ -237,11 +240,37 @@ def test_a_step_does_not_reach_a_save_that_goes_on_beside_it(tmp_path: Path) -> 
     compare(saved, job, run_ranks(2, load_and_show, other, str(tmp_path)), other)
 
 
-def test_dp_reshardable_is_supported_and_changes_the_data_parallel_size(tmp_path: Path) -> None:
-    saved_job = replace(BASE, tp=2, pp=2)
-    saved = run_ranks(8, train_and_save, saved_job, str(tmp_path), "dp_reshardable")
-    job = replace(saved_job, overlap=True)
+def test_buckets_change_the_data_parallel_size_and_no_other(tmp_path: Path) -> None:
+    saved_job = replace(BASE, tp=2, pp=2, adam_mini={"checkpoint_format": "buckets"})
+    saved = run_ranks(8, train_and_save, saved_job, str(tmp_path))
+    assert any(
+        key.startswith("optimizer.adam_mini.bucket.") for key in Checkpoint(tmp_path).tensors
+    )
+    job = replace(saved_job, adam_mini={})  # what is loaded may have either format
     compare(saved, saved_job, run_ranks(4, load_and_show, job, str(tmp_path)), job)
+    for other in (
+        replace(job, tp=1),
+        replace(job, pp=1),
+        replace(job, distributed_optimizer=False),
+    ):
+        with pytest.raises(RankError) as caught:
+            run_ranks(4, load_and_show, other, str(tmp_path))
+        assert len(caught.value.errors) == 4
+        remedy = "--use-distributed-optimizer" if other.pp == other.tp else "differ"
+        assert all(remedy in text for _, text in caught.value.errors.values())
+
+
+@pytest.mark.parametrize("sharding", ["dp_reshardable", "fully_reshardable", None])
+def test_the_format_does_not_follow_megatrons(sharding: str | None, tmp_path: Path) -> None:
+    """Megatron asks for buckets by default; our state loads under any layout all the same."""
+    job = replace(BASE, tp=2, steps=1)
+    saved = run_ranks(4, train_and_save, job, str(tmp_path), sharding)
+    checkpoint = Checkpoint(tmp_path)
+    assert not any(".bucket." in key for key in checkpoint.tensors)
+    # Megatron refuses to load anything else with other TP or PP sizes.
+    assert checkpoint.content["distrib_optim_sharding_type"] == "fully_reshardable"
+    other = replace(job, tp=1, pp=2)
+    compare(saved, job, run_ranks(2, load_and_show, other, str(tmp_path)), other)
 
 
 # Other names of the same parameters.
@@ -264,14 +293,14 @@ def fused_name(name: str) -> str:
 
 def manifest_and_stored_keys(job: Job) -> tuple[dict[str, str], dict[str, str]]:
     """Return the keys of the manifest, and those under which Megatron stores, by name."""
-    from megatron_adam_mini.mcore.model_space import ModelEntry, entries_by_parameter
+    from megatron_adam_mini.mcore.model_space import ModelEntries, ModelEntry
 
     trainer = Trainer(job)
-    entries = entries_by_parameter(model_state(trainer, metadata_of(None)))
+    entries = ModelEntries(model_state(trainer, metadata_of(None)))
     stored = {}
     for name, param in global_names(trainer.chunks).items():
         flat = torch.empty(param.numel())
-        (first, *_) = ModelEntry(entries[id(param)], 0).elements("", flat, 0, len(flat))
+        (first, *_) = ModelEntry(entries.find(param), 0).elements("", flat, 0, len(flat))
         stored[name] = first.key
     manifest = trainer.optimizer.manifest["parameters"]
     return {entry["name"]: entry["key"] for entry in manifest}, stored
@@ -396,23 +425,28 @@ def test_adam_checkpoint_gives_its_masters_and_m_and_the_mean_of_v(
     else:
         targets.append((replace(adam_job, optimizer="adam_mini", tp=1, pp=1, groups=2), 3))
         targets.append((replace(targets[0][0], adam_mini={"preset": "tensor"}), world))
+    for job, ranks in targets:
+        loaded = run_ranks(ranks, load_and_show, job, str(tmp_path))
+        compare_with_adam(adam, adam_job, loaded, job)
+        assert {r[2] for r in loaded} == {adam_job.steps}
+
+
+def compare_with_adam(adam: list[Any], adam_job: Job, loaded: list[Any], job: Job) -> None:
+    """Compare masters and m bit for bit, and v with the mean of Adam's over each block."""
     wanted = {
         key: whole_tensors([r[0] for r in adam], key, adam_job)
         for key in ("param", "exp_avg", "exp_avg_sq")
     }
-    for job, ranks in targets:
-        loaded = run_ranks(ranks, load_and_show, job, str(tmp_path))
-        for key in ("param", "exp_avg"):
-            for name, value in whole_tensors([r[0] for r in loaded], key, job).items():
-                assert torch.equal(value, wanted[key][name]), f"{key} {name}"
-        for name, value in whole_tensors([r[0] for r in loaded], "v", job).items():
-            labels = labels_of(name, tuple(value.shape), job).reshape(-1)
-            flat = wanted["exp_avg_sq"][name].double().reshape(-1)
-            mean = torch.zeros(int(labels.max()) + 1, dtype=torch.float64)
-            mean = mean.index_add(0, labels, flat) / torch.bincount(labels)
-            expected = mean[labels].reshape(value.shape)
-            assert torch.allclose(value.double(), expected, rtol=1e-6, atol=0.0), f"v {name}"
-        assert {r[2] for r in loaded} == {adam_job.steps}
+    for key in ("param", "exp_avg"):
+        for name, value in whole_tensors([r[0] for r in loaded], key, job).items():
+            assert torch.equal(value, wanted[key][name]), f"{key} {name}"
+    for name, value in whole_tensors([r[0] for r in loaded], "v", job).items():
+        labels = labels_of(name, tuple(value.shape), job).reshape(-1)
+        flat = wanted["exp_avg_sq"][name].double().reshape(-1)
+        mean = torch.zeros(int(labels.max()) + 1, dtype=torch.float64)
+        mean = mean.index_add(0, labels, flat) / torch.bincount(labels)
+        expected = mean[labels].reshape(value.shape)
+        assert torch.allclose(value.double(), expected, rtol=1e-6, atol=0.0), f"v {name}"
 
 
 def test_unsound_adam_checkpoint_is_refused_on_all_ranks(tmp_path: Path) -> None:
@@ -480,11 +514,9 @@ def test_another_partition_is_refused_in_words_or_converted_when_asked(tmp_path:
         assert "'paper' (manifest" in text
         assert "value as block" in text
         assert "--adam-mini-convert-partition" in text
-    # Asked for without the metadata that says what it is, v would be taken as it is.
-    converting = replace(coarse, adam_mini={"value_as_block": True, "convert_partition": True})
     with pytest.raises(RankError) as caught:
-        run_ranks(2, load_without_metadata, converting, str(tmp_path))
-    assert all("content metadata" in text for _, text in caught.value.errors.values())
+        run_ranks(2, load_without_metadata, coarse, str(tmp_path))
+    assert all("--adam-mini-convert-partition" in t for _, t in caught.value.errors.values())
     fine = replace(job, adam_mini={"full_v": ["*linear_fc1*"], "convert_partition": True})
     for text in run_ranks(2, refusal, fine, str(tmp_path)):
         assert "cannot be converted" in text

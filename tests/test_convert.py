@@ -273,7 +273,7 @@ def test_common_state_in_a_file_of_its_own_stays_there(checkpoints, tmp_path):
 @pytest.mark.parametrize(
     ("name", "to", "words"),
     [
-        ("buckets", "adam", "--dist-ckpt-optim-fully-reshardable"),
+        ("buckets", "adam", "--adam-mini-checkpoint-format model_space"),
         ("mini", "adam-mini", "already"),
         ("adam", "adam", "holds no state of Adam-mini"),
     ],

@@ -35,7 +35,7 @@ def train(job: Job) -> dict[str, Any]:
         "bytes": trainer.optimizer.state_bytes(),
         "stored": [
             (str(s.param.dtype), str(s.exp_avg.dtype), s.exp_avg.numel())
-            for s in trainer.optimizer.inner.states
+            for s in trainer.optimizer.inner.main_params.attach().buffers
         ],
         "weights": {name: p.detach().float().clone() for name, p in weights.items()},
     }
@@ -191,7 +191,7 @@ def order_of_events(job: Job) -> list[str]:
     kernels = inner.kernels
 
     def update_(*args: Any, **kwargs: Any) -> None:
-        cut = any(args[1] is state.plan.cut for state in inner.states)
+        cut = any(args[1] is plan.cut for plan in inner.plan.buffers)
         events.append("update cut" if cut else "update uncut")
         kernels.update_(*args, **kwargs)
 

@@ -28,7 +28,7 @@ FLAGS = """
 """.split()  # noqa: SIM905
 
 
-def set_megatron_args(job: Job, folder: str) -> Any:
+def set_megatron_args(job: Job, folder: str, *flags: str) -> Any:
     """Give megatron.training the arguments of a job; its checkpoint functions read them."""
     import megatron_adam_mini
 
@@ -60,7 +60,7 @@ def set_megatron_args(job: Job, folder: str) -> Any:
     }
     given = [f"--{name}={value}" for name, value in values.items()]
     given += [f"--{name}" for name, wanted in switches.items() if wanted]
-    sys.argv = ["pretrain", *FLAGS, *given]
+    sys.argv = ["pretrain", *FLAGS, *given, *flags]
     args = parse_args()
     validate_args(args)
     global_vars.set_args(args)
@@ -75,30 +75,35 @@ def save(trainer: Trainer) -> None:
 
 
 def state_of(trainer: Trainer) -> Any:
-    scaler = trainer.optimizer.grad_scaler
+    scaler = trainer.optimizer.member.grad_scaler
     return {
         "state": slices_of(trainer),
         "weights": weights_of(trainer),
-        "step": trainer.optimizer.inner.step_count,
+        "step": trainer.optimizer.inner.main_params.step_count,
         "lr": [group["lr"] for group in trainer.optimizer.param_groups],
         "scaler": scaler and {k: float(v) for k, v in scaler.state_dict().items()},
     }
 
 
-def train_and_save(job: Job, folder: str) -> Any:
-    set_megatron_args(job, folder)
+def train_and_save(job: Job, folder: str, *flags: str) -> Any:
+    set_megatron_args(job, folder, *flags)
     trainer = Trainer(job)
     for step in range(job.steps):
         trainer.step(step)
+    trainer.sync_params()  # as Megatron's loop does before it saves
     save(trainer)
     return state_of(trainer)
 
 
-def load_and_save(job: Job, folder: str, other: str) -> Any:
-    """Load, save elsewhere at once, then train on; return state as loaded, and losses."""
+def load_and_save(job: Job, folder: str, other: str, *flags: str) -> Any:
+    """Load, save elsewhere at once, then train on; return state as loaded, and losses.
+
+    With ``--ckpt-convert-format``, save in that format, as Megatron's ``pretrain`` does then.
+    """
+    from megatron.training.arguments import update_use_dist_ckpt
     from megatron.training.checkpointing import load_checkpoint
 
-    args = set_megatron_args(job, folder)
+    args = set_megatron_args(job, folder, *flags)
     # What a load does not fill must not be left to chance.
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -108,6 +113,9 @@ def load_and_save(job: Job, folder: str, other: str) -> Any:
     iteration, _ = load_checkpoint(trainer.chunks, trainer.optimizer, None)
     assert iteration == job.steps
     args.save = other
+    if args.ckpt_convert_format is not None:
+        args.ckpt_format = args.ckpt_convert_format
+        update_use_dist_ckpt(args)
     save(trainer)
     found = state_of(trainer)
     trainer.step(job.steps)
@@ -157,7 +165,7 @@ def compare_unpadded(saved: list[Any], saved_job: Job, loaded: list[Any], job: J
         before = whole_tensors([r[part] for r in saved], key, saved_job)
         after = whole_tensors([r[part] for r in loaded], key, job)
         for name, value in after.items():
-            expected = before[word if name == "output_layer.weight" else name]
+            expected = before[word if job.tied and name == "output_layer.weight" else name]
             if expected.shape != value.shape:
                 assert name in (word, "output_layer.weight")
                 rows = min(saved_job.padded_vocab, job.padded_vocab)
@@ -171,3 +179,21 @@ def compare_unpadded(saved: list[Any], saved_job: Job, loaded: list[Any], job: J
     for key in ("step", "scaler"):
         assert all(r[key] == saved[0][key] for r in loaded), key
     assert {lr for r in loaded for lr in r["lr"]} == {saved_job.lr}
+
+
+def test_format_torch_and_its_conversion_to_torch_dist_and_back(tmp_path: Path) -> None:
+    job = replace(BASE, tp=2, pp=2)
+    narrow = replace(BASE, steps=job.steps)
+    folders = [str(tmp_path / name) for name in "abcd"]
+    to_torch = ("--ckpt-convert-format", "torch", "--ckpt-convert-save", "unused")
+    to_dist = ("--ckpt-convert-format", "torch_dist", "--ckpt-convert-save", "unused")
+    saved = run_ranks(8, train_and_save, job, folders[0], "--ckpt-format", "torch")
+    assert len(list(tmp_path.glob("a/iter_*/mp_rank_*/distrib_optim.pt"))) == 4
+    kept = run_ranks(
+        4, load_and_save, job, folders[0], folders[1], "--ckpt-format", "torch", *to_dist
+    )
+    compare_unpadded(saved, job, kept, job)
+    spread = run_ranks(2, load_and_save, narrow, folders[1], folders[2], *to_torch)
+    compare_unpadded(saved, job, spread, narrow)
+    last = run_ranks(1, load_and_save, narrow, folders[2], folders[3], "--ckpt-format", "torch")
+    compare_unpadded(saved, job, last, narrow)

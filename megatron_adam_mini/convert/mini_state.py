@@ -68,7 +68,7 @@ def find_mini_state(checkpoint: Checkpoint) -> MiniState:
         raise UnreadableError(
             f"{checkpoint.folder} holds Adam-mini's state as {format_of(identity)!r}, flat buckets "
             "whose contents depend on the layout. Load it in its own run and save it again with "
-            "--dist-ckpt-optim-fully-reshardable."
+            f"--adam-mini-checkpoint-format {MODEL_SPACE} (the default)."
         )
     kinds = {kind: set(keys) for kind, keys in keys_by_kind(checkpoint, STATE_PREFIX).items()}
     ordered = keys_by_kind(checkpoint, STATE_PREFIX).get("param", [])

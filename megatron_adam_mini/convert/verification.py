@@ -22,7 +22,7 @@ from megatron_adam_mini.convert.mini_state import MiniState, find_mini_state, st
 from megatron_adam_mini.convert.parameters import StoredParameter, name_of, parameter_of
 from megatron_adam_mini.convert.progress import bytes_bar
 from megatron_adam_mini.plan.manifest import (
-    FLAT_BUCKETS,
+    BUCKETS,
     config_of,
     format_of,
     manifest_hash,
@@ -168,8 +168,8 @@ def _check_adam_mini(checkpoint: Checkpoint, broken: set[str], findings: Finding
     step = checkpoint.optimizer.get("step")
     if not isinstance(step, int) or step < 0:
         findings.problems.append(f"The optimizer's step is {step!r}; it must be 0 or more.")
-    if format_of(identity) == FLAT_BUCKETS:
-        findings.notes.append(f"Flat buckets ({FLAT_BUCKETS}): blocks are not checked.")
+    if format_of(identity) == BUCKETS:
+        findings.notes.append("State in flat buckets: blocks are not checked.")
         return
     try:
         state = find_mini_state(checkpoint)

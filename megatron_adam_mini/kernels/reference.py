@@ -49,7 +49,7 @@ def norm_partials_(stats_D2: Tensor, sum_sq_SR: Tensor, domain_SR: Tensor) -> No
     Args:
         stats_D2: float64, overwritten: ``[sum of the sums, 0]`` per domain; ``stats[0, 1]`` is the
             number of all non-finite sums, whether or not they count in the norm.
-        sum_sq_SR: float32.
+        sum_sq_SR: float32; here also float64, for ``wide_sums``.
         domain_SR: int8, the domain whose norm includes the sum, -1 for none.
     """
     stats_D2.zero_()

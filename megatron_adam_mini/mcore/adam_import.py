@@ -1,17 +1,18 @@
 """Start Adam-mini from a checkpoint of Megatron's own Adam.
 
-Imports megatron.core's checkpoint types; used by ``checkpoint`` when a checkpoint carries no
-identity of Adam-mini. Main parameters and m are copied unchanged; v of a block becomes the mean
-of Adam's v over it, which is what Adam-mini would have accumulated from the same gradients, since
-v is linear in their squares.
+Imports megatron.core's checkpoint types; used by ``state_part`` and ``checkpoint`` when a
+checkpoint holds no state of Adam-mini. Main parameters and m are copied unchanged; v of a block
+becomes the mean of Adam's v over it, which is what Adam-mini would have accumulated from the same
+gradients, since v is linear in their squares.
 
-Three formats are read: ``fully_reshardable`` and ``dp_reshardable`` of the distributed optimizer,
-and that of the plain optimizer.
+Formats: ``fully_reshardable``, ``dp_reshardable`` and ``dp_zero_gather_scatter`` of the distributed
+optimizer, and that of the plain optimizer. The second has a tensor per bucket, the third one object
+per model-parallel part, with whole buffers in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,74 +28,122 @@ from megatron_adam_mini.adam_rules import (
     steps_of,
     steps_problem,
 )
+from megatron_adam_mini.mcore import parameter_state
 from megatron_adam_mini.mcore.entries import (
     OBJECTS,
     PendingLoad,
     StateView,
     add_entries,
-    refuse_flat_buckets,
+    need_buckets,
 )
-from megatron_adam_mini.mcore.model_space import entries_by_parameter
+from megatron_adam_mini.mcore.model_space import ModelEntries
 from megatron_adam_mini.mcore.slices import ShardedBuffer
-from megatron_adam_mini.plan.manifest import FLAT_BUCKETS
 from megatron_adam_mini.plan.step_plan import Piece
 from megatron_adam_mini.rounding import is_rounded
 
-FORMATS = ("fully_reshardable", FLAT_BUCKETS, "plain")
+PLAIN, FULLY_RESHARDABLE = "plain", "fully_reshardable"
+#: Formats whose keys and contents depend on the buckets of one layout.
+DP_RESHARDABLE, GATHERED = "dp_reshardable", "dp_zero_gather_scatter"
+OF_BUCKETS = (DP_RESHARDABLE, GATHERED)
+FORMATS = (FULLY_RESHARDABLE, PLAIN, *OF_BUCKETS)
 
 
-def prepare_load(
-    view: StateView, model_state: Mapping[str, Any], metadata: Mapping[str, Any]
-) -> PendingLoad:
-    """Request this rank's slices from a checkpoint of Adam.
+def format_of_adam(common: Mapping[Any, Any] | None) -> str:
+    """Return the format of an optimizer's state in a checkpoint that is not Adam-mini's.
+
+    Args:
+        common: what the checkpoint's common state holds of the optimizer.
 
     Raises:
-        ValueError: the format cannot be read.
+        ValueError: there is none, or it cannot be read.
     """
-    adam_format = metadata.get("distrib_optim_sharding_type") or "plain"
-    if adam_format not in FORMATS:
+    load_no_optimizer = "load the model alone with --no-load-optim"
+    if not common:
         raise ValueError(
-            f"The checkpoint's optimizer state has Megatron's format {adam_format!r}; Adam-mini "
-            f"can start from {', '.join(FORMATS)}. Save it again in one of them, or load the model "
-            "alone with --no-load-optim."
+            "The checkpoint holds no optimizer state there (was it saved with --no-save-optim, or "
+            f"apart from the model?). Load the folder that holds it, or {load_no_optimizer}."
         )
-    refuse_flat_buckets(view, adam_format)
-    pending = PendingLoad(average=True, adam_format=adam_format)
-    entries = entries_by_parameter(model_state)
+    if all(isinstance(key, int) for key in common):
+        raise ValueError(
+            f"The checkpoint holds the state of a chain of {len(common)} optimizers (experts have "
+            "one of their own), from which Adam-mini cannot start yet. Remedy: "
+            f"{load_no_optimizer}."
+        )
+    found = common.get("param_state_sharding_type")
+    if found is None and ("param_groups" in common or "optimizer" in common):
+        return PLAIN
+    if found not in FORMATS:
+        raise ValueError(
+            f"The checkpoint's optimizer state has Megatron's format {found!r}; Adam-mini can "
+            f"start from {', '.join(FORMATS)}. Save it again in one of them, with the release that "
+            f"wrote it, or {load_no_optimizer}."
+        )
+    return str(found)
+
+
+def prepare_load(view: StateView, entries: ModelEntries, adam_format: str) -> PendingLoad:
+    """Request this rank's slices from a checkpoint of Adam.
+
+    Args:
+        view: the optimizer.
+        entries: of the model's sharded state dict.
+        adam_format: one of ``FORMATS``.
+
+    Raises:
+        ValueError: the format needs the distributed optimizer, which this run does not use.
+    """
+    if adam_format in OF_BUCKETS:
+        need_buckets(view, adam_format)
+    pending = PendingLoad(view.state, average=True, adam_format=adam_format)
+    if adam_format == GATHERED:
+        # The first rank reads it all, and sends each rank its part.
+        pending.objects = _objects(view, ["optimizer", "grad_scaler"])
+        if view.data_parallel_group is None or view.data_parallel_group.rank() == 0:
+            pending.objects |= _objects(view, ["param_state"])
+        return pending
     for number, piece in enumerate(view.inner.plan.pieces):
         state = view.state_of(piece)
         flats = dict(pending.floats_of(state, piece.window))
         if not state.owns_main_param:
             del flats["param"]  # the model's weights are the main parameters
-        flats["exp_avg_sq"] = view.inner.v_of_elements(piece)
+        flats["exp_avg_sq"] = view.state.v_of_elements(piece)
         if not piece.is_elementwise:
             flats["exp_avg_sq"] = pending.elements[number] = torch.empty(
                 piece.end - piece.begin, device=view.inner.device
             )
         for kind, flat in flats.items():
-            if adam_format == FLAT_BUCKETS:
+            if adam_format == DP_RESHARDABLE:
                 found = [_in_bucket(view, piece, kind, flat)]
             else:
-                is_plain_param = (adam_format, kind) == ("plain", MAIN_PARAM)
+                is_plain_param = (adam_format, kind) == (PLAIN, MAIN_PARAM)
                 prefix = adam_key(PLAIN_MAIN_PARAM if is_plain_param else kind, "")
                 entry = view.entry_of(piece, entries)
                 found = entry.elements(prefix, flat, piece.begin, piece.end, fold=False)
             add_entries(pending.asked, f"{kind}.{number}", found)
-    if adam_format == FLAT_BUCKETS:
-        # Groups and loss scale are objects of each model-parallel part there.
-        keys = ["optimizer", "per_bucket_numel", "per_bucket_numel_unpadded"]
-        for key in keys + (["grad_scaler"] if view.grad_scaler is not None else []):
-            pending.objects[key] = ShardedObject(
-                f"optimizer.distributed.dp_group_idx_{view.model_parallel_rank()}.{key}",
-                None,
-                (1,),
-                (0,),
-                replica_id=(0, 0, 0),
-            )
+    if adam_format == DP_RESHARDABLE:
+        keys = ["optimizer", "grad_scaler", "per_bucket_numel", "per_bucket_numel_unpadded"]
+        pending.objects = _objects(view, keys)
     return pending
 
 
-def common_from_adam(
+def _objects(view: StateView, keys: Sequence[str]) -> dict[str, ShardedObject]:
+    """Request objects of this rank's model-parallel part, where formats of buckets have groups."""
+    rank = 0 if view.data_parallel_group is None else view.data_parallel_group.rank()
+    return {
+        key: ShardedObject(
+            f"optimizer.distributed.dp_group_idx_{view.model_parallel_rank()}.{key}",
+            None,
+            (1,),
+            (0,),
+            # Of the ranks that read it, one has 0 throughout, or Megatron would call it read twice.
+            replica_id=(view.replica or 0, 0, rank),
+        )
+        for key in keys
+        if key != "grad_scaler" or view.grad_scaler is not None
+    }
+
+
+def take_from_adam(
     view: StateView, loaded: Mapping[str, Any], pending: PendingLoad
 ) -> dict[str, Any]:
     """Return step, groups and loss scale in Adam-mini's own form; all ranks must call it.
@@ -104,6 +153,11 @@ def common_from_adam(
             to 0.19.2 write such ``fully_reshardable`` checkpoints if a bucket other than the last
             is padded at its end (fixed upstream in #5077).
     """
+    if pending.adam_format == GATHERED:
+        parameter_state.scatter(
+            view, view.data_parallel_group, lambda: loaded[OBJECTS]["param_state"]
+        )
+        return _common_of(loaded[OBJECTS])
     pieces = zip(view.inner.plan.pieces, pending.floats, strict=True)
     wrong = [
         view.blocks_of(piece).info.name
@@ -118,7 +172,10 @@ def common_from_adam(
             f"The checkpoint's Adam state is unsound: main parameters in {int(count)} pieces"
             f"{example} do not round to the model's weights. {UNSOUND_CAUSE}"
         )
-    source = loaded if pending.adam_format != FLAT_BUCKETS else loaded[OBJECTS]
+    return _common_of(loaded[OBJECTS] if pending.adam_format in OF_BUCKETS else loaded)
+
+
+def _common_of(source: Mapping[str, Any]) -> dict[str, Any]:
     inner = source.get("optimizer", source)
     groups = [dict(group) for group in inner["param_groups"]]
     steps = steps_of(inner)
@@ -143,5 +200,5 @@ def _in_bucket(view: StateView, piece: Piece, kind: str, flat: Tensor) -> Sharde
         global_shape=(state.buffer.unpadded_numel(piece.bucket),),
         global_offset=(piece.window.in_buffer.start - bucket.offset,),
         axis_fragmentations=None,
-        replica_id=(0, 0, 0),
+        replica_id=(0, 0, view.replica or 0),
     )

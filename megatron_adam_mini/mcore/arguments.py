@@ -9,8 +9,17 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
-from megatron_adam_mini.config import BACKENDS, AdamMiniConfig, check_adam_values
-from megatron_adam_mini.mcore.preflight import refuse_single_phase, refuse_unsupported
+from megatron_adam_mini.config import (
+    BACKENDS,
+    CHECKPOINT_FORMATS,
+    AdamMiniConfig,
+    check_adam_values,
+)
+from megatron_adam_mini.mcore.preflight import (
+    refuse_buckets,
+    refuse_single_phase,
+    refuse_unsupported,
+)
 from megatron_adam_mini.partition_flags import RUN_PREFIX, add_partition_flags, partition_config
 
 OPTIMIZER = "adam_mini"
@@ -65,6 +74,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="load a checkpoint with finer blocks by averaging v over this run's, which is exact",
     )
     group.add_argument(
+        "--adam-mini-checkpoint-format",
+        choices=CHECKPOINT_FORMATS,
+        default=AdamMiniConfig.checkpoint_format,
+        help="how checkpoints store the state: model_space loads under any parallel layout, "
+        "buckets (of the distributed optimizer) under another data-parallel size only; what is "
+        "loaded can have either format",
+    )
+    group.add_argument(
         "--adam-mini-no-file-check",
         dest="adam_mini_check_files",
         action="store_false",
@@ -84,6 +101,7 @@ def config_from_args(args: argparse.Namespace) -> AdamMiniConfig:
         single_phase=args.adam_mini_single_phase,
         manifest=args.adam_mini_manifest,
         convert_partition=args.adam_mini_convert_partition,
+        checkpoint_format=args.adam_mini_checkpoint_format,
         check_files=args.adam_mini_check_files,
     )
 
@@ -108,6 +126,11 @@ def check_arguments(args: argparse.Namespace) -> None:
             "--adam-mini-param-remainders needs --bf16: 16 bits complete a bfloat16 weight to its "
             "float32 main parameter, and no other type. Drop it, or train in bfloat16."
         )
+    if args.adam_mini_checkpoint_format == "buckets":
+        refuse_buckets(
+            distributed_optimizer=args.use_distributed_optimizer,
+            fully_reshardable=args.dist_ckpt_optim_fully_reshardable,
+        )
     if args.adam_mini_single_phase:
         refuse_single_phase(args.clip_grad, loss_scaled=bool(args.fp16 or args.loss_scale))
     check_adam_values(
@@ -118,11 +141,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     )
     saves = args.save and not args.no_save_optim
     loads = args.load and not (args.no_load_optim or args.finetune)
-    if (saves or loads) and args.ckpt_format != "torch_dist":
+    if (saves or loads) and args.ckpt_format not in ("torch_dist", "torch"):
         raise NotImplementedError(
             f"--optimizer adam_mini does not support --ckpt-format {args.ckpt_format}: its state "
-            "is saved by every rank in torch_dist checkpoints. Remedy: --ckpt-format torch_dist, "
-            "or --no-save-optim and --no-load-optim."
+            "is saved by every rank in torch_dist checkpoints, or per model-parallel part in "
+            "format torch. Remedy: --ckpt-format torch_dist, or --no-save-optim and "
+            "--no-load-optim."
         )
     if saves and args.non_persistent_ckpt_type is not None:
         raise NotImplementedError(

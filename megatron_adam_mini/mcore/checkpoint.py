@@ -1,9 +1,10 @@
 """Optimizer state in Megatron's ``torch_dist`` checkpoints: what is written, read and refused.
 
-Imports ``entries`` (state as entries of a checkpoint) and ``adam_import``. State takes part in no
-collective, neither on save nor on load, except that converting v to other blocks adds block sums.
+Imports ``entries`` (state as entries of a checkpoint) and ``adam_import``. Used by ``state_part``,
+which decides which checkpoint is meant. State takes part in no collective, neither on save nor on
+load, except that converting v to other blocks adds block sums.
 
-Format ``model_space``, used unless Megatron asks for ``dp_reshardable``: float32 tensors in the
+Format ``model_space``, used unless the options ask for ``buckets``: float32 tensors in the
 model's coordinates, keys ``optimizer.adam_mini.{kind}.{parameter}`` with the layer number in the
 parameter's name; kind is
 
@@ -11,11 +12,11 @@ parameter's name; kind is
 * ``v_row``: one number per row, repeated for the rows of one block;
 * ``v_element``: v of parameters that keep one per element, shaped like the parameter.
 
-Format ``dp_reshardable``: ``param`` and ``exp_avg`` as flat buckets, like Megatron's own; v as
-above. Such a checkpoint loads under another data-parallel size, but no other change of layout.
+Format ``buckets``: ``param`` and ``exp_avg`` as flat buckets, like Megatron's ``dp_reshardable``; v
+as above. Such a checkpoint loads under another data-parallel size, but no other change of layout.
 
-The identity of the state is stored twice: in the content metadata, where it is known before
-anything is read, and in the common state, for callers that pass no metadata.
+The identity of the state is stored twice: in the common state beside it, and in the content
+metadata, where Megatron and its callers look first.
 """
 
 from __future__ import annotations
@@ -24,9 +25,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
-from megatron_adam_mini.agreement import on_all_ranks
+from megatron_adam_mini.adam_rules import steps_of, steps_problem
 from megatron_adam_mini.mcore import adam_import
 from megatron_adam_mini.mcore.entries import (
     SHARDS,
@@ -35,49 +35,40 @@ from megatron_adam_mini.mcore.entries import (
     StateView,
     add_entries,
     bucket_shards,
-    refuse_flat_buckets,
+    need_buckets,
     rows_from_v,
     sums_over_segments,
     to_save,
     tp_rank_of_rows,
     v_from_rows,
 )
-from megatron_adam_mini.mcore.model_space import copy_back, entries_by_parameter
+from megatron_adam_mini.mcore.frozen import note_new_pieces, start_new_pieces
+from megatron_adam_mini.mcore.model_space import ModelEntries, copy_back
+from megatron_adam_mini.mcore.param_groups import load_groups
 from megatron_adam_mini.plan.manifest import (
-    FLAT_BUCKETS,
+    BUCKETS,
     MODEL_SPACE,
+    changes_blocks,
     format_of,
     identity_of,
     partition_of_checkpoint,
     state_key,
 )
-from megatron_adam_mini.plan.partition import ParameterBlocks
 
-ONLY_TORCH_DIST = (
-    "Adam-mini's state is saved in torch_dist checkpoints only, where every rank writes what it "
-    "owns; use --ckpt-format torch_dist (the default), or --no-save-optim / --no-load-optim."
-)
+#: Sizes of the layout that must be equal for a checkpoint of flat buckets.
+_FIXED_BY_BUCKETS = ("tensor", "pipeline", "virtual_pipeline")
 
 
-def state_to_save(
-    view: StateView, model_state: Mapping[str, Any], metadata: dict[str, Any] | None
-) -> dict[str, Any]:
+def state_to_save(view: StateView, entries: ModelEntries) -> dict[str, Any]:
     """Return this rank's part of the optimizer state, as views where that is safe."""
-    wanted = (metadata or {}).get("distrib_optim_sharding_type")
-    checkpoint_format = FLAT_BUCKETS if wanted == FLAT_BUCKETS else MODEL_SPACE
+    checkpoint_format = view.inner.config.checkpoint_format
     identity = identity_of(
         view.manifest,
         view.inner.config,
         checkpoint_format=checkpoint_format,
         saved_from=view.sizes(),
     )
-    if metadata is not None:
-        metadata["adam_mini"] = identity
-        if checkpoint_format == MODEL_SPACE:
-            # Megatron checks this before it lets a run with other TP or PP sizes load the state.
-            metadata["distrib_optim_sharding_type"] = "fully_reshardable"
     shards: Shards = {}
-    entries = entries_by_parameter(model_state)
     for number, piece in enumerate(view.inner.plan.pieces):
         entry, span = view.entry_of(piece, entries), (piece.begin, piece.end)
         if checkpoint_format == MODEL_SPACE:
@@ -85,7 +76,7 @@ def state_to_save(
                 boxes = entry.elements(state_key(kind, ""), flat, *span)
                 add_entries(shards, f"{kind}.{number}", boxes)
         if piece.is_elementwise:
-            values = view.inner.v_of_elements(piece).clone()
+            values = view.state.v_of_elements(piece).clone()
             boxes = entry.elements(state_key("v_element", ""), values, *span)
             add_entries(shards, f"v_element.{number}", boxes)
         else:
@@ -97,11 +88,11 @@ def state_to_save(
                 tp_rank=tp_rank_of_rows(view, piece),
             )
             add_entries(shards, f"v_row.{number}", boxes)
-    if checkpoint_format == FLAT_BUCKETS:
+    if checkpoint_format == BUCKETS:
         shards |= bucket_shards(view, None)
     state: dict[str, Any] = {
         "adam_mini": identity,
-        "step": view.inner.step_count,
+        "step": view.inner.main_params.step_count,
         "param_groups": [
             {key: value for key, value in group.items() if key != "params"}
             for group in view.param_groups
@@ -115,34 +106,29 @@ def state_to_save(
 
 
 def prepare_load(
-    view: StateView, model_state: Mapping[str, Any], metadata: Mapping[str, Any] | None
+    view: StateView, entries: ModelEntries, identity: Mapping[str, Any]
 ) -> PendingLoad:
     """Return what this rank requests from a checkpoint; it is read into the state in place.
 
-    All ranks must call it: a refusal that concerns the parameters of one pipeline stage is raised
-    on all of them, before any rank waits for the others in the load.
+    Args:
+        view: the optimizer.
+        entries: of the model's sharded state dict.
+        identity: of the state in the checkpoint.
+
+    Raises:
+        ValueError: the state is of another partition, or its buckets are those of another layout.
     """
-    return on_all_ranks(
-        lambda: _prepare_load(view, model_state, metadata),
-        "Adam-mini's state cannot be loaded",
-    )
-
-
-def _prepare_load(
-    view: StateView, model_state: Mapping[str, Any], metadata: Mapping[str, Any] | None
-) -> PendingLoad:
-    saved = (metadata or {}).get("adam_mini")
-    if metadata is not None and saved is None:
-        return adam_import.prepare_load(view, model_state, metadata)
-    pending = PendingLoad(checked=saved is not None)
-    checkpoint_format, sources = MODEL_SPACE, list(view.inner.plan.parameters)
-    if saved is not None:
-        checkpoint_format = format_of(saved)
-        refuse_flat_buckets(view, checkpoint_format)
-        sources = _blocks_of_checkpoint(view, saved)
-        pending.average = sources != list(view.inner.plan.parameters)
-    entries = entries_by_parameter(model_state)
+    blocks = view.inner.plan.parameters
+    sources = partition_of_checkpoint(identity, view.manifest, view.inner.config, blocks)
+    checkpoint_format = format_of(identity)
+    if checkpoint_format == BUCKETS:
+        _refuse_other_buckets(view, identity)
+    pending = PendingLoad(view.state, average=changes_blocks(sources, blocks))
+    note_new_pieces(view, identity, sources, pending)
     for number, piece in enumerate(view.inner.plan.pieces):
+        source = sources[piece.parameter]
+        if source is None:
+            continue
         entry, span = view.entry_of(piece, entries), (piece.begin, piece.end)
         if checkpoint_format == MODEL_SPACE:
             for kind, flat in pending.floats_of(view.state_of(piece), piece.window).items():
@@ -151,8 +137,8 @@ def _prepare_load(
                     f"{kind}.{number}",
                     entry.elements(state_key(kind, ""), flat, *span),
                 )
-        if sources[piece.parameter].pattern is None:
-            values = view.inner.v_of_elements(piece)
+        if source.pattern is None:
+            values = view.state.v_of_elements(piece)
             if not piece.is_elementwise:
                 values = pending.elements[number] = torch.empty(
                     piece.end - piece.begin, device=view.inner.device
@@ -171,7 +157,7 @@ def _prepare_load(
                 tp_rank=tp_rank_of_rows(view, piece),
             )
             add_entries(pending.asked, f"v_row.{number}", boxes)
-    if checkpoint_format == FLAT_BUCKETS:
+    if checkpoint_format == BUCKETS:
         pending.asked |= bucket_shards(view, pending)
     return pending
 
@@ -182,62 +168,61 @@ def finish_load(view: StateView, pending: PendingLoad, loaded: Mapping[str, Any]
     All ranks must call it, after the load that :func:`prepare_load` prepared.
 
     Raises:
-        ValueError: parameter groups or identity do not match this run.
+        ValueError: state of Adam is unsound.
     """
-    if not pending.checked:
-        _refuse_surprise(view, loaded["adam_mini"])
     for name, asked in pending.asked.items():
         copy_back(asked, loaded[SHARDS][name])
     if pending.adam_format is not None:
-        loaded = adam_import.common_from_adam(view, loaded, pending)
-    if pending.average:
-        view.inner.average_into_v(sums_over_segments(view, pending))
+        loaded = adam_import.take_from_adam(view, loaded, pending)
+    start_new_pieces(view, pending)
+    if pending.average and pending.adam_format != adam_import.GATHERED:
+        view.inner.average_into_v(view.state, sums_over_segments(view, pending))
     else:
         for number, piece in enumerate(view.inner.plan.pieces):
             if number in pending.rows:
                 v_from_rows(view, piece, pending.rows[number])
-    view.inner.step_count = int(loaded["step"])
-    _load_groups(view, loaded["param_groups"])
+    view.saved_groups[:] = load_groups(view.param_groups, loaded["param_groups"])
+    view.inner.main_params.step_count = int(loaded["step"])
     if view.grad_scaler is not None and "grad_scaler" in loaded:
         view.grad_scaler.load_state_dict(loaded["grad_scaler"])
     for state, window, values in pending.floats:
         state.store(window, values)
 
 
-def _blocks_of_checkpoint(view: StateView, saved: Mapping[str, Any]) -> list[ParameterBlocks]:
-    blocks = view.inner.plan.parameters
-    return partition_of_checkpoint(saved, view.manifest, view.inner.config, blocks)
+def load_common(view: StateView, state_dict: Mapping[str, Any]) -> int:
+    """Set groups and loss scale from a ``state_dict()``, ours or of Megatron's Adam.
 
-
-def _refuse_surprise(view: StateView, saved: Mapping[str, Any]) -> None:
-    """Refuse state that was requested without metadata and turns out to be of another kind.
+    Returns:
+        The steps taken.
 
     Raises:
-        ValueError: partition or format differ, even if a load with metadata would convert them.
+        ValueError: the steps of parameter groups differ.
     """
-    if _blocks_of_checkpoint(view, saved) != list(view.inner.plan.parameters):
+    groups = state_dict["optimizer"]["param_groups"]
+    steps = steps_of(state_dict["optimizer"])
+    problem = steps_problem(steps)
+    if problem:
+        raise ValueError(f"The checkpoint {problem}")
+    view.saved_groups[:] = load_groups(view.param_groups, groups)
+    if view.grad_scaler is not None and "grad_scaler" in state_dict:
+        view.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+    return steps[0]
+
+
+def _refuse_other_buckets(view: StateView, identity: Mapping[str, Any]) -> None:
+    """Refuse flat buckets of another layout than this run's.
+
+    Raises:
+        ValueError: names the sizes that differ.
+    """
+    need_buckets(view, "buckets")
+    saved, own = identity["saved_from"], view.sizes()
+    other = [name for name in _FIXED_BY_BUCKETS if saved.get(name) != own.get(name)]
+    if other:
         raise ValueError(
-            "The checkpoint's Adam-mini state has another partition, and can be converted only if "
-            "sharded_state_dict gets the checkpoint's content metadata: pass "
-            "metadata=load_content_metadata(folder)."
-        )
-
-
-def _load_groups(view: StateView, saved: list[dict[str, Any]]) -> None:
-    """Copy the saved values of each parameter group to the matching group."""
-
-    def identifier(group: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(group.get(key) for key in param_group_identifier_keys)
-
-    by_identifier = {identifier(group): group for group in saved}
-    for group in view.param_groups:
-        if identifier(group) not in by_identifier:
-            raise ValueError(
-                f"The checkpoint has no parameter group {identifier(group)} (keys "
-                f"{param_group_identifier_keys}); it has {list(by_identifier)}. Use the learning "
-                "rate and weight decay overrides that it was saved with, or --no-load-optim."
-            )
-        saved_values = by_identifier[identifier(group)]
-        group.update(
-            {key: saved_values[key] for key in group.keys() & saved_values.keys() - {"params"}}
+            "The checkpoint's Adam-mini state consists of flat buckets, which load under another "
+            "data-parallel size only, but of the parallel sizes differ "
+            + ", ".join(f"{name} ({saved.get(name)}, here {own.get(name)})" for name in other)
+            + ". Load it with those sizes and save it again without --adam-mini-checkpoint-format "
+            "buckets: model_space loads under any layout."
         )

@@ -18,8 +18,14 @@ from typing import Any, NamedTuple
 
 from megatron.core import __version__ as MCORE_VERSION  # noqa: N812 (a constant)
 from megatron.core import optimizer as mcore_optimizer
-from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
-from torch.distributed import ProcessGroup
+from megatron.core import parallel_state
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel.layers import (
+    copy_tensor_model_parallel_attributes,
+    param_is_not_tensor_parallel_duplicate,
+)
+from torch import Tensor
+from torch.distributed import ProcessGroup, get_process_group_ranks
 from torch.nn import Module, Parameter
 
 #: Releases that the test-suite ran on.
@@ -31,23 +37,35 @@ logger = logging.getLogger(__name__)
 class Hook(NamedTuple):
     """A function of Megatron that ``registration`` wraps.
 
-    Megatron looks it up as a global of its module at call time, so its callers may have been
-    imported before.
+    Megatron looks it up at call time, as a global of its module or in its class, so its callers may
+    have been imported before.
     """
 
     module: str
     name: str
+    owner: str = ""  # class in the module
+
+    def place(self) -> Any:
+        """Return the module or class that holds the function."""
+        module = importlib.import_module(self.module)
+        return getattr(module, self.owner) if self.owner else module
 
 
 #: ``get_megatron_optimizer`` calls it for every optimizer that is neither Adam nor SGD. Private;
 #: since 0.18. Before, there is no such function, and megatron.training.training in 0.17.1 calls
 #: the getter by an imported name.
 FACTORY = Hook("megatron.core.optimizer", "_get_megatron_emerging_optimizer")
+#: Saves a checkpoint. Public; all.
+CHECKPOINT_SAVE = Hook("megatron.core.dist_checkpointing", "save")
 #: Loads a checkpoint; the next two read its common state before that. Public; all.
 CHECKPOINT_LOAD = Hook("megatron.core.dist_checkpointing", "load")
 CHECKPOINT_COMMON = (
     Hook("megatron.core.dist_checkpointing", "load_common_state_dict"),
     Hook("megatron.core.dist_checkpointing", "load_content_metadata"),
+)
+#: Loads a schedule, or checks that it is this run's. Public; all.
+SCHEDULER_LOAD = Hook(
+    "megatron.core.optimizer_param_scheduler", "load_state_dict", "OptimizerParamScheduler"
 )
 #: Adds all flags to a parser. Public; all that have megatron.training.
 ADD_ARGUMENTS = Hook("megatron.training.arguments", "add_megatron_arguments")
@@ -57,6 +75,14 @@ VALIDATE_ARGUMENTS = Hook("megatron.training.arguments", "validate_args")
 #: Makes the optimizer's config from arguments. Public; all, but before 0.18 it raises for unknown
 #: optimizers.
 OPTIMIZER_CONFIG = Hook("megatron.training.training", "get_megatron_optimizer_config")
+#: Computes what --log-params-norm logs; of bfloat16 parameters it reads ``main_param`` and
+#: ``main_param_sharded``. Public; all that have megatron.training.
+PARAMS_NORM = Hook("megatron.training.training", "calc_params_l2_norm")
+#: Bytes of weights, gradients and Adam's state on the fullest rank, by a formula. Public; all that
+#: have megatron.training.
+STATE_MEMORY = Hook(
+    "megatron.training.theoretical_memory_usage", "compute_weight_and_optimizer_memory"
+)
 #: Writes the logs. Public; all, with more arguments since 0.18.
 TRAINING_LOG = Hook("megatron.training.training", "training_log")
 
@@ -126,6 +152,13 @@ def argument_reader(function: Callable[..., Any], name: str) -> Callable[..., An
     return read
 
 
+def bind(function: Callable[..., Any], *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+    """Return the arguments of a call by name, defaults included, to read, change and pass on."""
+    call = inspect.signature(function).bind(*args, **kwargs)
+    call.apply_defaults()
+    return call
+
+
 # Configs and process groups.
 
 
@@ -183,6 +216,21 @@ def norm_group(groups: Any) -> ProcessGroup | None:
     return group
 
 
+def gloo_group_like(dp_group: ProcessGroup) -> ProcessGroup | None:
+    """Return Megatron's gloo group of the same data-parallel ranks, ``None`` if there is none.
+
+    ``get_data_parallel_group_gloo`` asserts that it was made; all.
+    """
+    try:
+        group: ProcessGroup = parallel_state.get_data_parallel_group_gloo(
+            with_context_parallel=True, partial_data_parallel=True
+        )
+    except AssertionError:
+        return None
+    same = get_process_group_ranks(group) == get_process_group_ranks(dp_group)
+    return group if same else None
+
+
 # Parameters and modules.
 
 
@@ -200,6 +248,18 @@ def is_not_tp_duplicate(
             param, **{key: value for key, value in groups.items() if key in known}
         )
     )
+
+
+def copy_attributes(shard: Tensor, param: Parameter) -> None:
+    """Copy to a shard what Megatron reads from its parameter: how it is split, shared and clipped.
+
+    ``copy_tensor_model_parallel_attributes``; all. The other three by name, since Megatron has a
+    function for them since 0.19 only.
+    """
+    copy_tensor_model_parallel_attributes(shard, param)
+    for name in ("allreduce", "shared", "grad_norm_group"):
+        if hasattr(param, name):
+            setattr(shard, name, getattr(param, name))
 
 
 def has_norm_of_its_own(param: Parameter) -> bool:
@@ -220,3 +280,41 @@ def stored_prefixes(module: Module) -> Mapping[str, str]:
     submodules = getattr(module, "submodules_config", None)
     prefixes: Mapping[str, str] = getattr(submodules, "sharded_state_dict_keys_map", {})
     return prefixes
+
+
+# Buffers and tables of the distributed optimizer.
+
+
+def gather_again(chunk: Any) -> None:
+    """Let the next forward pass of a DDP-wrapped chunk start its parameter gather; since 0.19."""
+    reset = getattr(chunk, "reset_param_sync_dispatch_state", None)
+    if reset is not None:
+        reset()
+
+
+#: Checkpoint formats that load under any layout; all.
+RESHARDABLE_FORMATS: set[str] = DistributedOptimizer.checkpoint_fully_reshardable_formats
+#: Lays out parameters in buffers, a static method; since 0.19.
+PARAM_LAYOUT: Any = vars(DistributedOptimizer).get("compute_full_param_layout")
+
+
+def owned_ranges(buffer: Any) -> dict[tuple[Any, Any], list[dict[str, Any]]]:
+    """Return what this rank owns of a buffer: ``_build_gbuf_range_map``."""
+    found: dict[tuple[Any, Any], list[dict[str, Any]]]
+    found = DistributedOptimizer._build_gbuf_range_map(buffer)
+    return found
+
+
+def buffer_of_params(ranges: Sequence[Any]) -> dict[Parameter, tuple[int, Any, int]]:
+    """Return where each parameter of :func:`owned_ranges` is: ``_build_model_param_gbuf_map``."""
+    found: dict[Parameter, tuple[int, Any, int]]
+    found = DistributedOptimizer._build_model_param_gbuf_map(ranges)
+    return found
+
+
+def owned_by_group(
+    groups: Sequence[Any], ranges: Sequence[Any]
+) -> tuple[dict[Parameter, tuple[int, int]], list[dict[str, Any]]]:
+    """Return group and place of each such parameter: ``_build_optimizer_group_ranges``."""
+    index, by_group = DistributedOptimizer._build_optimizer_group_ranges(groups, ranges)
+    return index, by_group

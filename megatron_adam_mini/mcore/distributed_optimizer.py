@@ -1,83 +1,47 @@
-"""The optimizer of Megatron's training loop: one object for all model chunks of a rank.
+"""Adam-mini in the place of Megatron's distributed optimizer, for all model chunks of a rank.
 
-Imports megatron.core and ``optimizer``. It replaces both Megatron's chain of optimizers and its
-distributed optimizer: it reads gradients where the reduce-scatter left them, and writes weights
-where the parameter all-gather reads them.
+Imports megatron.core and ``optimizer``. It reads gradients where the reduce-scatter left them, and
+writes weights where the parameter all-gather reads them. What is no part of the step stands in the
+classes below it: ``saved_state``, ``distributed_names``, ``rank_optimizer``.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from megatron.core.optimizer.grad_scaler import (
-    ConstantGradScaler,
-    DynamicGradScaler,
-    MegatronGradScaler,
-)
-from megatron.core.optimizer.optimizer import MegatronOptimizer
-from megatron.core.optimizer.optimizer_config import OptimizerConfig
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, distributed
-from torch.nn import Parameter
 
-from megatron_adam_mini.mcore import checkpoint, compat
-from megatron_adam_mini.mcore.entries import PendingLoad, StateView
-from megatron_adam_mini.optimizer import AdamMini, Decision, Outcome
+from megatron_adam_mini.mcore import compat
+from megatron_adam_mini.mcore.saved_state import SavedState
+from megatron_adam_mini.optimizer import Decision, Outcome
+from megatron_adam_mini.wide_sums import WideSums
 
 logger = logging.getLogger(__name__)
 
+#: The pass that takes block sums, norm and clipping factor. Megatron prints the timers that it
+#: knows by name, and no others.
+_SUMS_TIMER = "optimizer-clip-main-grad"
 
-class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
+
+class AdamMiniOptimizer(SavedState):
     """Adam-mini behind Megatron's optimizer interface.
 
-    Built by ``factory.build_optimizer``; users get it from Megatron's ``get_megatron_optimizer``.
+    Built by ``factory.build_optimizer``; users get it from Megatron's ``get_megatron_optimizer``,
+    as the only member of a chain.
 
     Args:
-        inner: state and step of this rank.
-        config: Megatron's optimizer config.
-        model_chunks: DDP-wrapped chunks.
-        param_groups: groups of model parameters; schedulers write ``lr`` and ``weight_decay``.
-        parameters: all trainable parameters, in the plan's numbering.
-        manifest: partition of the whole model.
-        groups: Megatron's process groups.
-
-    Attributes:
-        inner: as above.
-        manifest: as above; the same on all ranks.
+        args, kwargs: of ``RankOptimizer``.
     """
 
-    def __init__(
-        self,
-        inner: AdamMini,
-        config: OptimizerConfig,
-        model_chunks: Sequence[Any],
-        param_groups: list[dict[str, Any]],
-        parameters: Sequence[Parameter],
-        manifest: dict[str, Any],
-        groups: ProcessGroupCollection,
-    ) -> None:
-        # MegatronOptimizer.__init__ expects a wrapped torch optimizer, which does not exist here.
-        self.inner = inner
-        self.config = config
-        self.model_chunks = list(model_chunks)
-        self.manifest = manifest
-        self.grad_scaler = _grad_scaler(config)
-        # Never a stub, even without trainable parameters: each rank takes part in saves and norms.
-        self.is_stub_optimizer = False
-        self._groups = param_groups
-        self._parameters = list(parameters)
-        self._groups_of_ranks = groups
-        self._ddp_config: Any = model_chunks[0].ddp_config
-        self._scale_one = torch.ones(1, dtype=torch.float32, device=inner.device)
-        self._sums: tuple[Tensor, Tensor | None] | None = None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Sums of squares in float32 or, too, in float64, and the inverse loss scale.
+        self._sums: tuple[Tensor, WideSums | None, Tensor | None] | None = None
         self._decision: Decision | None = None
-        self._pending_load: PendingLoad | None = None
-        self._warned_non_finite = False
-        self._point_at_main_params()
+        self._clip_grad = 0.0
+        self._warned: set[str] = set()
 
     @torch.no_grad()
     def step(self) -> tuple[bool, float | None, int | None]:
@@ -87,18 +51,28 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         only at the end, for the values to return.
 
         Returns:
-            ``(updated, grad_norm, num_zeros_in_grad)``. A step with a non-finite gradient on any
-            rank is skipped everywhere: ``(False, None, None)``, with no state changed.
+            ``(updated, grad_norm, num_zeros_in_grad)``; the norm is ``None`` in a single-phase
+            step, which does not know it. A step with a non-finite gradient on any rank is skipped
+            everywhere: ``(False, None, None)``, with no state changed. If all are finite, but v
+            would not fit into float32: ``(False, grad_norm, num_zeros_in_grad)``.
         """
         self._sums = self._decision = None
         decision = self._decide_at_once()
         self._update(decision)
+        if decision.in_doubt:
+            decision = self._decide(*self._wide_sums())
+            if decision.read().updated:
+                self._update(decision)
         outcome = self.inner.finish(decision)
         self._tell_scaler(outcome)
+        self._report(decision)
         if outcome.found_inf:
             return False, None, None
-        num_zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
-        if not outcome.updated:
+        num_zeros = None
+        if self.config.log_num_zeros_in_grad:
+            with self._timer("optimizer-count-zeros"):
+                num_zeros = self.count_zeros()
+        if not outcome.updated and decision.problem is None:
             logger.info(
                 "skipping a step: grad_norm %s exceeds grad_norm_skip_threshold %s",
                 outcome.grad_norm,
@@ -108,41 +82,56 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
     def _decide_at_once(self) -> Decision:
         """Compute all sums and decide, without waiting for the device."""
-        with self._timer("optimizer-block-sums"):
+        with self._timer(_SUMS_TIMER):
             if self.inner.config.single_phase:
                 self.inner.sum_squares_of_cut_blocks()
                 return Decision()
-            stats = self.inner.sum_squares()
-            return self.inner.decide(
-                stats,
-                inv_scale=self._inv_scale(),
-                clip_grad=self.config.clip_grad,
-                skip_threshold=compat.grad_norm_skip_threshold(self.config),
-            )
+            return self._decide(self.inner.sum_squares())
+
+    def _decide(self, stats: Tensor, wide: WideSums | None = None) -> Decision:
+        return self.inner.decide(
+            stats,
+            wide,
+            inv_scale=self._inv_scale(),
+            clip_grad=self.config.clip_grad,
+            skip_threshold=compat.grad_norm_skip_threshold(self.config),
+        )
+
+    def _wide_sums(self) -> tuple[Tensor, WideSums]:
+        with self._timer(_SUMS_TIMER):
+            return self.inner.sum_squares_in_float64()
 
     # The same phase by phase, for callers that drive a MegatronOptimizer themselves.
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
-        """Compute all sums; return whether any gradient of any rank is not finite."""
+        """Compute all sums; return whether any gradient of any rank is not finite.
+
+        ``.grad`` of each main shard is its gradient from here on, for callers that change it.
+        """
         if self.inner.config.single_phase:
             raise RuntimeError(
                 "A single-phase step has no phases to drive one by one; call step(), or drop "
                 "--adam-mini-single-phase."
             )
-        with self._timer("optimizer-block-sums"):
+        with self._timer(_SUMS_TIMER):
             # The loss scale of these gradients: the scaler changes it before they are used.
-            self._sums = self.inner.sum_squares(), self._inv_scale()
-            stats, inv_scale = self._sums
-            self._decision = self.inner.decide(stats, inv_scale=inv_scale)
-        outcome = self._decision.read()
+            self._sums = self.inner.sum_squares(), None, self._inv_scale()
+        self._clip_grad = 0.0
+        decision = self._decide_phase()
+        self._lend_gradients()
+        outcome = decision.read()
         self._tell_scaler(outcome)
+        if outcome.found_inf:
+            self._report(decision)
         return outcome.found_inf
 
     @torch.no_grad()
     def get_grad_norm(self) -> float:
         """Return the norm of the model's gradient, without the loss scale, before clipping."""
-        return self._decided("get_grad_norm").read().grad_norm
+        grad_norm = self._decided("get_grad_norm").read().grad_norm
+        assert grad_norm is not None
+        return grad_norm
 
     @torch.no_grad()
     def clip_grad_norm(self, clip_grad: float) -> float:
@@ -150,24 +139,82 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
         Gradients are never rewritten: after the step, ``main_grad`` is unclipped.
         """
-        grad_norm = self.get_grad_norm()
-        assert self._sums is not None
-        stats, inv_scale = self._sums
-        self._decision = self.inner.decide(stats, inv_scale=inv_scale, clip_grad=clip_grad)
-        return grad_norm
+        self._decided("clip_grad_norm")
+        self._clip_grad = clip_grad
+        self._decide_phase()
+        return self.get_grad_norm()
 
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
-        """Update state and weights, and start Megatron's parameter all-gather."""
-        decision = self._decided("step_with_ready_grads")
+        """Update state and weights, and start Megatron's parameter all-gather.
+
+        Sums are taken again: the caller may have clipped the gradients of the main shards.
+        """
+        self._decided("step_with_ready_grads")
+        assert self._sums is not None
+        _, _, inv_scale = self._sums
+        self._take_gradients_back()
+        with self._timer(_SUMS_TIMER):
+            self._sums = self.inner.sum_squares(), None, inv_scale
+        decision = self._decide_phase()
         self._update(decision)
         self._sums = self._decision = None
-        return self.inner.finish(decision).updated
+        outcome = self.inner.finish(decision)
+        self._report(decision)
+        return outcome.updated
+
+    def get_grads_for_grad_norm(self, grad_norm_group: str | None = None) -> list[Tensor]:
+        """Return this rank's gradients that count in the norm, without the loss scale.
+
+        Args:
+            grad_norm_group: parameters with a norm of their own, which Adam-mini refuses: none.
+        """
+        if grad_norm_group is not None:
+            return []
+        inv_scale = self._inv_scale()
+        grads = [
+            self.inner.grad(piece)
+            for piece in self.inner.plan.pieces
+            if self.inner.plan.parameters[piece.parameter].info.in_norm
+        ]
+        return grads if inv_scale is None else [grad * inv_scale for grad in grads]
+
+    def count_zeros(self) -> int:
+        """Return the number of zeros in the model's gradients, each parameter counted once."""
+        return self.inner.count_zeros()
+
+    # What both share.
 
     def _decided(self, caller: str) -> Decision:
         if self._decision is None:
             raise RuntimeError(f"{caller} needs prepare_grads first: it takes the block sums.")
         return self._decision
+
+    def _decide_phase(self) -> Decision:
+        assert self._sums is not None
+        stats, wide, inv_scale = self._sums
+        decision = self.inner.decide(stats, wide, inv_scale=inv_scale, clip_grad=self._clip_grad)
+        if decision.in_doubt:
+            self._sums = (*self._wide_sums(), inv_scale)
+            return self._decide_phase()
+        self._decision = decision
+        return decision
+
+    def _lend_gradients(self) -> None:
+        """Let ``.grad`` of the main shards be their gradients, still with the loss scale.
+
+        They are views of float32 gradients and copies of others. Shards that are 16-bit weights,
+        completed by remainders, cannot have float32 gradients, and have none.
+        """
+        for shard, piece in zip(self.optimizer.shards, self.inner.plan.pieces, strict=True):
+            if shard.dtype == torch.float32:
+                shard.grad = self.inner.grad(piece).float()
+
+    def _take_gradients_back(self) -> None:
+        for shard, piece in zip(self.optimizer.shards, self.inner.plan.pieces, strict=True):
+            grad = self.inner.grad(piece)
+            if shard.grad is not None and shard.grad.data_ptr() != grad.data_ptr():
+                grad.copy_(shard.grad)
 
     def _inv_scale(self) -> Tensor | None:
         return None if self.grad_scaler is None else self.grad_scaler.inv_scale
@@ -176,215 +223,42 @@ class AdamMiniOptimizer(MegatronOptimizer):  # type: ignore[misc]
         """Update state and weights; start their all-gather unless the forward pass does that."""
         with self._timer("optimizer-inner-step"):
             self.inner.update(decision)
-        if self._ddp_config.use_distributed_optimizer and not (
-            self._ddp_config.overlap_param_gather
-        ):
+        if self.ddp_config.use_distributed_optimizer and not (self.ddp_config.overlap_param_gather):
             with self._timer("params-all-gather"):
                 for chunk in self.model_chunks:
                     chunk.start_param_sync()
 
     def _tell_scaler(self, outcome: Outcome) -> None:
         if self.grad_scaler is not None:
+            self.found_inf.fill_(outcome.found_inf)
             self.grad_scaler.update(outcome.found_inf)
-        elif outcome.found_inf and not self._warned_non_finite:
-            self._warned_non_finite = True
-            logger.warning(
-                "skipping a step with non-finite gradients; optimizer state and weights are "
-                "unchanged (further skipped steps are only counted in Megatron's log)"
-            )
 
-    def count_zeros(self) -> int:
-        """Return the number of zeros in the model's gradients, each parameter counted once."""
-        return self.inner.count_zeros()
-
-    # What the training loop needs of any optimizer.
-
-    @property
-    def chained_optimizers(self) -> list[AdamMiniOptimizer]:
-        """This optimizer alone: Megatron's loop iterates over the members of a chain."""
-        return [self]
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Parameter groups, equal in number and order on all ranks."""
-        return self._groups
-
-    def get_parameters(self) -> list[Parameter]:
-        """Return the model parameters that this optimizer updates."""
-        return list(self._parameters)
-
-    def get_grad_stats_parallel_group(self) -> distributed.ProcessGroup | None:
-        """Return the group over which gradient statistics are added."""
-        return self.inner.collectives.norm_group
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop ``.grad`` of all parameters; Megatron zeroes its buffers itself."""
-        for param in self._parameters:
-            if set_to_none:
-                param.grad = None
-            elif param.grad is not None:
-                param.grad.zero_()
-
-    def get_loss_scale(self) -> Tensor:
-        """Return the loss scale, shape ``(1,)``."""
-        if self.grad_scaler is None:
-            return self._scale_one
-        scale: Tensor = self.grad_scaler.scale
-        return scale
-
-    @torch.no_grad()
-    def reload_model_params(self, state_dict: dict[str, Any] | None = None) -> None:
-        """Copy model weights to the main parameters, after the weights were changed."""
-        if state_dict is not None:
-            raise NotImplementedError(
-                "Adam-mini cannot take main parameters from a model state dict "
-                "(--load-main-params-from-ckpt); drop the flag to start from the model's weights."
-            )
-        for state in self.inner.states:
-            state.take_weights()
-
-    def state_bytes(self) -> dict[str, int]:
-        """Return the bytes of this rank's optimizer state: main_param, exp_avg, exp_avg_sq."""
-        return self.inner.state_bytes()
-
-    def communication_per_step(self) -> dict[str, Any]:
-        """Return what Adam-mini adds per step on this rank: collectives, and bytes by group."""
-        return self.inner.collectives.per_step()
-
-    # Checkpoints; see the module ``checkpoint``.
-
-    def sharded_state_dict(
-        self,
-        model_sharded_state_dict: dict[str, Any],
-        is_loading: bool = False,
-        metadata: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> dict[str, Any]:
-        """Return what this rank writes to a ``torch_dist`` checkpoint, or reads from one.
-
-        Args:
-            model_sharded_state_dict: the model's whole sharded state dict.
-            is_loading: whether to read.
-            metadata: content metadata of the checkpoint; on save, the identity of Adam-mini's
-                state is added to it (modified in place).
-
-        Raises:
-            ValueError: the checkpoint's state has another partition, or is another optimizer's.
-        """
-        view = self._state_view()
-        if not is_loading:
-            return checkpoint.state_to_save(view, model_sharded_state_dict, metadata)
-        self._pending_load = checkpoint.prepare_load(view, model_sharded_state_dict, metadata)
-        return self._pending_load.state_dict(check_files=self.inner.config.check_files)
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Store what a checkpoint load returned; all ranks must call it.
-
-        Raises:
-            RuntimeError: no load was prepared.
-            ValueError: parameter groups or identity do not match this run.
-        """
-        pending, self._pending_load = self._pending_load, None
-        if pending is None:
-            raise RuntimeError(
-                "Adam-mini's load_state_dict needs sharded_state_dict(..., is_loading=True) first: "
-                + checkpoint.ONLY_TORCH_DIST
-            )
-        checkpoint.finish_load(self._state_view(), pending, state_dict)
-        # Megatron loads the model's weights itself, and they need not be the rounded main
-        # parameters (another precision, another checkpoint).
-        if self._ddp_config.use_distributed_optimizer:
-            for chunk in self.model_chunks:
-                chunk.start_param_sync(force_sync=True)
-
-    def _state_view(self) -> StateView:
-        return StateView(
-            inner=self.inner,
-            parameters=self._parameters,
-            param_groups=self._groups,
-            grad_scaler=self.grad_scaler,
-            manifest=self.manifest,
-            replica=self._replica(),
-            model_parallel_rank=lambda: int(self._groups_of_ranks.mp.rank()),
-            sizes=self._sizes,
-        )
-
-    def _replica(self) -> int | None:
-        if not self._ddp_config.use_distributed_optimizer:
-            return None
-        if self._ddp_config.num_distributed_optimizer_instances == 1:
-            return 0
-        return int(self._groups_of_ranks.inter_dist_opt.rank())
-
-    def _sizes(self) -> dict[str, int]:
-        groups = self._groups_of_ranks
-        return {
-            "tensor": groups.tp.size(),
-            "pipeline": groups.pp.size(),
-            "virtual_pipeline": len(self.model_chunks),
-            "context": groups.cp.size(),
-            "data": groups.dp_cp.size() // groups.cp.size(),
-            "distributed_optimizer": int(self._ddp_config.use_distributed_optimizer),
-        }
-
-    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """Refuse: a state dict of one rank's slices could not be loaded anywhere else."""
-        raise NotImplementedError(checkpoint.ONLY_TORCH_DIST)
-
-    save_parameter_state = load_parameter_state = state_dict
-
-    def offload_to_cpu(self, *_: Any, **__: Any) -> None:
-        """Refuse: the state is one flat tensor per buffer and kind, which stays on the device."""
-        raise NotImplementedError("Adam-mini's state cannot be offloaded to the CPU yet.")
-
-    restore_from_cpu = offload_to_cpu
-
-    @contextmanager
-    def _timer(self, name: str) -> Iterator[None]:
-        timers = self.config.timers
-        if timers is None:
-            yield
+    def _report(self, decision: Decision) -> None:
+        """Log, once of each kind, what float32 cannot hold: on rank 0 and where it is."""
+        outcome, wide, problem = decision.read(), decision.wide, decision.problem
+        if wide is None or (outcome.found_inf and self.grad_scaler is not None):
+            return  # with a loss scale, gradients that are not finite are nothing special
+        if not (outcome.updated or outcome.found_inf or problem):
+            return  # above the threshold of norms
+        kind = "non-finite" if outcome.found_inf else problem or "float64"
+        if kind in self._warned:
             return
-        timer = timers(name, log_level=1)
-        timer.start(barrier=self.config.barrier_with_L1_time)
-        try:
-            yield
-        finally:
-            timer.stop()
-
-    def _point_at_main_params(self) -> None:
-        """Set the ``main_param`` views of 16-bit parameters, which Megatron's parameter norm reads.
-
-        Remainders allow no such view; Megatron then computes the norm of the weights.
-        """
-        if self.inner.config.param_remainders:
-            return
-        sharded = bool(self._ddp_config.use_distributed_optimizer)
-        for param in self._parameters:
-            if param.dtype != torch.float32:
-                param.main_param = None  # type: ignore[attr-defined]
-                param.main_param_sharded = sharded  # type: ignore[attr-defined]
-        for piece in self.inner.plan.pieces:
-            state = self.inner.states[piece.buffer]
-            if state.owns_main_param:
-                param = self._parameters[piece.parameter]
-                param.main_param = state.main_param(piece.window)  # type: ignore[attr-defined]
-
-
-def _grad_scaler(config: OptimizerConfig) -> MegatronGradScaler | None:
-    """Choose the loss scaler as Megatron does for its own optimizers."""
-    if not (config.fp16 or config.bf16 or config.use_distributed_optimizer):
-        return None
-    if config.loss_scale:
-        return ConstantGradScaler(config.loss_scale)
-    if config.fp16:
-        return DynamicGradScaler(
-            initial_scale=config.initial_loss_scale,
-            min_scale=config.min_loss_scale,
-            growth_factor=2.0,
-            backoff_factor=0.5,
-            growth_interval=config.loss_scale_window,
-            hysteresis=config.hysteresis,
-        )
-    return None
+        self._warned.add(kind)
+        names = wide.non_finite_names() if outcome.found_inf else decision.names
+        finite = f"gradients are finite (norm {outcome.grad_norm:.3g})"
+        if outcome.updated:
+            text = (
+                f"{finite}, but sums of their squares overflow float32, or nearly: such steps take "
+                "sums in float64, and longer (further ones are not logged)"
+            )
+        else:
+            reason = "non-finite gradients" if outcome.found_inf else f"{finite}, but {problem}"
+            text = (
+                f"skipping a step: {reason}; optimizer state and weights are unchanged (further "
+                "skipped steps are only counted in Megatron's log)"
+            )
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            text += f". On this rank: {', '.join(names[:5])}{more}"
+        if names or not distributed.is_initialized() or distributed.get_rank() == 0:
+            logger.warning(text)

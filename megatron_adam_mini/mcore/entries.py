@@ -12,29 +12,23 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import (
-    LocalNonpersistentObject,
-    ShardedBase,
-    ShardedObject,
-)
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
-from megatron_adam_mini.mcore.model_space import ModelEntry
+from megatron_adam_mini.mcore.model_space import ModelEntries, ModelEntry
 from megatron_adam_mini.mcore.slices import ShardedBuffer
 from megatron_adam_mini.optimizer import AdamMini
 from megatron_adam_mini.plan.buffer_plan import Window
 from megatron_adam_mini.plan.layout import row_parallel
-from megatron_adam_mini.plan.manifest import FLAT_BUCKETS, STATE_PREFIX
+from megatron_adam_mini.plan.manifest import STATE_PREFIX
 from megatron_adam_mini.plan.partition import ParameterBlocks
 from megatron_adam_mini.plan.step_plan import Piece
-from megatron_adam_mini.state import BufferState
+from megatron_adam_mini.state import BufferState, RankState
 
 #: Keys of the optimizer's state dict; Megatron's own optimizers use neither.
 SHARDS, OBJECTS = "adam_mini_shards", "adam_mini_objects"
-#: Marks a load as Adam-mini's for ``load_guard``; the value: whether to check the files.
-MARK = "adam_mini_check_files"
-
 #: Entries of a state dict by name, a few boxes each.
 Shards = dict[str, dict[str, ShardedTensor]]
 
@@ -44,53 +38,60 @@ class StateView:
     """The parts of an optimizer that saving and loading use.
 
     Attributes:
-        inner: state of this rank.
+        inner: the optimizer of this rank.
+        state: its state.
         parameters: the model's parameters, in the plan's numbering.
         param_groups: groups whose values a load sets.
+        saved_groups: set by a load to the checkpoint's groups, see ``param_groups.load_groups``.
         grad_scaler: Megatron's loss scaler, or ``None``.
         manifest: partition of the whole model.
         replica: number of the optimizer instance, which distinguishes holders of one slice;
             ``None`` without the distributed optimizer: every data-parallel rank holds everything.
         model_parallel_rank: returns the number among the model's tensor- and pipeline-parallel
             parts. Called where it is needed: a caller's own process groups may lack its group.
+        data_parallel_group: ranks that share the state, ``None`` without the distributed optimizer.
         sizes: returns the sizes of the parallel layout, recorded in checkpoints; likewise.
     """
 
     inner: AdamMini
+    state: RankState
     parameters: Sequence[Parameter]
     param_groups: list[dict[str, Any]]
+    saved_groups: list[Mapping[str, Any] | None]
     grad_scaler: Any
     manifest: dict[str, Any]
     replica: int | None
     model_parallel_rank: Callable[[], int]
+    data_parallel_group: ProcessGroup | None
     sizes: Callable[[], dict[str, int]]
 
     def state_of(self, piece: Piece) -> BufferState:
         """Return the state that contains a piece."""
-        return self.inner.states[piece.buffer]
+        return self.state.buffers[piece.buffer]
 
     def blocks_of(self, piece: Piece) -> ParameterBlocks:
         """Return this run's blocks of a piece's parameter."""
         return self.inner.plan.parameters[piece.parameter]
 
-    def entry_of(self, piece: Piece, entries: Mapping[int, ShardedBase]) -> ModelEntry:
+    def entry_of(self, piece: Piece, entries: ModelEntries) -> ModelEntry:
         """Return where a piece's parameter lies in the whole model.
 
         Args:
             piece: the piece.
-            entries: of the model's sharded state dict, see ``model_space.entries_by_parameter``.
+            entries: of the model's sharded state dict.
 
         Raises:
             ValueError: that dict lacks the parameter.
         """
-        found = entries.get(id(self.parameters[piece.parameter]))
+        found = entries.find(self.parameters[piece.parameter])
+        info = self.blocks_of(piece).info
         if found is None:
-            name = self.blocks_of(piece).info.name
             raise ValueError(
-                f"Parameter {name!r} is not in the model's sharded state dict, so Adam-mini cannot "
-                "tell where its state belongs; build that dict with keep_vars=True."
+                f"Parameter {info.name!r} is not in the model's sharded state dict, so Adam-mini "
+                "cannot tell where its state belongs; pass the whole model's, built with "
+                "keep_vars=True."
             )
-        return ModelEntry(found, self.replica)
+        return ModelEntry(found, self.replica, is_copy=not info.in_norm)
 
 
 @dataclass
@@ -98,6 +99,7 @@ class PendingLoad:
     """What was requested from a checkpoint, until the load has returned it.
 
     Attributes:
+        state: the state that is read into; the optimizer's, if nobody has moved it since.
         asked: entries by name, as in the state dict.
         floats: state, window, and float32 tensors that the entries of ``param`` and ``exp_avg``
             are views of; see ``BufferState.store``.
@@ -106,9 +108,11 @@ class PendingLoad:
         objects: entries that are not tensors.
         average: whether v is averaged over blocks rather than copied.
         adam_format: format of Megatron's Adam that is read, ``None`` for Adam-mini's own.
-        checked: whether the identity of the state was checked before it was requested.
+        new: numbers of pieces whose parameters were frozen when the checkpoint was saved.
+        taken: step count with which the optimizer has taken over what was read, ``None``: not yet.
     """
 
+    state: RankState
     asked: Shards = field(default_factory=dict)
     floats: list[tuple[BufferState, Window, dict[str, Tensor]]] = field(default_factory=list)
     rows: dict[int, Tensor] = field(default_factory=dict)
@@ -116,7 +120,8 @@ class PendingLoad:
     objects: dict[str, ShardedObject] = field(default_factory=dict)
     average: bool = False
     adam_format: str | None = None
-    checked: bool = True
+    new: set[int] = field(default_factory=set)
+    taken: int | None = None
 
     def floats_of(self, state: BufferState, window: Window) -> dict[str, Tensor]:
         """Return float32 tensors into which ``param`` and ``exp_avg`` of a window are read."""
@@ -124,9 +129,9 @@ class PendingLoad:
         self.floats.append((state, window, values))
         return values
 
-    def state_dict(self, *, check_files: bool) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the requested entries as a state dict."""
-        return {MARK: LocalNonpersistentObject(check_files)} | {
+        return {
             key: dict(value)
             for key, value in ((SHARDS, self.asked), (OBJECTS, self.objects))
             if value  # an empty entry would become part of the common state
@@ -166,14 +171,14 @@ def rows_from_v(view: StateView, piece: Piece) -> Tensor:
     first, last, width = _segments_in_rows(view, piece)
     # Segments end at row ends or at the slice's end, so only the first can start within a row.
     counts = -(-last // width) - first // width
-    v = view.inner.v_of_segments(piece)
+    v = view.state.v_of_segments(piece)
     return torch.repeat_interleave(v, counts, output_size=int(counts.sum()))
 
 
 def v_from_rows(view: StateView, piece: Piece, rows: Tensor) -> None:
     """Set v of the piece's segments from row values, see :func:`rows_from_v`."""
     first, _, width = _segments_in_rows(view, piece)
-    view.inner.v_of_segments(piece).copy_(rows[first // width - piece.begin // width])
+    view.state.v_of_segments(piece).copy_(rows[first // width - piece.begin // width])
 
 
 def sums_over_segments(view: StateView, pending: PendingLoad) -> Tensor:
@@ -182,7 +187,7 @@ def sums_over_segments(view: StateView, pending: PendingLoad) -> Tensor:
     sum_S = torch.zeros(inner.plan.num_segments, dtype=torch.float32, device=inner.device)
     for number, piece in enumerate(inner.plan.pieces):
         out = sum_S[piece.segments]
-        if not len(out):
+        if not len(out) or number in pending.new:
             continue
         first, last, width = _segments_in_rows(view, piece)
         if number in pending.elements:
@@ -208,17 +213,18 @@ def _segments_in_rows(view: StateView, piece: Piece) -> tuple[Tensor, Tensor, in
     )
 
 
-def refuse_flat_buckets(view: StateView, checkpoint_format: str) -> None:
+def need_buckets(view: StateView, checkpoint_format: str) -> None:
     """Refuse a checkpoint of flat buckets in a run without buckets.
 
     Raises:
-        ValueError: ``dp_reshardable`` without the distributed optimizer.
+        ValueError: the run does not use the distributed optimizer.
     """
-    if checkpoint_format == FLAT_BUCKETS and view.replica is None:
+    if view.replica is None:
         raise ValueError(
-            "The checkpoint's optimizer state is dp_reshardable: flat buckets of the distributed "
-            "optimizer, which this run does not use. Add --use-distributed-optimizer, or save with "
-            "--dist-ckpt-optim-fully-reshardable."
+            f"The checkpoint's optimizer state has the format {checkpoint_format}: flat buckets of "
+            "the distributed optimizer, which this run does not use. Add "
+            "--use-distributed-optimizer, or save it in the run that wrote it in a format that "
+            "loads anywhere: Adam-mini's model_space, or Adam's fully_reshardable."
         )
 
 
@@ -231,7 +237,7 @@ def bucket_shards(view: StateView, pending: PendingLoad | None) -> Shards:
     """
     shards: Shards = {}
     number = 0
-    for state in view.inner.states:
+    for state in view.state.buffers:
         assert isinstance(state.buffer, ShardedBuffer)
         for index, slice_plan in enumerate(state.plan.slices):
             begin = slice_plan.window.in_buffer.start - slice_plan.bucket.offset

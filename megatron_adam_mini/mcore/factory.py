@@ -25,13 +25,18 @@ from megatron_adam_mini.collectives import DomainGroups
 from megatron_adam_mini.config import AdamMiniConfig, check_adam_values
 from megatron_adam_mini.kernels import select_backend
 from megatron_adam_mini.mcore import compat
+from megatron_adam_mini.mcore.chained_optimizer import AdamMiniChainedOptimizer
 from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
 from megatron_adam_mini.mcore.metrics import observe
-from megatron_adam_mini.mcore.param_info import collect_parameters
-from megatron_adam_mini.mcore.preflight import refuse_single_phase, refuse_unsupported
+from megatron_adam_mini.mcore.param_info import collect_parameters, frozen_keys
+from megatron_adam_mini.mcore.preflight import (
+    refuse_buckets,
+    refuse_single_phase,
+    refuse_unsupported,
+)
 from megatron_adam_mini.mcore.slices import dense_buffers, sharded_buffers, whole_parameters
 from megatron_adam_mini.optimizer import AdamMini
-from megatron_adam_mini.plan.manifest import manifest_of, partition_fields
+from megatron_adam_mini.plan.manifest import BUCKETS, manifest_of, partition_fields
 from megatron_adam_mini.plan.partition import partition_parameter, unmatched_patterns
 from megatron_adam_mini.plan.step_plan import DomainLayout, StepPlan, plan_step
 from megatron_adam_mini.state import Buffer, check_remainders
@@ -44,7 +49,7 @@ def build_optimizer(
     model_chunks: Sequence[Any],
     config_overrides: dict[Any, Any] | None = None,
     pg_collection: ProcessGroupCollection | None = None,
-) -> AdamMiniOptimizer:
+) -> AdamMiniChainedOptimizer:
     """Build Adam-mini for DDP-wrapped model chunks; all ranks of the job must call it.
 
     Args:
@@ -77,13 +82,19 @@ def build_optimizer(
         [group_of[param] for param in planned.parameters],
         device=planned.device,
     )
-    manifest = _gather_manifest(planned, options)
+    manifest = _gather_manifest(planned, options, frozen_keys(model_chunks))
     optimizer = AdamMiniOptimizer(
-        inner, config, model_chunks, param_groups, planned.parameters, manifest, planned.groups
+        inner,
+        config,
+        model_chunks,
+        planned.parameters,
+        manifest,
+        planned.groups,
+        planned.domain_groups.dp,
     )
     observe(optimizer)
     _report(optimizer, options)
-    return optimizer
+    return AdamMiniChainedOptimizer(optimizer)
 
 
 @dataclass(frozen=True)
@@ -160,6 +171,8 @@ def _check_options(
         weight_decay=config.weight_decay,
     )
     _check_distributed_optimizer(config, model_chunks)
+    if options.checkpoint_format == BUCKETS:
+        refuse_buckets(distributed_optimizer=config.use_distributed_optimizer)
     if options.single_phase:
         refuse_single_phase(
             config.clip_grad,
@@ -244,7 +257,9 @@ def _param_groups(
     return groups
 
 
-def _gather_manifest(planned: _Planned, options: AdamMiniConfig) -> dict[str, Any]:
+def _gather_manifest(
+    planned: _Planned, options: AdamMiniConfig, frozen: list[str]
+) -> dict[str, Any]:
     """Join the manifests of all pipeline stages; every rank gets the result."""
     own = [
         entry.manifest_entry()
@@ -253,8 +268,12 @@ def _gather_manifest(planned: _Planned, options: AdamMiniConfig) -> dict[str, An
     ]
     pp_group = planned.groups.pp
     stages: list[Any] = [None] * pp_group.size()
-    distributed.all_gather_object(stages, own, group=pp_group)
-    return manifest_of([entry for stage in stages for entry in stage], options)
+    distributed.all_gather_object(stages, (own, frozen), group=pp_group)
+    return manifest_of(
+        [entry for entries, _ in stages for entry in entries],
+        options,
+        frozen=[key for _, keys in stages for key in keys],
+    )
 
 
 def _report(optimizer: AdamMiniOptimizer, options: AdamMiniConfig) -> None:

@@ -1,9 +1,9 @@
-"""Find a damaged or hostile checkpoint before anything is loaded, and raise on every rank.
+"""Find a damaged or hostile checkpoint before anything is loaded.
 
-Imports ``checkpoint`` (readers that check checksums and run no code) and torch.distributed. Wraps
-three functions of ``megatron.core.dist_checkpointing``: ``load``, for loads that Adam-mini
-requested, and the two that read the common state before it, ``load_common_state_dict`` and
-``load_content_metadata``.
+Imports ``checkpoint`` (readers that check checksums and run no code) and torch.distributed. The
+checks are called by ``checkpoint_calls`` before a load that Adam-mini requested; two functions of
+``megatron.core.dist_checkpointing`` that read the common state before it are wrapped here:
+``load_common_state_dict`` and ``load_content_metadata``.
 
 Without it, torch reads a flipped bit without notice, reports a truncated file without its name,
 and raises on one rank only, while the others wait for it in their next collective. And it
@@ -20,40 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import distributed
 
-from megatron_adam_mini.agreement import on_all_ranks
 from megatron_adam_mini.checkpoint.chunks import ChunkReader, StoredChunk
 from megatron_adam_mini.checkpoint.errors import UnreadableError
 from megatron_adam_mini.checkpoint.reader import COMMON_KEY, Checkpoint, tiling_problem
 from megatron_adam_mini.mcore.arguments import OPTIMIZER
 from megatron_adam_mini.mcore.compat import training_arguments
-from megatron_adam_mini.mcore.entries import MARK
 from megatron_adam_mini.plan.manifest import STATE_PREFIX
-
-
-def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``dist_checkpointing.load``: check files first, and raise its errors on all ranks."""
-
-    @functools.wraps(original)
-    def load(
-        sharded_state_dict: dict[str, Any], checkpoint_dir: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        optimizer = sharded_state_dict.get("optimizer")
-        if not isinstance(optimizer, dict) or MARK not in optimizer:
-            return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-        check_checkpoint = optimizer[MARK].unwrap()
-        failure = (
-            f"Checkpoint {str(checkpoint_dir)!r} was not loaded. Load an earlier one (--ckpt-step) "
-            "or restore the file"
-        )
-        if check_checkpoint:
-            on_all_ranks(lambda: check_share(Path(checkpoint_dir), *_rank_and_size()), failure)
-        return on_all_ranks(
-            lambda: original(sharded_state_dict, checkpoint_dir, *args, **kwargs), failure
-        )
-
-    return load
 
 
 def wrap_load_common(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,16 +73,21 @@ def refuse_foreign_classes(chunk: StoredChunk) -> None:
         ) from error
 
 
-def check_share(folder: Path, rank: int, size: int) -> None:
-    """Check every ``size``-th chunk of a checkpoint from number ``rank`` on.
+def check_share(folder: Path, group: distributed.ProcessGroup | None) -> Checkpoint:
+    """Check this rank's share of a checkpoint's chunks.
 
     All ranks together read the checkpoint once. Checked are sizes, checksums of all bytes, classes
     of non-tensor entries, and that the boxes of Adam-mini's state cover their tensors.
+
+    Args:
+        folder: of the checkpoint.
+        group: the ranks that load it, ``None``: all.
 
     Raises:
         ValueError: something is missing, truncated, damaged, not covered, or more than data; names
             file and entry.
     """
+    rank, size = _rank_and_size(group)
     checkpoint = Checkpoint(folder)
     chunks = [chunk for tensor in checkpoint.tensors.values() for chunk in tensor.chunks]
     for chunk in chunks[rank::size]:
@@ -118,6 +100,44 @@ def check_share(folder: Path, rank: int, size: int) -> None:
         problem = tiling_problem(checkpoint.tensors[key])
         if problem is not None:
             raise ValueError(f"{key}: {problem}")
+    return checkpoint
+
+
+def check_request(checkpoint: Checkpoint, request: Any) -> None:
+    """Check that a checkpoint holds what is requested from it.
+
+    Megatron would name all keys that are missing and no reason, or the first shape that differs on
+    one rank only.
+
+    Args:
+        checkpoint: the checkpoint.
+        request: sharded state dict.
+
+    Raises:
+        ValueError: entries are missing, or tensors have another shape.
+    """
+    problems = []
+    for entry in nested_values(request):
+        if isinstance(entry, ShardedObject) and entry.unique_key not in checkpoint.objects:
+            problems.append(f"{entry.key} is missing")
+        elif isinstance(entry, ShardedTensor):
+            stored = checkpoint.tensors.get(entry.key)
+            if stored is None:
+                problems.append(f"{entry.key} is missing")
+            elif stored.shape != tuple(entry.global_shape) and not entry.allow_shape_mismatch:
+                problems.append(
+                    f"{entry.key} has shape {list(stored.shape)}, this run needs "
+                    f"{list(entry.global_shape)}"
+                )
+    if problems:
+        raise ValueError(
+            f"The optimizer state in {checkpoint.folder} does not fit this run: {problems[0]} "
+            f"({len(problems)} such entries on this rank). Formats with flat buckets "
+            "(dp_reshardable, dp_zero_gather_scatter) need the tensor- and pipeline-parallel sizes "
+            "and the bucket size (--ddp-bucket-size) that they were saved with, all formats the "
+            "model, with no more trained parameters. Load it with those, or start without it: "
+            "--no-load-optim."
+        )
 
 
 def _checks_files() -> bool:
@@ -128,7 +148,7 @@ def _checks_files() -> bool:
     return bool(getattr(args, "adam_mini_check_files", True))
 
 
-def _rank_and_size() -> tuple[int, int]:
+def _rank_and_size(group: distributed.ProcessGroup | None) -> tuple[int, int]:
     if not distributed.is_initialized():
         return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
+    return distributed.get_rank(group), distributed.get_world_size(group)

@@ -1,15 +1,19 @@
-"""State bytes and added communication in Megatron's TensorBoard and Weights & Biases logs.
+"""What Megatron's logs say of Adam-mini: own metrics, and numbers that Megatron computes for Adam.
 
 Imports ``compat`` and, when it writes, megatron.training; holds a weak reference to the optimizer
-that was built last.
+that was built last. ``docs/logs.md`` lists all that is logged.
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from megatron_adam_mini.mcore.compat import argument_reader
 
@@ -53,6 +57,87 @@ def wrap_training_log(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return training_log
+
+
+def wrap_params_norm(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return Megatron's ``calc_params_l2_norm``, right also where its way to main parameters fails.
+
+    With remainders there are no main parameters to read, and the weights of other ranks are old
+    where their gather overlaps the next forward pass.
+    """
+
+    @functools.wraps(original)
+    def calc_params_l2_norm(*args: Any, **kwargs: Any) -> Any:
+        optimizer = _observed() if _observed is not None else None
+        if optimizer is None or not (
+            optimizer.inner.config.param_remainders or _num_copies(optimizer) > 1
+        ):
+            return original(*args, **kwargs)
+        with _norms_as_main_params(optimizer):
+            return original(*args, **kwargs)
+
+    return calc_params_l2_norm
+
+
+@contextmanager
+def _norms_as_main_params(optimizer: AdamMiniOptimizer) -> Iterator[None]:
+    """Give 16-bit parameters the norm of their main shard as ``main_param``, for a while.
+
+    Megatron adds up the squares of what it finds there, so the norm comes out the same without
+    main parameters in memory. Megatron counts the shards of all optimizer instances; here each
+    shard counts once.
+    """
+    pieces, parameters = optimizer.inner.plan.pieces, optimizer.model_params
+    factor = _num_copies(optimizer) ** -0.5
+    norms: dict[Any, Tensor] = {}
+    with optimizer.optimizer.left_where_it_is():
+        buffers = optimizer.optimizer.attach().buffers
+        for piece in pieces:
+            norm = buffers[piece.buffer].norm(piece.window).view(1)
+            norms[parameters[piece.parameter]] = norm * factor
+    is_sharded = bool(optimizer.ddp_config.use_distributed_optimizer)
+    changed = [vars(param) for param in parameters if param.dtype != torch.float32]
+    names = "main_param", "main_param_sharded"
+    kept = [{name: held[name] for name in names if name in held} for held in changed]
+    try:
+        for param in parameters:
+            if param.dtype != torch.float32:
+                vars(param).update(main_param=norms.get(param), main_param_sharded=is_sharded)
+        yield
+    finally:
+        for held, before in zip(changed, kept, strict=True):
+            for name in names:
+                held.pop(name, None)
+            held.update(before)
+
+
+def _num_copies(optimizer: AdamMiniOptimizer) -> int:
+    """Return how many optimizer instances share out the same main parameters."""
+    if not optimizer.ddp_config.use_distributed_optimizer:
+        return 1
+    return int(optimizer.ddp_config.num_distributed_optimizer_instances)
+
+
+def wrap_state_memory(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return Megatron's ``compute_weight_and_optimizer_memory`` less what Adam-mini saves."""
+
+    @functools.wraps(original)
+    def compute_weight_and_optimizer_memory(*args: Any, **kwargs: Any) -> Any:
+        optimizer = _observed() if _observed is not None else None
+        saved = 0 if optimizer is None else _saved_bytes(optimizer)
+        return original(*args, **kwargs) - saved
+
+    return compute_weight_and_optimizer_memory
+
+
+def _saved_bytes(optimizer: AdamMiniOptimizer) -> int:
+    """Return how many bytes less this rank's state takes than Adam's, which is all float32."""
+    adam = sum(
+        piece.window.numel * (8 if param.dtype == torch.float32 else 12)
+        for piece in optimizer.inner.plan.pieces
+        for param in (optimizer.model_params[piece.parameter],)
+    )
+    return adam - sum(optimizer.state_bytes().values())
 
 
 def _write(optimizer: AdamMiniOptimizer, iteration: int) -> None:

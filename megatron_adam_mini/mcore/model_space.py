@@ -29,14 +29,20 @@ class ModelEntry:
     """Where one parameter of this rank lies in the whole model.
 
     Args:
-        entry: the parameter's entry in the model's sharded state dict.
+        views: its tensors in the model's sharded state dict, each with its first element's
+            position, see :meth:`ModelEntries.find`.
         replicas: number that distinguishes ranks with the same slice; 0 writes. ``None``: the rank
             holds the whole shard, and the model's own number applies.
+        is_copy: whether other tensor- or pipeline-parallel ranks save the parameter; used where
+            the model's replica numbers do not tell.
     """
 
-    def __init__(self, entry: ShardedBase, replicas: int | None) -> None:
-        self._views = _contiguous_views(entry)
+    def __init__(
+        self, views: list[tuple[int, ShardedTensor]], replicas: int | None, *, is_copy: bool = False
+    ) -> None:
+        self._views = views
         self._replicas = replicas
+        self._is_copy = is_copy
 
     def elements(
         self, kind: str, flat: Tensor, begin: int, end: int, *, fold: bool = True
@@ -121,20 +127,60 @@ class ModelEntry:
         return found
 
     def _replica(self, view: ShardedTensor) -> tuple[int, int, int]:
+        if isinstance(view.replica_id, int):
+            # A parallel save of the model wrote into its state dict which data-parallel rank
+            # saved, and dropped what the other two numbers were.
+            own = view.replica_id if self._replicas is None else self._replicas
+            return (0, int(self._is_copy and self._replicas is not None), own)
         pp, tp, dp = view.replica_id
         return (pp, tp, dp if self._replicas is None else self._replicas)
 
 
-def entries_by_parameter(model_state: Mapping[str, Any]) -> dict[int, ShardedBase]:
-    """Map ``id`` of each parameter's tensor to its entry in a model's sharded state dict.
+class ModelEntries:
+    """The parameters in a model's sharded state dict.
 
-    By identity, not by name: Megatron renames some keys, and virtual stages repeat them.
+    They are found by identity, not by name: Megatron renames some keys, and virtual stages repeat
+    them. If the dict was saved before, entries that are stored in parts (SwiGLU's gate and up
+    halves) have been replaced by these parts, which are found by their place in memory.
+
+    Args:
+        model_state: the dict, which may also hold other things.
     """
-    return {
-        id(entry.data): entry
-        for entry in nested_values(model_state)
-        if isinstance(entry, ShardedBase)
-    }
+
+    def __init__(self, model_state: Mapping[str, Any]) -> None:
+        entries = [entry for entry in nested_values(model_state) if isinstance(entry, ShardedBase)]
+        self._whole = {id(entry.data): entry for entry in entries}
+        self._tensors = [
+            entry
+            for entry in entries
+            if isinstance(entry, ShardedTensor)
+            and isinstance(entry.data, Tensor)
+            and not entry.key.startswith("optimizer.")  # of an optimizer saved in the same dict
+        ]
+
+    def find(self, param: Tensor) -> list[tuple[int, ShardedTensor]] | None:
+        """Return the tensors of a parameter, each with its first element's position.
+
+        Returns:
+            ``None`` if the dict lacks the parameter or a part of it.
+        """
+        entry = self._whole.get(id(param))
+        if entry is not None:
+            return _contiguous_views(entry)
+        begin, size = param.data_ptr(), param.element_size()
+        inside = [
+            ((part.data.data_ptr() - begin) // size, part)
+            for part in self._tensors
+            if begin <= part.data.data_ptr() < begin + param.nbytes
+            and (part.data.dtype, part.data.device) == (param.dtype, param.device)
+        ]
+        inside.sort(key=lambda found: found[0])
+        covered = 0
+        for start, part in inside:
+            if start != covered or not part.data.is_contiguous():
+                return None
+            covered += part.data.numel()
+        return inside if covered == param.numel() and inside else None
 
 
 def copy_back(asked: Mapping[str, ShardedTensor], loaded: Mapping[str, Tensor]) -> None:
@@ -192,7 +238,7 @@ def _contiguous_views(entry: ShardedBase) -> list[tuple[int, ShardedTensor]]:
     offsets of the results tell which elements they are.
     """
     if isinstance(entry, ShardedTensor):
-        return [(0, _with_triple(entry, entry.local_shape))]
+        return [(0, entry)]
     if not isinstance(entry, ShardedTensorFactory):
         raise TypeError(f"expected a ShardedTensor or a factory, got {type(entry).__name__}")
     twin = torch.empty(tuple(entry.data.shape), device="meta")
@@ -209,23 +255,7 @@ def _contiguous_views(entry: ShardedBase) -> list[tuple[int, ShardedTensor]]:
         covered += view.numel()
     if covered != twin.numel():
         raise NotImplementedError(f"Parameter {entry.key!r}: its parts do not cover it once.")
-    return [(part.data.storage_offset(), _with_triple(part, part.data.shape)) for part in parts]
-
-
-def _with_triple(entry: ShardedTensor, shape: Any) -> ShardedTensor:
-    replica = entry.replica_id
-    return ShardedTensor(
-        key=entry.key,
-        data=None,
-        dtype=entry.dtype,
-        local_shape=tuple(shape),
-        global_shape=tuple(entry.global_shape),
-        global_offset=tuple(entry.global_offset),
-        axis_fragmentations=None,
-        replica_id=(0, 0, replica) if isinstance(replica, int) else tuple(replica),
-        prepend_axis_num=entry.prepend_axis_num,
-        allow_shape_mismatch=entry.allow_shape_mismatch,
-    )
+    return [(part.data.storage_offset(), part) for part in parts]
 
 
 def _leaves(tree: Any) -> Iterator[ShardedTensor]:

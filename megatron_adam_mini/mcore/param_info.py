@@ -22,6 +22,7 @@ from megatron_adam_mini.mcore import compat
 from megatron_adam_mini.plan.parameter_info import HeadGeometry, ParameterInfo
 from megatron_adam_mini.plan.roles import is_expert
 
+_WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 _LAYER = re.compile(r"layers\.\d+$")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,6 +56,21 @@ def collect_parameters(
     return found
 
 
+def frozen_keys(model_chunks: Sequence[Module]) -> list[str]:
+    """Return the checkpoint keys of a rank's parameters that are not trained."""
+    found = []
+    for chunk in model_chunks:
+        renamed, stored = _global_prefixes(chunk), _stored_prefixes(chunk)
+        found += [
+            _WORD_EMBEDDINGS
+            if getattr(param, "shared_embedding", False)
+            else _global_name(_replace_prefix(local_name, stored), renamed)
+            for local_name, param in chunk.named_parameters()
+            if not param.requires_grad
+        ]
+    return found
+
+
 def _describe(
     name: str,
     key: str,
@@ -67,7 +83,7 @@ def _describe(
     if getattr(param, "shared_embedding", False):
         # The copy on the last pipeline stage must have the rule of that on the first, or the two
         # would drift apart.
-        name = key = "embedding.word_embeddings.weight"
+        name = key = _WORD_EMBEDDINGS
     expert = not getattr(param, "allreduce", True)
     group = expert_tp_group if expert else tp_group
     split = getattr(param, "tensor_model_parallel", False)

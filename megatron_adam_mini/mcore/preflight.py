@@ -132,6 +132,29 @@ def refuse_keywords(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
         )
 
 
+def refuse_buckets(*, distributed_optimizer: bool, fully_reshardable: bool = False) -> None:
+    """Check that a run can save flat buckets, and was not asked for the opposite.
+
+    Args:
+        distributed_optimizer: whether the run has buckets.
+        fully_reshardable: whether Megatron's flag asks for a format that loads anywhere.
+
+    Raises:
+        ValueError: it cannot, or was.
+    """
+    if not distributed_optimizer:
+        raise ValueError(
+            "--adam-mini-checkpoint-format buckets needs --use-distributed-optimizer, whose "
+            "buckets it saves. Remedy: add that flag, or save as model_space (the default)."
+        )
+    if fully_reshardable:
+        raise ValueError(
+            "--adam-mini-checkpoint-format buckets and --dist-ckpt-optim-fully-reshardable "
+            "contradict each other: buckets load under another data-parallel size only. Remedy: "
+            "drop one of them; model_space (the default) loads under any layout."
+        )
+
+
 def refuse_single_phase(
     clip_grad: float, *, loss_scaled: bool, skip_threshold: float = math.inf
 ) -> None:

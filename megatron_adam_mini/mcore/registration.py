@@ -1,23 +1,27 @@
 """Registration with Megatron: which of its functions are wrapped, and how to undo it.
 
 Imports ``compat``, which names the functions and their releases, and the wrappers' modules.
-Eight functions are replaced, those of megatron.training only if it is installed:
+Twelve functions are replaced, those of megatron.training only if it is installed:
 
 * the optimizer factory builds Adam-mini if the config names it;
+* a checkpoint that is saved says what its optimizer state is, and a load asks for what is there;
 * before each of three functions reads a checkpoint, its files are checked for damage and foreign
   code;
+* a scheduler that loads a schedule, and is told to use the checkpoint's values, uses them for
+  the groups of Adam-mini, too;
 * Adam-mini's flags are added to the parser;
 * Adam-mini's flags are validated, then Megatron validates all others as for Adam: for any other
   optimizer it would replace the distributed optimizer by the layer-wise one;
 * the options are attached to the optimizer's config;
-* Adam-mini's metrics are added to the logs.
+* Adam-mini's metrics are added to the logs;
+* the norm of the parameters is computed from main parameters that Megatron cannot read;
+* the logged theoretical memory is Adam-mini's.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -31,10 +35,16 @@ from megatron_adam_mini.mcore.arguments import (
     config_from_args,
     refuse_stray_options,
 )
+from megatron_adam_mini.mcore.checkpoint_calls import wrap_load, wrap_save
 from megatron_adam_mini.mcore.compat import Hook
+from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
 from megatron_adam_mini.mcore.factory import build_optimizer
-from megatron_adam_mini.mcore.load_guard import wrap_load, wrap_load_common
-from megatron_adam_mini.mcore.metrics import wrap_training_log
+from megatron_adam_mini.mcore.load_guard import wrap_load_common
+from megatron_adam_mini.mcore.metrics import (
+    wrap_params_norm,
+    wrap_state_memory,
+    wrap_training_log,
+)
 from megatron_adam_mini.mcore.preflight import refuse_keywords
 
 
@@ -49,11 +59,11 @@ class Registration:
 
     def replace(self, hook: Hook, wrap: Callable[[Any], Any]) -> None:
         """Put ``wrap(original)`` in the place of a function of Megatron."""
-        module = importlib.import_module(hook.module)
-        original = getattr(module, hook.name)
+        place = hook.place()
+        original = getattr(place, hook.name)
         wrapper = wrap(original)
-        setattr(module, hook.name, wrapper)
-        self._replaced.append((module, hook.name, original, wrapper))
+        setattr(place, hook.name, wrapper)
+        self._replaced.append((place, hook.name, original, wrapper))
 
     def undo(self) -> None:
         """Restore what was replaced; a second call does nothing.
@@ -61,14 +71,14 @@ class Registration:
         Raises:
             RuntimeError: a function was wrapped again since; restoring it would drop that wrapper.
         """
-        for module, name, _, wrapper in self._replaced:
-            if getattr(module, name) is not wrapper:
+        for place, name, _, wrapper in self._replaced:
+            if getattr(place, name) is not wrapper:
                 raise RuntimeError(
-                    f"{module.__name__}.{name} was replaced after megatron_adam_mini.register(); "
+                    f"{place.__name__}.{name} was replaced after megatron_adam_mini.register(); "
                     "undo the later replacement first."
                 )
-        for module, name, original, _ in reversed(self._replaced):
-            setattr(module, name, original)
+        for place, name, original, _ in reversed(self._replaced):
+            setattr(place, name, original)
         self._replaced.clear()
         global _active
         if _active is self:
@@ -100,15 +110,19 @@ def register() -> Registration:
     compat.warn_if_untested()
     handle = Registration()
     handle.replace(compat.FACTORY, _wrap_factory)
+    handle.replace(compat.CHECKPOINT_SAVE, wrap_save)
     handle.replace(compat.CHECKPOINT_LOAD, wrap_load)
     for hook in compat.CHECKPOINT_COMMON:
         handle.replace(hook, wrap_load_common)
+    handle.replace(compat.SCHEDULER_LOAD, _wrap_scheduler)
     if training is not None:
         defaults: dict[str, Any] = {}
         handle.replace(compat.ADD_ARGUMENTS, functools.partial(_wrap_add, defaults))
         handle.replace(compat.VALIDATE_ARGUMENTS, functools.partial(_wrap_validate, defaults))
         handle.replace(compat.OPTIMIZER_CONFIG, _wrap_config)
         handle.replace(compat.TRAINING_LOG, wrap_training_log)
+        handle.replace(compat.PARAMS_NORM, wrap_params_norm)
+        handle.replace(compat.STATE_MEMORY, wrap_state_memory)
     _active = handle
     return handle
 
@@ -130,6 +144,20 @@ def _wrap_factory(original: Callable[..., Any]) -> Callable[..., Any]:
         return build_optimizer(config, model_chunks, config_overrides, pg_collection)
 
     return get_emerging_optimizer
+
+
+def _wrap_scheduler(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_state_dict(scheduler: Any, state_dict: dict[str, Any]) -> Any:
+        # Before, because it sets the rates at once, from each group's bounds if it has some.
+        if scheduler.use_checkpoint_opt_param_scheduler:
+            optimizer = scheduler.optimizer
+            for member in getattr(optimizer, "chained_optimizers", [optimizer]):
+                if isinstance(member, AdamMiniOptimizer):
+                    member.take_bounds_of_checkpoint()
+        return original(scheduler, state_dict)
+
+    return load_state_dict
 
 
 def _wrap_add(defaults: dict[str, Any], original: Callable[..., Any]) -> Callable[..., Any]:

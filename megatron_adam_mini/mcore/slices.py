@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -24,11 +25,11 @@ class ShardedBuffer:
 
     Attributes:
         buffer: Megatron's object.
-        stored_as: what Megatron's own checkpoints call it: number of the buffer, and its dtypes.
+        number: its number among those of all chunks, which Megatron's own checkpoints use.
     """
 
     buffer: Any
-    stored_as: tuple[int, str]
+    number: int
 
     @property
     def grad(self) -> Tensor:
@@ -48,8 +49,16 @@ class ShardedBuffer:
 
     def bucket_key_suffix(self, bucket: int, kind: str) -> str:
         """Return how the keys of Megatron's ``dp_reshardable`` format end for a bucket."""
-        number, dtypes = self.stored_as
-        return f"gbuf_idx_{number}.dtype_{dtypes}.bucket_idx_{bucket}.{kind}"
+        return f"gbuf_idx_{self.number}.dtype_{self._dtypes}.bucket_idx_{bucket}.{kind}"
+
+    def of_megatrons_state(self, stored: Mapping[Any, Any]) -> dict[str, Any] | None:
+        """Return the buffer's entry of what ``get_parameter_state_dp_zero`` of Megatron returns."""
+        found: dict[str, Any] | None = stored.get(self.number, {}).get(self._dtypes)
+        return found
+
+    @property
+    def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        return self.buffer.param_dtype, self.buffer.grad_dtype
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,7 @@ def sharded_buffers(
                 )
             )
         )
-        live.append(ShardedBuffer(buffer, (number, str((buffer.param_dtype, buffer.grad_dtype)))))
+        live.append(ShardedBuffer(buffer, number))
     return layouts, live
 
 

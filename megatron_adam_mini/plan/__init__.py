@@ -29,7 +29,7 @@ slot           place of a spread block's sum among those that ranks exchange
 domain         the buffers that share one pair of process groups: dense parameters, or experts
 group          process group; a *parameter group* is torch's
 manifest       list of all parameters with their rules and numbers of blocks
-format         of a checkpoint: ``model_space`` or ``dp_reshardable``
+format         of a checkpoint: ``model_space`` or ``buckets``
 =============  =====================================================================================
 
 Shape suffixes, here and in the whole package:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.config import CHECKPOINT_FORMATS, AdamMiniConfig
 from megatron_adam_mini.plan.partition import (
     RULE_VERSION,
     IntArray,
@@ -32,7 +32,10 @@ FORMAT_VERSION = 2
 STATE_PREFIX = "optimizer.adam_mini."
 
 #: Formats of the state: tensors in the model's coordinates; flat buckets, bound to one layout.
-MODEL_SPACE, FLAT_BUCKETS = "model_space", "dp_reshardable"
+MODEL_SPACE, BUCKETS = CHECKPOINT_FORMATS
+
+#: What identities call them. Checkpoints have always called buckets by Megatron's word for its own.
+_STORED_FORMATS = {MODEL_SPACE: "model_space", BUCKETS: "dp_reshardable"}
 
 #: Weights with a row per token, which Megatron pads by an amount that depends on the layout.
 VOCABULARY_ROLES = ("embedding", "output")
@@ -65,12 +68,15 @@ def state_key(kind: str, key: str) -> str:
 # The manifest.
 
 
-def manifest_of(entries: Sequence[dict[str, Any]], config: AdamMiniConfig) -> dict[str, Any]:
+def manifest_of(
+    entries: Sequence[dict[str, Any]], config: AdamMiniConfig, frozen: Iterable[str] = ()
+) -> dict[str, Any]:
     """Return the manifest of a whole model: its parameters, rules and numbers of second moments.
 
     Args:
         entries: :meth:`ParameterBlocks.manifest_entry` of every parameter, once each.
         config: the options that produced them.
+        frozen: checkpoint keys of the parameters that are not trained.
 
     Returns:
         A JSON-serialisable dict; for ``hash`` see :func:`manifest_hash`.
@@ -84,6 +90,7 @@ def manifest_of(entries: Sequence[dict[str, Any]], config: AdamMiniConfig) -> di
         "blocks": sum(entry["blocks"] for entry in ordered),
         "v_bytes": sum(entry["v_bytes"] for entry in ordered),
         "elementwise_unknown": [e["name"] for e in ordered if e["role"] == "unknown"],
+        "frozen": sorted(set(frozen)),
         "hash": manifest_hash(
             partition, ((e["key"], e["shape"], e["role"], e["rule"]) for e in ordered)
         ),
@@ -141,15 +148,16 @@ def identity_of(
     Args:
         manifest: manifest of the whole model.
         config: the options that produced it.
-        checkpoint_format: ``MODEL_SPACE`` or ``FLAT_BUCKETS``.
+        checkpoint_format: ``MODEL_SPACE`` or ``BUCKETS``.
         saved_from: sizes of the parallel layout, for information only.
     """
     return {
         "format": FORMAT_VERSION,
-        "layout": checkpoint_format,  # read with format_of; existing checkpoints use this key
+        "layout": _STORED_FORMATS.get(checkpoint_format, checkpoint_format),
         "partition": partition_fields(config),
         "manifest_hash": manifest["hash"],
         "rules": {e["key"]: [e["rule"], e["blocks"]] for e in manifest["parameters"]},
+        "frozen": manifest["frozen"],
         "saved_from": saved_from,
     }
 
@@ -165,9 +173,9 @@ def config_of(identity: Mapping[str, Any]) -> AdamMiniConfig:
 
 
 def format_of(identity: Mapping[str, Any]) -> str:
-    """Return a checkpoint's format: ``MODEL_SPACE`` or ``FLAT_BUCKETS``."""
-    checkpoint_format: str = identity["layout"]
-    return checkpoint_format
+    """Return a checkpoint's format: ``MODEL_SPACE`` or ``BUCKETS``."""
+    stored: str = identity["layout"]
+    return next((name for name, known in _STORED_FORMATS.items() if known == stored), stored)
 
 
 def format_problem(identity: Mapping[str, Any]) -> str | None:
@@ -221,13 +229,24 @@ def is_coarsening(fine: ParameterBlocks, coarse: ParameterBlocks) -> bool:
     return are_unions(coarse.pattern.block_of_rows(), fine.pattern.block_of_rows())
 
 
+def trained_otherwise(
+    identity: Mapping[str, Any], manifest: Mapping[str, Any]
+) -> tuple[set[str], set[str]]:
+    """Return the keys of parameters that only this run, and only the checkpoint's run, trains."""
+    keys = {entry["name"]: entry["key"] for entry in manifest["parameters"]}
+    ours, theirs = {*keys.values()}, {*stored_rules(identity, keys)}
+    return ours - theirs, theirs - ours
+
+
 def partition_of_checkpoint(
     identity: Mapping[str, Any],
     manifest: Mapping[str, Any],
     config: AdamMiniConfig,
     parameters: Sequence[ParameterBlocks],
-) -> list[ParameterBlocks]:
+) -> list[ParameterBlocks | None]:
     """Return the partition of a checkpoint's v, or refuse it.
+
+    Parameters may have been frozen in either run, and trained in the other.
 
     Args:
         identity: the checkpoint's.
@@ -236,7 +255,8 @@ def partition_of_checkpoint(
         parameters: this rank's, with this run's blocks.
 
     Returns:
-        The same parameters in the same order, with the checkpoint's blocks.
+        The same parameters in the same order, with the checkpoint's blocks; ``None`` for those that
+        have no state there, because they were frozen.
 
     Raises:
         ValueError: the format differs, or the partition differs and must not or cannot be
@@ -256,7 +276,10 @@ def partition_of_checkpoint(
     }
     theirs = stored_rules(identity, {rule.name: key for key, rule in ours.items()})
     difference = _difference(identity, manifest, config, theirs, ours)
-    if ours.keys() != theirs.keys() or identity["partition"]["rule_version"] != RULE_VERSION:
+    new, gone = trained_otherwise(identity, manifest)
+    # The first checkpoints did not say what was frozen.
+    explained = new <= {*identity.get("frozen", ())} and gone <= {*manifest["frozen"]}
+    if not explained or identity["partition"]["rule_version"] != RULE_VERSION:
         raise ValueError(
             f"The checkpoint's Adam-mini state does not fit this model: {difference}. Load it with "
             "the model and release that wrote it, or start fresh with --no-load-optim."
@@ -264,13 +287,15 @@ def partition_of_checkpoint(
     # The stored rules, not the stored patterns: patterns match the names of the run that saved.
     saved_config = config_of(identity)
     sources = [
-        partition_by_rule(blocks.info, theirs[blocks.info.checkpoint_key].rule, saved_config)
+        None
+        if blocks.info.checkpoint_key in new
+        else partition_by_rule(blocks.info, theirs[blocks.info.checkpoint_key].rule, saved_config)
         for blocks in parameters
     ]
     finer = [
         blocks.info.name
         for source, blocks in zip(sources, parameters, strict=True)
-        if not is_coarsening(source, blocks)
+        if source is not None and not is_coarsening(source, blocks)
     ]
     if finer:
         raise ValueError(
@@ -278,13 +303,21 @@ def partition_of_checkpoint(
             f"converted, because this run's blocks are finer or cut otherwise ({finer[0]}, and "
             f"{len(finer) - 1} more on this rank). Use the checkpoint's options or --no-load-optim."
         )
-    if sources != list(parameters) and not config.convert_partition:
+    if changes_blocks(sources, parameters) and not config.convert_partition:
         raise ValueError(
             f"The checkpoint's Adam-mini state has another partition: {difference}. Use the "
             "checkpoint's options; or, as this run's blocks are unions of the checkpoint's, add "
             "--adam-mini-convert-partition to average v over them, which is exact."
         )
     return sources
+
+
+def changes_blocks(
+    sources: Sequence[ParameterBlocks | None], parameters: Sequence[ParameterBlocks]
+) -> bool:
+    """Return whether the blocks of any parameter with state in a checkpoint are others there."""
+    pairs = zip(sources, parameters, strict=True)
+    return any(source is not None and source != blocks for source, blocks in pairs)
 
 
 def _difference(

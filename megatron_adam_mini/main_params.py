@@ -1,0 +1,382 @@
+"""The state of one rank as callers know it from torch: shards with their moments, free to move.
+
+Imports torch, ``plan`` and ``state``. Data flow: flat tensors of ``state`` <-> **MainParams**: one
+main shard per parameter, and its moments.
+
+The flat tensors that kernels need exist only as these views: nobody else keeps them between two
+steps. So callers may treat the state as that of any torch optimizer: move it to the CPU and back
+between two phases of a training, replace it, clear it. What stands here when a step, a save or a
+load begins is the state.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from megatron_adam_mini.plan.step_plan import Piece, StepPlan
+from megatron_adam_mini.state import BufferState, RankState
+
+#: Keys of a shard's state. Megatron's precision-aware optimizer has ``master_param``, too.
+EXP_AVG, EXP_AVG_SQ, REMAINDERS = "exp_avg", "exp_avg_sq", "master_param"
+#: The shard itself, where it is not a view of the model's weights.
+_SHARD = "param"
+
+
+@dataclass(frozen=True, eq=False)
+class _Flat:
+    """One flat tensor, which exists as the views that make it up.
+
+    Attributes:
+        key: key of the views in the state of their shards, or ``_SHARD``.
+        numel, dtype: of the flat tensor.
+        members: numbers of the shards.
+        slots: position of each view.
+    """
+
+    key: str
+    numel: int
+    dtype: torch.dtype
+    members: tuple[int, ...]
+    slots: tuple[slice, ...]
+
+
+class MainParams(torch.optim.Optimizer):
+    """Main shards of one rank in parameter groups, with their moments; steps are not taken here.
+
+    A shard is the part of one parameter that this rank updates, one-dimensional: a view of the
+    float32 main parameters; of the model's weights if these are float32, or if remainders
+    complete them. The state of a shard with ``n`` elements:
+
+    * ``exp_avg``: m, float32 or bfloat16, shape ``(n,)``;
+    * ``exp_avg_sq``: v, float32. One value for each block that the shard has elements of, in the
+      order of its elements; shape ``(n,)`` for parameters that keep one value per element. See
+      :meth:`exp_avg_sq_per_element`;
+    * ``master_param``: remainders, int16, shape ``(n,)``, if these are used.
+
+    ``step`` of each group is the number of steps taken. All of it may be written.
+
+    Args:
+        plan: all integers.
+        state: allocated state; its flat tensors are kept as views only.
+        param_groups: torch-style groups; their ``params`` are replaced by shards.
+        group_of_parameter: index of the group of each parameter of the plan.
+        device: where the flat tensors are.
+
+    Attributes:
+        shards: in the order of ``plan.pieces``.
+    """
+
+    def __init__(
+        self,
+        plan: StepPlan,
+        state: RankState,
+        param_groups: Sequence[dict[str, Any]],
+        group_of_parameter: Sequence[int],
+        *,
+        device: torch.device,
+    ) -> None:
+        self._plan = plan
+        self._device = device
+        self._buffers = [held.buffer for held in state.buffers]
+        self._flats = _flats_of(plan, state)
+        self.shards = [
+            # ``data``: torch's views keep their base alive, even after they were moved.
+            (self._weight(piece) if held.param_is_weight else held.main_param(piece.window)).data
+            for piece in plan.pieces
+            for held in (state.buffers[piece.buffer],)
+        ]
+        self._is_weight = [state.buffers[piece.buffer].param_is_weight for piece in plan.pieces]
+        groups: list[dict[str, Any]] = [{**group, "params": []} for group in param_groups]
+        for shard, piece in zip(self.shards, plan.pieces, strict=True):
+            groups[group_of_parameter[piece.parameter]]["params"].append(shard)
+        self._sealed = False
+        # torch wants one group, even if nothing in the whole model is trainable.
+        super().__init__(groups or [{"params": []}], {"step": 0})
+        if not groups:
+            self.param_groups.clear()
+        self._sealed = True
+        self._params = [list(group["params"]) for group in self.param_groups]
+        for shard in self.shards:
+            self.state[shard] = {}
+        states = self._states()
+        for flat, whole in zip(self._flats, state.flat_tensors(), strict=True):
+            self._point_at(flat, whole, states)
+
+    # What a step, a save or a load uses.
+
+    @property
+    def step_count(self) -> int:
+        """Steps taken, as the groups say.
+
+        Raises:
+            ValueError: they disagree.
+        """
+        steps = {int(group["step"]) for group in self.param_groups} or {0}
+        if len(steps) != 1:
+            raise ValueError(
+                f"Parameter groups have taken {sorted(steps)} steps; all groups of Adam-mini take "
+                'the same steps. Set group["step"] of all to one number.'
+            )
+        return steps.pop()
+
+    @step_count.setter
+    def step_count(self, steps: int) -> None:
+        for group in self.param_groups:
+            group["step"] = steps
+
+    def attach(self) -> RankState:
+        """Return the state as flat tensors, after taking over what callers have replaced.
+
+        Nothing is copied unless a tensor was replaced. Keep the result no longer than a step, save
+        or load takes: it holds the memory that callers may want to free.
+
+        Raises:
+            ValueError: a replaced tensor has another shape, or a group other shards.
+        """
+        self._check_groups()
+        states = self._states()
+        for number, is_weight in enumerate(self._is_weight):
+            if is_weight:
+                self._write_weight(number)
+        return self._rank_state([self._whole(flat, states) for flat in self._flats])
+
+    @contextmanager
+    def left_where_it_is(self) -> Iterator[None]:
+        """Let :meth:`attach` move nothing for good, as for a save of state that was moved away.
+
+        Afterwards callers find the tensors that they left here, and memory of the device is held
+        only by what was made of the attached state meanwhile.
+        """
+        shards = [shard.data for shard in self.shards]
+        states = [dict(state) for state in self._states()]
+        try:
+            yield
+        finally:
+            for shard, data in zip(self.shards, shards, strict=True):
+                shard.data = data
+            for state, kept in zip(self._states(), states, strict=True):
+                state.clear()
+                state.update(kept)
+
+    def put_back(self, state: RankState) -> None:
+        """Let all views be those of a state that :meth:`attach` returned, wherever they are now."""
+        states = self._states()
+        for flat, whole in zip(self._flats, state.flat_tensors(), strict=True):
+            self._point_at(flat, whole, states)
+        for number, is_weight in enumerate(self._is_weight):
+            if is_weight:
+                self.shards[number].data = self._weight(self._plan.pieces[number])
+
+    def move_to(self, device: torch.device | str) -> None:
+        """Move all state to a device, in new memory even if it is there; see :meth:`attach`."""
+        states = self._states()
+        for flat in self._flats:
+            self._gather(flat, states, torch.device(device))
+
+    def take_weights(self) -> None:
+        """Set the main parameters to the model's weights, after these were changed."""
+        for number, is_weight in enumerate(self._is_weight):
+            if is_weight:
+                self.shards[number].data = self._weight(self._plan.pieces[number])
+        for held in self.attach().buffers:
+            held.take_weights()
+
+    def sort_shards(self, key: Callable[[Piece], Any]) -> None:
+        """Order the shards within each group by a key of their pieces; equal keys stay in order."""
+        keys = {
+            shard: key(piece) for shard, piece in zip(self.shards, self._plan.pieces, strict=True)
+        }
+        for group in self.param_groups:
+            group["params"].sort(key=keys.__getitem__)
+        self._params = [list(group["params"]) for group in self.param_groups]
+
+    # What torch's own optimizers offer.
+
+    def exp_avg_sq_per_element(self, shard: Tensor) -> Tensor:
+        """Return v of every element of a shard, float32, shape ``(n,)``."""
+        number = next(i for i, own in enumerate(self.shards) if own is shard)
+        piece = self._plan.pieces[number]
+        v: Tensor = self.state[shard][EXP_AVG_SQ]
+        if piece.is_elementwise:
+            return v
+        first, last = self._plan.segment_bounds(piece)
+        return v.repeat_interleave(torch.from_numpy(last - first).to(v.device))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse new groups: shards, blocks and buffers are planned together at the start."""
+        if getattr(self, "_sealed", False):
+            raise NotImplementedError(
+                "Adam-mini cannot take another parameter group: blocks and their sums over ranks "
+                "are planned for all parameters at once. Make the parameters trainable before "
+                "get_megatron_optimizer is called, and build the optimizer again."
+            )
+        super().add_param_group(param_group)
+
+    def step(self, closure: Callable[[], float] | None = None) -> NoReturn:
+        """Refuse: a step needs sums over blocks, and norms, that all ranks take part in."""
+        raise NotImplementedError(
+            "The inner optimizer holds the state of Adam-mini and takes no step of its own; call "
+            "step() of the optimizer that get_megatron_optimizer returned, on all ranks."
+        )
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take state and groups of :meth:`state_dict`, made by the same rank of the same layout.
+
+        Unlike torch's, it casts nothing to the shard's own type, which would lose bits.
+
+        Raises:
+            ValueError: groups, shards or shapes differ.
+        """
+        saved = state_dict["param_groups"]
+        if [len(g["params"]) for g in saved] != [len(g["params"]) for g in self.param_groups]:
+            raise ValueError(
+                "The state dict's groups have "
+                f"{[len(group['params']) for group in saved]} shards, this optimizer's have "
+                f"{[len(group['params']) for group in self.param_groups]}. It loads on the same "
+                "rank of the same parallel layout only; for others, use a torch_dist checkpoint."
+            )
+        for group, other in zip(self.param_groups, saved, strict=True):
+            for shard, number in zip(group["params"], other["params"], strict=True):
+                self.state[shard] = dict(state_dict["state"].get(number, {}))
+            group.update({key: value for key, value in other.items() if key != "params"})
+        self.attach()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs: groups, state and integers, but none of Megatron's buffers."""
+        return {**self.__dict__, "_buffers": None}
+
+    # The flat tensors.
+
+    def _states(self) -> list[dict[str, Tensor]]:
+        """Return the state of each shard; one without state gets an empty one."""
+        if len(self.state) == len(self.shards) and all(map(operator.is_, self.state, self.shards)):
+            return list(self.state.values())
+        return [self.state.setdefault(shard, {}) for shard in self.shards]
+
+    def _whole(self, flat: _Flat, states: list[dict[str, Tensor]]) -> Tensor:
+        """Return a flat tensor: as it is if all views are in place, else put together anew."""
+        views = self._views(flat, states)
+        if not views:
+            return torch.zeros(flat.numel, dtype=flat.dtype, device=self._device)
+        first, size = views[0], flat.dtype.itemsize
+        if first is not None and first.device == self._device and first.dtype == flat.dtype:
+            storage = first.untyped_storage()
+            base = storage.data_ptr()
+            # Addresses within one living storage belong to it.
+            if storage.nbytes() >= flat.numel * size and all(
+                view is not None and view.data_ptr() == base + slot.start * size
+                for view, slot in zip(views, flat.slots, strict=True)
+            ):
+                return first.as_strided((flat.numel,), (1,), 0)
+        return self._gather(flat, states, self._device)
+
+    @torch.no_grad()
+    def _gather(self, flat: _Flat, states: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+        """Copy the views of a flat tensor into a new one, and let them be views of it."""
+        whole = torch.zeros(flat.numel, dtype=flat.dtype, device=device)
+        for number, view, slot in zip(
+            flat.members, self._views(flat, states), flat.slots, strict=True
+        ):
+            if view is None:  # a cleared state starts from zero, as torch's own
+                continue
+            if view.shape != (slot.stop - slot.start,):
+                self._refuse_shape(number, flat.key, view, slot.stop - slot.start)
+            whole[slot].copy_(view.detach())
+        self._point_at(flat, whole, states)
+        return whole
+
+    def _views(self, flat: _Flat, states: list[dict[str, Tensor]]) -> list[Tensor | None]:
+        if flat.key == _SHARD:
+            return [self.shards[number] for number in flat.members]
+        return [states[number].get(flat.key) for number in flat.members]
+
+    def _point_at(self, flat: _Flat, whole: Tensor, states: list[dict[str, Tensor]]) -> None:
+        for number, slot in zip(flat.members, flat.slots, strict=True):
+            if flat.key == _SHARD:
+                self.shards[number].data = whole[slot]
+            else:  # .data: a view would keep ``whole`` even after a caller's ``.data = ...``
+                states[number][flat.key] = whole[slot].data
+
+    def _rank_state(self, flat_tensors: list[Tensor]) -> RankState:
+        *of_buffers, exp_avg_sq_S, exp_avg_sq_E = flat_tensors
+        remaining = iter(zip(self._flats, of_buffers, strict=False))
+        buffers = []
+        for buffer, plan in zip(self._buffers, self._plan.buffers, strict=True):
+            param = None
+            flat, whole = next(remaining)
+            if flat.key != EXP_AVG:
+                param = whole
+                _, whole = next(remaining)
+            buffers.append(BufferState(buffer, plan, param, whole))
+        return RankState(buffers, exp_avg_sq_S, exp_avg_sq_E)
+
+    # Shards that are the model's weights.
+
+    def _weight(self, piece: Piece) -> Tensor:
+        return self._buffers[piece.buffer].weight.detach()[piece.window.in_buffer]
+
+    @torch.no_grad()
+    def _write_weight(self, number: int) -> None:
+        """Write a shard that was replaced into the model's weights, and let it be their view."""
+        shard, weight = self.shards[number], self._weight(self._plan.pieces[number])
+        if shard.data_ptr() == weight.data_ptr() and shard.device == weight.device:
+            return
+        if shard.shape != weight.shape:
+            self._refuse_shape(number, _SHARD, shard, weight.numel())
+        weight.copy_(shard.detach())
+        shard.data = weight
+
+    def _check_groups(self) -> None:
+        for index, (group, own) in enumerate(zip(self.param_groups, self._params, strict=True)):
+            if len(group["params"]) != len(own) or not all(map(operator.is_, group["params"], own)):
+                raise ValueError(
+                    f"param_groups[{index}]['params'] holds other tensors than Adam-mini's shards. "
+                    "Shards are fixed; to replace their values, assign to shard.data."
+                )
+
+    def _refuse_shape(self, number: int, key: str, found: Tensor, numel: int) -> NoReturn:
+        name = self._plan.parameters[self._plan.pieces[number].parameter].info.name
+        raise ValueError(
+            f"{key!r} of {name!r} was replaced by a tensor of shape {tuple(found.shape)}; "
+            f"Adam-mini's has shape ({numel},) on this rank. Assign a tensor of this shape."
+        )
+
+
+def _flats_of(plan: StepPlan, state: RankState) -> list[_Flat]:
+    """Describe the flat tensors, in the order of ``RankState.flat_tensors``."""
+    keys: list[tuple[str, Callable[[Piece], slice], int | None]] = []
+    for number, held in enumerate(state.buffers):
+        if held.param is not None:
+            keys.append((REMAINDERS if held.param_is_weight else _SHARD, _in_state, number))
+        keys.append((EXP_AVG, _in_state, number))
+    keys += [(EXP_AVG_SQ, _segments, None), (EXP_AVG_SQ, _elements, None)]
+    flats = []
+    for (key, slot_of, buffer), whole in zip(keys, state.flat_tensors(), strict=True):
+        views = {
+            number: slot_of(piece)
+            for number, piece in enumerate(plan.pieces)
+            if buffer in (None, piece.buffer) and slot_of(piece).stop > slot_of(piece).start
+        }
+        members, slots = tuple(views), tuple(views.values())
+        flats.append(_Flat(key, whole.numel(), whole.dtype, members, slots))
+    return flats
+
+
+def _in_state(piece: Piece) -> slice:
+    return piece.window.in_state
+
+
+def _segments(piece: Piece) -> slice:
+    return piece.segments
+
+
+def _elements(piece: Piece) -> slice:
+    return piece.elements

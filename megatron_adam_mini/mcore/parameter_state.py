@@ -1,0 +1,335 @@
+"""State in Megatron's older checkpoint format, ``torch``: gathered on, or scattered from, one rank.
+
+Imports torch.distributed, ``entries`` and ``plan``. Used for ``--ckpt-format torch`` and its
+conversion, and by tools that ask a distributed optimizer for its state on the first data-parallel
+rank. Nothing is gathered in ``torch_dist`` checkpoints, see ``checkpoint``.
+
+One file per tensor- and pipeline-parallel part holds, beside the identity of the state,
+``parameters``: for each parameter of the part, by checkpoint key, ``param`` and ``exp_avg``,
+float32, shape ``(elements,)``, and ``exp_avg_sq``, float32: one value per row, repeated for the
+rows of one block, or per element if the parameter keeps one per element. So it loads under any
+number of data-parallel ranks and any bucket size, but under no other tensor- or pipeline-parallel
+layout.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import ProcessGroup
+
+from megatron_adam_mini.agreement import on_all_ranks
+from megatron_adam_mini.mcore.entries import PendingLoad, StateView, sums_over_segments
+from megatron_adam_mini.mcore.frozen import note_new_pieces, start_new_pieces
+from megatron_adam_mini.mcore.slices import ShardedBuffer
+from megatron_adam_mini.plan.layout import Placement
+from megatron_adam_mini.plan.manifest import changes_blocks, identity_of, partition_of_checkpoint
+from megatron_adam_mini.plan.partition import ParameterBlocks
+from megatron_adam_mini.plan.step_plan import Piece
+
+KINDS = ("param", "exp_avg", "exp_avg_sq")
+#: Format of this module, in the identity of the state.
+PARAMETERS = "parameters"
+
+#: ``param`` and ``exp_avg``, and v per element, of one whole bucket: float32, ``(bucket.numel,)``.
+BucketValues = dict[str, Tensor]
+
+
+def identity(view: StateView) -> dict[str, Any]:
+    """Return the identity of the state in this format."""
+    return identity_of(
+        view.manifest, view.inner.config, checkpoint_format=PARAMETERS, saved_from={}
+    )
+
+
+def gather(
+    view: StateView, group: ProcessGroup | None, *, everywhere: bool = False, empty: bool = False
+) -> dict[str, Any] | None:
+    """Return the state of all parameters of this model-parallel part, on the CPU.
+
+    Args:
+        view: the optimizer.
+        group: the data-parallel ranks that share the state; all must call it. ``None``: this rank
+            holds everything.
+        everywhere: return it on all ranks; otherwise on the first of the group, ``None`` on others.
+        empty: return zeros, and communicate nothing.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    receives = everywhere or group is None or group.rank() == 0
+    for number, bucket in _buckets(view):
+        slice_plan = view.inner.plan.buffers[number].slices[bucket]
+        if empty:
+            whole = {kind: torch.zeros(slice_plan.bucket.numel) for kind in KINDS}
+        else:
+            mine = _slice_values(view, number, bucket)
+            whole = {kind: _gathered(mine[kind], group, everywhere) for kind in KINDS}
+        for placement in slice_plan.bucket.placements if receives else ():
+            blocks = view.inner.plan.parameters[placement.parameter]
+            values = {k: flat[placement.start : placement.end].clone() for k, flat in whole.items()}
+            if blocks.pattern is not None:
+                values["exp_avg_sq"] = values["exp_avg_sq"][:: blocks.info.row_numel].clone()
+            found[blocks.info.checkpoint_key] = values
+    return {"adam_mini": identity(view), PARAMETERS: found} if receives else None
+
+
+def scatter(
+    view: StateView, group: ProcessGroup | None, read: Callable[[], Mapping[str, Any]]
+) -> None:
+    """Take the state of all parameters from the first rank of the group.
+
+    All ranks of the job must call it.
+
+    Args:
+        view: the optimizer, modified in place.
+        group: as for :func:`gather`.
+        read: returns what :func:`gather` returned, or what Megatron's Adam did; called on the first
+            rank of the group only.
+
+    Raises:
+        ValueError: the state is of another layout, or its partition must not be converted.
+    """
+    first = group is None or group.rank() == 0
+    failure = "Adam-mini's state was not loaded"
+    stored = on_all_ranks(lambda: dict(read()) if first else {}, failure)
+    saved = _from_first({k: stored[k] for k in ("adam_mini",) if k in stored}, group)
+    blocks = list(view.inner.plan.parameters)
+    pending = PendingLoad(view.state, average=True)
+    if "adam_mini" in saved:
+        sources = on_all_ranks(
+            lambda: partition_of_checkpoint(
+                saved["adam_mini"], view.manifest, view.inner.config, blocks
+            ),
+            failure,
+        )
+        pending.average = changes_blocks(sources, blocks)
+        note_new_pieces(view, saved["adam_mini"], sources, pending)
+        start_new_pieces(view, pending)
+
+        def check() -> None:
+            for plan in view.inner.plan.buffers:
+                for placement in (p for held in plan.slices for p in held.bucket.placements):
+                    source = sources[placement.parameter]
+                    if source is not None:
+                        _stored_parameter(stored[PARAMETERS], source, placement)
+
+        def values_of(number: int, bucket: int) -> BucketValues:
+            return _bucket_of_parameters(view, stored[PARAMETERS], sources, number, bucket)
+    else:
+
+        def check() -> None:
+            for number in range(len(view.inner.plan.buffers)):
+                _buffer_of_adam(view, stored, number)
+
+        def values_of(number: int, bucket: int) -> BucketValues:
+            return _bucket_of_adam(view, stored, number, bucket)
+
+    on_all_ranks(lambda: check() if first else None, failure)  # before any rank waits for another
+    for number, bucket in _buckets(view):
+        whole = values_of(number, bucket) if first else {}
+        state = view.state.buffers[number]
+        window = state.plan.slices[bucket].window
+        mine = {
+            kind: _scattered(whole.get(kind), group, window.numel, view.inner.device)
+            for kind in KINDS
+        }
+        floats = state.as_float32(window)
+        for kind, into in floats.items():
+            for index, piece in _pieces(view, number, bucket):
+                here = _in_slice(piece, window.in_buffer.start)
+                if index not in pending.new:
+                    into[here] = mine[kind][here]
+        state.store(window, floats)
+        for index, piece in _pieces(view, number, bucket):
+            pending.elements[index] = mine["exp_avg_sq"][_in_slice(piece, window.in_buffer.start)]
+    _set_v(view, pending)
+
+
+def _set_v(view: StateView, pending: PendingLoad) -> None:
+    for number, piece in enumerate(view.inner.plan.pieces):
+        elements = pending.elements[number]
+        if piece.is_elementwise:
+            view.state.v_of_elements(piece).copy_(elements)
+        elif not pending.average:
+            starts, _ = view.inner.plan.segment_bounds(piece)
+            at = torch.from_numpy(starts - piece.begin).to(elements.device)
+            view.state.v_of_segments(piece).copy_(elements[at])
+    if pending.average:
+        view.inner.average_into_v(view.state, sums_over_segments(view, pending))
+
+
+def _buckets(view: StateView) -> list[tuple[int, int]]:
+    """Return numbers of buffer and bucket of all buckets."""
+    buffers = view.inner.plan.buffers
+    return [(number, i) for number, plan in enumerate(buffers) for i in range(len(plan.slices))]
+
+
+def _pieces(view: StateView, buffer: int, bucket: int) -> list[tuple[int, Piece]]:
+    return [
+        (number, piece)
+        for number, piece in enumerate(view.inner.plan.pieces)
+        if (piece.buffer, piece.bucket) == (buffer, bucket)
+    ]
+
+
+def _in_slice(piece: Piece, start: int) -> slice:
+    here = piece.window.in_buffer
+    return slice(here.start - start, here.stop - start)
+
+
+def _slice_values(view: StateView, number: int, bucket: int) -> dict[str, Tensor]:
+    """Return this rank's slice of a bucket: float32, gaps between parameters zero."""
+    state = view.state.buffers[number]
+    window = state.plan.slices[bucket].window
+    values = {kind: torch.zeros(window.numel, device=view.inner.device) for kind in KINDS}
+    for _, piece in _pieces(view, number, bucket):
+        here = _in_slice(piece, window.in_buffer.start)
+        for kind, floats in state.as_float32(piece.window).items():
+            values[kind][here] = floats
+        if piece.is_elementwise:
+            v = view.state.v_of_elements(piece)
+        else:
+            first, last = view.inner.plan.segment_bounds(piece)
+            counts = torch.from_numpy(last - first).to(view.inner.device)
+            v = view.state.v_of_segments(piece).repeat_interleave(counts)
+        values["exp_avg_sq"][here] = v
+    return values
+
+
+def _bucket_of_parameters(
+    view: StateView,
+    parameters: Mapping[str, Mapping[str, Tensor]],
+    sources: Sequence[ParameterBlocks | None],
+    number: int,
+    bucket: int,
+) -> BucketValues:
+    """Lay stored parameters out as a bucket of this run."""
+    layout = view.inner.plan.buffers[number].slices[bucket].bucket
+    whole = {kind: torch.zeros(layout.numel) for kind in KINDS}
+    for placement in layout.placements:
+        source = sources[placement.parameter]
+        if source is None:
+            continue
+        stored = _stored_parameter(parameters, source, placement)
+        for kind, flat in whole.items():
+            values = stored[kind]
+            if kind == "exp_avg_sq" and source.pattern is not None:
+                values = values.repeat_interleave(source.info.row_numel)
+            flat[placement.start : placement.end] = values
+    return whole
+
+
+def _stored_parameter(
+    parameters: Mapping[str, Mapping[str, Tensor]], source: ParameterBlocks, placement: Placement
+) -> Mapping[str, Tensor]:
+    key, numel = source.info.checkpoint_key, placement.end - placement.start
+    found = parameters.get(key)
+    if found is None or found["param"].numel() != numel:
+        has = "lacks it" if found is None else f"has {found['param'].numel()} elements of it"
+        raise ValueError(
+            f"This rank has {numel} elements of {key!r}, and the file of the checkpoint {has}: it "
+            "was saved under another tensor- or pipeline-parallel layout, and format torch loads "
+            "under its own only. Load it under that layout and save it with --ckpt-format "
+            "torch_dist (or --ckpt-convert-format torch_dist), which loads under any."
+        )
+    return found
+
+
+def _bucket_of_adam(
+    view: StateView, stored: Mapping[Any, Any], number: int, bucket: int
+) -> BucketValues:
+    """Lay a buffer of Megatron's Adam out as a bucket: there, buckets lack their padding."""
+    found, sizes = _buffer_of_adam(view, stored, number)
+    begin, numel = sum(sizes[:bucket]), view.inner.plan.buffers[number].slices[bucket].bucket.numel
+    whole = {kind: torch.zeros(numel) for kind in KINDS}
+    for kind, flat in whole.items():
+        flat[: sizes[bucket]] = found[kind][begin : begin + sizes[bucket]]
+    return whole
+
+
+def _buffer_of_adam(
+    view: StateView, stored: Mapping[Any, Any], number: int
+) -> tuple[dict[str, Any], list[int]]:
+    """Return a buffer's entry in the state of Adam, and the sizes of its buckets there."""
+    buffer = view.inner.buffers[number]
+    assert isinstance(buffer, ShardedBuffer)
+    buckets = range(len(view.inner.plan.buffers[number].slices))
+    sizes = [buffer.unpadded_numel(index) for index in buckets]
+    found = buffer.of_megatrons_state(stored)
+    if found is None or found["numel_unpadded"] != sum(sizes):
+        has = "nothing" if found is None else f"{found['numel_unpadded']} elements"
+        raise ValueError(
+            f"The file of Megatron's Adam has {has} for buffer {number}, this rank "
+            f"{sum(sizes)} elements. Format torch loads under the layout that it was saved with; "
+            "save it again with --ckpt-format torch_dist, or use --no-load-optim."
+        )
+    return found, sizes
+
+
+def _gathered(values: Tensor, group: ProcessGroup | None, everywhere: bool) -> Tensor:
+    """Join the slices of all ranks, in the order of ranks, on the CPU."""
+    if group is None:
+        return values.cpu()
+    values = _on_device_of(group, values)
+    slices = [torch.empty_like(values) for _ in range(group.size())]
+    if everywhere:
+        distributed.all_gather(slices, values, group=group)
+        return torch.cat(slices).cpu()
+    first = group.rank() == 0
+    into, target = slices if first else None, distributed.get_global_rank(group, 0)
+    distributed.gather(values, into, dst=target, group=group)
+    return torch.cat(slices).cpu() if first else values
+
+
+def _scattered(
+    whole: Tensor | None, group: ProcessGroup | None, numel: int, device: torch.device
+) -> Tensor:
+    """Return this rank's slice of what the first rank has."""
+    if group is None:
+        assert whole is not None
+        return whole.to(device)
+    mine = _on_device_of(group, torch.empty(numel, device=device))
+    slices = None if whole is None else list(torch.split(whole.to(mine.device), numel))
+    distributed.scatter(mine, slices, src=distributed.get_global_rank(group, 0), group=group)
+    return mine.to(device)
+
+
+def _from_first(value: dict[str, Any], group: ProcessGroup | None) -> dict[str, Any]:
+    if group is None:
+        return value
+    found: list[dict[str, Any]] = [value]
+    distributed.broadcast_object_list(found, src=distributed.get_global_rank(group, 0), group=group)
+    return found[0]
+
+
+def _on_device_of(group: ProcessGroup, values: Tensor) -> Tensor:
+    return values.cpu() if distributed.get_backend(group) == "gloo" else values
+
+
+def read_file(filename: str, *, check: bool) -> dict[str, Any]:
+    """Read a file of parameter state, and no code.
+
+    Args:
+        filename: the file.
+        check: whether to read it once before, to compare its checksums.
+
+    Raises:
+        ValueError: it is missing, damaged, or holds more than plain data and tensors.
+    """
+    try:
+        if check:
+            with zipfile.ZipFile(filename) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"checksum of {damaged} is wrong")
+        found: dict[str, Any] = torch.load(filename, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"Optimizer state {filename!r} cannot be read: {error}. Restore the file, load an "
+            "earlier checkpoint (--ckpt-step), or use --no-load-optim."
+        ) from error
+    return found

@@ -1,0 +1,282 @@
+"""The state of one rank between steps: saved, loaded, moved, set from other weights.
+
+Imports ``distributed_names``, ``state_part`` (``torch_dist`` checkpoints) and ``parameter_state``
+(Megatron's older format ``torch``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_adam_mini.agreement import on_all_ranks
+from megatron_adam_mini.mcore import checkpoint, compat, parameter_state
+from megatron_adam_mini.mcore.distributed_names import DistributedNames
+from megatron_adam_mini.mcore.entries import StateView
+from megatron_adam_mini.mcore.model_space import ModelEntries
+from megatron_adam_mini.mcore.model_weights import weights_by_parameter
+from megatron_adam_mini.mcore.param_groups import take_bounds
+from megatron_adam_mini.mcore.state_part import StatePart, part_of
+
+
+class SavedState(DistributedNames):
+    """What an optimizer of Megatron does with its state between two steps.
+
+    Args:
+        args, kwargs: of ``RankOptimizer``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Groups of the checkpoint that was loaded last.
+        self._saved_groups: list[Mapping[str, Any] | None] = []
+
+    # Checkpoints in ``torch_dist``.
+
+    def sharded_state_dict(
+        self,
+        model_sharded_state_dict: dict[str, Any],
+        is_loading: bool = False,
+        metadata: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """Return what this rank writes to a ``torch_dist`` checkpoint, or reads from one.
+
+        Args:
+            model_sharded_state_dict: the model's whole sharded state dict.
+            is_loading: whether to read.
+            metadata: content metadata of the checkpoint that is read. Without Adam-mini's identity
+                in it, ``dist_checkpointing.load`` finds out what the checkpoint holds.
+
+        Raises:
+            ValueError: the state that ``metadata`` describes has another partition, or the model's
+                state dict lacks a parameter.
+        """
+        part = StatePart(self, ModelEntries(model_sharded_state_dict))
+        if not is_loading:
+            return part.to_save()
+        return on_all_ranks(lambda: part.to_load(metadata), "Adam-mini's state cannot be loaded")
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Store what a checkpoint load returned; all ranks must call it.
+
+        Raises:
+            RuntimeError: the dict is of a torch_dist checkpoint, and no load was prepared.
+            ValueError: nothing was read, or it does not fit this run.
+        """
+        part = part_of(state_dict)
+        if part is None and "optimizer" in state_dict:
+            self._load_legacy(state_dict)
+            return
+        if part is None:
+            raise RuntimeError(
+                "Adam-mini's load_state_dict needs what state_dict() returned; or, for a "
+                "torch_dist checkpoint, sharded_state_dict(..., is_loading=True) before the load."
+            )
+        read = on_all_ranks(lambda: part.taken_by(self), "Adam-mini's state cannot be loaded")
+        self.optimizer.put_back(read.state)
+        checkpoint.finish_load(self.state_view(), read, state_dict)
+        read.taken = self.optimizer.step_count
+        self._sync_weights()
+
+    def take_bounds_of_checkpoint(self) -> None:
+        """Set the bounds of learning rate and weight decay to those of the loaded checkpoint."""
+        if self._saved_groups:
+            take_bounds(self.param_groups, self._saved_groups)
+
+    def state_view(self) -> StateView:
+        """Return the parts that saving and loading use, with the state as it is now."""
+        return StateView(
+            inner=self.inner,
+            state=self.optimizer.attach(),
+            parameters=self.model_params,
+            param_groups=self.param_groups,
+            saved_groups=self._saved_groups,
+            grad_scaler=self.grad_scaler,
+            manifest=self.manifest,
+            replica=self._replica(),
+            model_parallel_rank=lambda: self.data_parallel_group_idx,
+            data_parallel_group=self.data_parallel_group,
+            sizes=self._sizes,
+        )
+
+    def _sizes(self) -> dict[str, int]:
+        groups = self._groups_of_ranks
+        return {
+            "tensor": groups.tp.size(),
+            "pipeline": groups.pp.size(),
+            "virtual_pipeline": len(self.model_chunks),
+            "context": groups.cp.size(),
+            "data": groups.dp_cp.size() // groups.cp.size(),
+            "distributed_optimizer": int(self.ddp_config.use_distributed_optimizer),
+        }
+
+    # Megatron's older format ``torch``.
+
+    @torch.no_grad()
+    def state_dict(self, is_loading: bool = False) -> dict[str, Any]:
+        """Return groups, steps and loss scale: what ``--ckpt-format torch`` saves with the model.
+
+        With the distributed optimizer the rest is in the file of :meth:`save_parameter_state`;
+        without it, it is in the dict, too.
+        """
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
+        found: dict[str, Any] = {"optimizer": {"param_groups": groups}}
+        if self.grad_scaler is not None:
+            found["grad_scaler"] = self.grad_scaler.state_dict()
+        with self.optimizer.left_where_it_is():
+            view = self.state_view()
+            found["adam_mini"] = parameter_state.identity(view)
+            if not self.ddp_config.use_distributed_optimizer and not is_loading:
+                found["parameter_state"] = parameter_state.gather(view, None)
+        return found
+
+    def _load_legacy(self, state_dict: dict[str, Any]) -> None:
+        self.optimizer.step_count = checkpoint.load_common(self.state_view(), state_dict)
+        if not self.ddp_config.use_distributed_optimizer:
+            if "parameter_state" not in state_dict:
+                raise ValueError(
+                    "The checkpoint's optimizer state has no parameter state of Adam-mini: it was "
+                    "saved with --use-distributed-optimizer, or by another optimizer. Load it as "
+                    "it was saved, or use --no-load-optim."
+                )
+            parameter_state.scatter(self.state_view(), None, lambda: state_dict["parameter_state"])
+
+    def get_parameter_state_dp_zero(
+        self,
+        use_gloo_comm: bool = True,
+        empty_data: bool = False,
+        return_on_all_ranks: bool = False,
+    ) -> dict[str, Any] | None:
+        """Gather the state of all parameters on the first data-parallel rank, on the CPU.
+
+        Args:
+            use_gloo_comm: gather through Megatron's gloo group, if there is one.
+            empty_data: return zeros.
+            return_on_all_ranks: return it on all ranks, instead of ``None`` on the others.
+        """
+        group = (self.data_parallel_group_gloo if use_gloo_comm else None) or (
+            self.data_parallel_group
+        )
+        with self.optimizer.left_where_it_is():
+            return parameter_state.gather(
+                self.state_view(), group, everywhere=return_on_all_ranks, empty=empty_data
+            )
+
+    def save_parameter_state(self, filename: str) -> None:
+        """Save :meth:`get_parameter_state_dp_zero` to a file; all ranks must call it."""
+        found = self.get_parameter_state_dp_zero()
+        if found is not None and self.distributed_optimizer_instance_id == 0:
+            torch.save(found, filename)
+
+    def load_parameter_state(self, filename: str, *, update_legacy_format: bool = False) -> None:
+        """Load the file of :meth:`save_parameter_state`, or that of Megatron's Adam.
+
+        All ranks must call it; only the first of each data-parallel group reads.
+
+        Raises:
+            ValueError: the file is damaged, or of another layout.
+        """
+        self._load_parameter_state(
+            lambda: parameter_state.read_file(filename, check=self.inner.config.check_files),
+            update_legacy_format,
+        )
+
+    def load_parameter_state_from_dp_zero(
+        self, state_dict: dict[str, Any] | None, *, update_legacy_format: bool = False
+    ) -> None:
+        """Load what :meth:`get_parameter_state_dp_zero` returned; others than the first: any."""
+        self._load_parameter_state(lambda: state_dict or {}, update_legacy_format)
+
+    @torch.no_grad()
+    def _load_parameter_state(
+        self, read: Callable[[], dict[str, Any]], update_legacy_format: bool
+    ) -> None:
+        if update_legacy_format:
+            raise NotImplementedError(
+                "--ckpt-convert-update-legacy-dist-opt-format is for files of Megatron's Adam from "
+                "before February 2024. Convert them with --optimizer adam first."
+            )
+        parameter_state.scatter(
+            self.state_view(), self.data_parallel_group_gloo or self.data_parallel_group, read
+        )
+        self._sync_weights()
+
+    def _sync_weights(self) -> None:
+        # Megatron loads the model's weights itself, and they need not be the rounded main
+        # parameters (another precision, another checkpoint).
+        if self.ddp_config.use_distributed_optimizer:
+            for chunk in self.model_chunks:
+                chunk.start_param_sync(force_sync=True)
+
+    # Between two phases of a training.
+
+    def offload_to_cpu(self) -> None:
+        """Move all state to the CPU, and free its memory on the device.
+
+        A step or a load brings it back, too; a save leaves it there.
+        """
+        self.optimizer.move_to("cpu")
+        torch.cuda.empty_cache()
+
+    def restore_from_cpu(self) -> None:
+        """Move the state back to the device."""
+        self.optimizer.attach()
+
+    @torch.no_grad()
+    def exp_avg_sq_per_element(self, shard: Tensor) -> Tensor:
+        """Return v of every element of a main shard, float32, shape ``(n,)``."""
+        found: Tensor = self.optimizer.exp_avg_sq_per_element(shard)
+        return found
+
+    @torch.no_grad()
+    def reload_model_params(self, state_dict: dict[str, Any] | None = None) -> None:
+        """Copy model weights to the main parameters, after the weights were changed.
+
+        All ranks must call it.
+
+        Args:
+            state_dict: take them from there, where they may have more bits; see
+                :func:`~megatron_adam_mini.mcore.model_weights.weights_by_parameter`.
+
+        Raises:
+            ValueError: the dict lacks a parameter, or has it with another shape.
+        """
+        self._copy_model_params_to_main_params(state_dict)
+
+    @torch.no_grad()
+    def _copy_model_params_to_main_params(self, state_dict: dict[str, Any] | None = None) -> None:
+        """Set the main parameters to this rank's weights, or to those of a state dict."""
+        self.optimizer.take_weights()
+        if state_dict is None:
+            return
+        weights = on_all_ranks(
+            lambda: weights_by_parameter(self.model_chunks, state_dict),
+            "Main parameters cannot be taken from the state dict",
+        )
+        state = self.optimizer.attach()
+        for piece in self.inner.plan.pieces:
+            held = state.buffers[piece.buffer]
+            values = held.as_float32(piece.window)
+            weight = weights[self.model_params[piece.parameter]].reshape(-1)
+            values["param"].copy_(weight[piece.begin : piece.end])
+            held.store(piece.window, values)
+        self._sync_weights()
+
+    @torch.no_grad()
+    def _copy_main_params_to_model_params(self) -> None:
+        """Set this rank's weights to the rounded main parameters; gathers nothing."""
+        for held in self.optimizer.attach().buffers:
+            held.write_weights()
+
+    @torch.no_grad()
+    def _copy_main_params_to_param_buffer(self) -> None:
+        """Do the same, and let the next forward pass gather weights again if it overlaps that."""
+        self._copy_main_params_to_model_params()
+        if self.ddp_config.use_distributed_optimizer:
+            for chunk in self.model_chunks:
+                compat.gather_again(chunk)
