@@ -28,11 +28,12 @@ from tests.megatron_job import Job, Trainer
 from tests.ranks import run_ranks
 from tests.test_checkpoint import save
 
-FORMATS = {
-    "Megatron's Adam, `fully_reshardable`": ("adam", "fully_reshardable"),
-    "Megatron's Adam, `dp_reshardable`": ("adam", "dp_reshardable"),
-    "Adam-mini, `model_space`": ("adam_mini", "fully_reshardable"),
-    "Adam-mini, `dp_reshardable`": ("adam_mini", "dp_reshardable"),
+#: Title -> optimizer, Megatron's format, Adam-mini's.
+FORMATS: dict[str, tuple[str, str, str | None]] = {
+    "Megatron's Adam, `fully_reshardable`": ("adam", "fully_reshardable", None),
+    "Megatron's Adam, `dp_reshardable`": ("adam", "dp_reshardable", None),
+    "Adam-mini, `model_space`": ("adam_mini", "dp_reshardable", "model_space"),
+    "Adam-mini, `buckets`": ("adam_mini", "dp_reshardable", "buckets"),
 }
 SHAPE = ("layers", "hidden", "heads", "groups", "ffn", "vocab", "tp")
 
@@ -126,9 +127,10 @@ def main() -> None:
     parser.add_argument("--no-file", action="store_true", help="only print")
     args = parser.parse_args()
     found = []
-    for title, (optimizer, sharding) in FORMATS.items():
+    for title, (optimizer, sharding, own_format) in FORMATS.items():
         job = Job(
             optimizer=optimizer,
+            adam_mini={"checkpoint_format": own_format} if own_format else {},
             bucket_size=args.bucket_size,
             **{key: vars(args)[key] for key in SHAPE},
             bf16=True,

@@ -66,7 +66,6 @@ TRAINING=(
     --tokenizer-type Llama2Tokenizer --tokenizer-model "$TOKENIZER_MODEL"
     --data-path "$DATA_PATH" --split 99,1,0
     --save "$CHECKPOINTS" --load "$CHECKPOINTS" --save-interval 1000
-    --dist-ckpt-optim-fully-reshardable # loads under any other layout
     --eval-interval 1000 --eval-iters 10 --log-interval 10 --log-throughput
 )
 

@@ -408,6 +408,7 @@ ADAM_FORMATS = {
     # one bucket: Megatron writes what it holds
     "fully_reshardable": (replace(BASE, tp=2, pp=2, optimizer="adam", bucket_size=None), 4),
     "dp_reshardable": (replace(BASE, tp=2, pp=2, optimizer="adam"), 8),
+    "dp_zero_gather_scatter": (replace(BASE, tp=2, layers=2, optimizer="adam"), 4),
     "plain": (replace(BASE, tp=2, optimizer="adam", distributed_optimizer=False), 2),
 }
 
@@ -420,8 +421,8 @@ def test_adam_checkpoint_gives_its_masters_and_m_and_the_mean_of_v(
     sharding = None if layout == "plain" else layout
     adam = run_ranks(world, train_adam_and_save, adam_job, str(tmp_path), sharding)
     targets = [(replace(adam_job, optimizer="adam_mini"), world)]
-    if layout == "dp_reshardable":
-        targets = [(replace(adam_job, optimizer="adam_mini"), 4)]  # another data-parallel size
+    if layout in ("dp_reshardable", "dp_zero_gather_scatter"):
+        targets.append((targets[0][0], world // 2))  # another data-parallel size, and no other
     else:
         targets.append((replace(adam_job, optimizer="adam_mini", tp=1, pp=1, groups=2), 3))
         targets.append((replace(targets[0][0], adam_mini={"preset": "tensor"}), world))

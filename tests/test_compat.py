@@ -55,7 +55,6 @@ def hooks_of_this_release() -> dict[str, bool]:
     from megatron_adam_mini.mcore import compat
 
     hooks = [value for value in vars(compat).values() if isinstance(value, compat.Hook)]
-    hooks += compat.CHECKPOINT_COMMON
     return {
         f"{hook.module}.{hook.name}": callable(getattr(hook.place(), hook.name, None))
         for hook in hooks

@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from megatron_adam_mini.cli import main
 from tests.gather import slices_of, weights_of, whole_tensors
 from tests.megatron_job import Job, Trainer
-from tests.ranks import run_ranks
-from tests.test_checkpoint import BASE, STATE
+from tests.ranks import RankError, run_ranks
+from tests.test_checkpoint import BASE, STATE, adam_state, compare_with_adam
 
 FLAGS = """
     --micro-batch-size 1 --global-batch-size 48 --train-iters 10 --lr 1e-3 --swiglu
@@ -24,7 +25,7 @@ FLAGS = """
     --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion
     --no-gradient-accumulation-fusion --no-persist-layer-norm --no-bias-swiglu-fusion
     --save-interval 100 --dist-ckpt-strictness raise_unexpected
-    --dist-ckpt-optim-fully-reshardable --optimizer adam_mini
+    --optimizer adam_mini
 """.split()  # noqa: SIM905
 
 
@@ -179,6 +180,40 @@ def compare_unpadded(saved: list[Any], saved_job: Job, loaded: list[Any], job: J
     for key in ("step", "scaler"):
         assert all(r[key] == saved[0][key] for r in loaded), key
     assert {lr for r in loaded for lr in r["lr"]} == {saved_job.lr}
+
+
+def test_megatrons_default_flags_give_a_checkpoint_for_any_layout(tmp_path: Path) -> None:
+    """Of Megatron's own format by default, TP and PP could not change."""
+    assert not any("reshardable" in flag or "checkpoint-format" in flag for flag in FLAGS)
+    folders = [str(tmp_path / name) for name in "ab"]
+    job = replace(BASE, pp=2, layers=2, steps=1)
+    saved = run_ranks(4, train_and_save, job, folders[0])
+    other = replace(job, tp=2, pp=1)
+    compare_unpadded(saved, job, run_ranks(2, load_and_save, other, *folders), other)
+    buckets = replace(job, pp=1, adam_mini={"checkpoint_format": "buckets"})
+    folders = [str(tmp_path / name) for name in "cd"]
+    saved = run_ranks(2, train_and_save, buckets, folders[0])
+    wider = replace(buckets, adam_mini={})
+    compare_unpadded(saved, buckets, run_ranks(1, load_and_save, wider, *folders), wider)
+    with pytest.raises(RankError, match="mismatch after resume"):  # Megatron's own refusal
+        run_ranks(2, load_and_save, replace(wider, tp=2), *folders)
+
+
+def save_plain_adam(job: Job, folder: str) -> Any:
+    set_megatron_args(job, folder, "--optimizer", "adam")
+    trainer = Trainer(job)
+    trainer.step(0)
+    save(trainer)
+    return (adam_state(trainer),)
+
+
+def test_adam_without_the_distributed_optimizer_starts_a_run_with_it(tmp_path: Path) -> None:
+    """Under other TP and PP sizes, for which Megatron asks the metadata for a format it lacks."""
+    adam_job = replace(BASE, tp=2, layers=2, steps=1, optimizer="adam", distributed_optimizer=False)
+    adam = run_ranks(2, save_plain_adam, adam_job, str(tmp_path / "a"))
+    job = replace(adam_job, tp=1, optimizer="adam_mini", distributed_optimizer=True)
+    loaded = run_ranks(2, load_and_save, job, str(tmp_path / "a"), str(tmp_path / "b"))
+    compare_with_adam(adam, adam_job, [(r["state"],) for r in loaded], job)
 
 
 def test_format_torch_and_its_conversion_to_torch_dist_and_back(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def format_of_adam(common: Mapping[Any, Any] | None) -> str:
             f"{load_no_optimizer}."
         )
     found = common.get("param_state_sharding_type")
-    if found is None and ("param_groups" in common or "optimizer" in common):
+    if is_plain(common):
         return PLAIN
     if found not in FORMATS:
         raise ValueError(
@@ -79,6 +79,12 @@ def format_of_adam(common: Mapping[Any, Any] | None) -> str:
             f"wrote it, or {load_no_optimizer}."
         )
     return str(found)
+
+
+def is_plain(common: Mapping[Any, Any]) -> bool:
+    """Return whether an optimizer's common state is that of the plain optimizer."""
+    of_state = "param_groups" in common or "optimizer" in common
+    return of_state and "param_state_sharding_type" not in common
 
 
 def prepare_load(view: StateView, entries: ModelEntries, adam_format: str) -> PendingLoad:

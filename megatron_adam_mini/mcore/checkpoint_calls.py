@@ -16,7 +16,9 @@ from megatron.core import dist_checkpointing
 
 from megatron_adam_mini.agreement import on_all_ranks
 from megatron_adam_mini.checkpoint.reader import Checkpoint
-from megatron_adam_mini.mcore.compat import bind
+from megatron_adam_mini.mcore.adam_import import FULLY_RESHARDABLE, is_plain
+from megatron_adam_mini.mcore.arguments import OPTIMIZER
+from megatron_adam_mini.mcore.compat import bind, training_arguments
 from megatron_adam_mini.mcore.load_guard import check_request, check_share
 from megatron_adam_mini.mcore.state_part import (
     IDENTITY,
@@ -58,6 +60,33 @@ def wrap_save(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(*call.args, **call.kwargs)
 
     return save
+
+
+def wrap_load_content(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``load_content_metadata``: what it returns agrees with the optimizer's state.
+
+    The identity is missing if the checkpoint was saved by a function that was not wrapped. And
+    Megatron asks metadata for the format of the distributed optimizer even where the checkpoint was
+    saved without it, before it lets a run with other TP or PP sizes load the state.
+    """
+
+    @functools.wraps(original)
+    def load_content_metadata(*args: Any, **kwargs: Any) -> Any:
+        call = bind(original, *args, **kwargs)
+        common = call.arguments["preloaded_state_dict"]
+        if common is None and call.arguments["checkpoint_dir"] is not None:
+            common = dist_checkpointing.load_common_state_dict(call.arguments["checkpoint_dir"])
+            call.arguments["preloaded_state_dict"] = common
+        found = original(*call.args, **call.kwargs)
+        optimizer = at(common, ("optimizer",)) or {}
+        if IDENTITY in optimizer:
+            return content_metadata(found, optimizer[IDENTITY])
+        args_of_run = training_arguments()
+        if getattr(args_of_run, "optimizer", None) == OPTIMIZER and is_plain(optimizer):
+            return {"distrib_optim_sharding_type": FULLY_RESHARDABLE, **(found or {})}
+        return found
+
+    return load_content_metadata
 
 
 def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -59,10 +59,8 @@ FACTORY = Hook("megatron.core.optimizer", "_get_megatron_emerging_optimizer")
 CHECKPOINT_SAVE = Hook("megatron.core.dist_checkpointing", "save")
 #: Loads a checkpoint; the next two read its common state before that. Public; all.
 CHECKPOINT_LOAD = Hook("megatron.core.dist_checkpointing", "load")
-CHECKPOINT_COMMON = (
-    Hook("megatron.core.dist_checkpointing", "load_common_state_dict"),
-    Hook("megatron.core.dist_checkpointing", "load_content_metadata"),
-)
+CHECKPOINT_COMMON = Hook("megatron.core.dist_checkpointing", "load_common_state_dict")
+CHECKPOINT_CONTENT = Hook("megatron.core.dist_checkpointing", "load_content_metadata")
 #: Loads a schedule, or checks that it is this run's. Public; all.
 SCHEDULER_LOAD = Hook(
     "megatron.core.optimizer_param_scheduler", "load_state_dict", "OptimizerParamScheduler"

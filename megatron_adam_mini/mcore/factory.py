@@ -296,8 +296,9 @@ def _report(optimizer: AdamMiniOptimizer, options: AdamMiniConfig) -> None:
         f"Adam-mini partition {manifest['preset']!r} (manifest {manifest['hash']}): "
         f"{manifest['elements']:,} elements share {manifest['blocks']:,} second moments\n"
         + "\n".join(lines)
-        + f"\nthis rank: kernels {optimizer.inner.kernels.NAME!r}, state bytes "
-        f"{optimizer.state_bytes()}, added per step {added}",
+        + f"\ncheckpoint format {options.checkpoint_format!r}; this rank: kernels "
+        f"{optimizer.inner.kernels.NAME!r}, state bytes {optimizer.state_bytes()}, added per step "
+        f"{added}",
         flush=True,
     )
     unknown = manifest["elementwise_unknown"]

@@ -1,9 +1,8 @@
 """Find a damaged or hostile checkpoint before anything is loaded.
 
 Imports ``checkpoint`` (readers that check checksums and run no code) and torch.distributed. The
-checks are called by ``checkpoint_calls`` before a load that Adam-mini requested; two functions of
-``megatron.core.dist_checkpointing`` that read the common state before it are wrapped here:
-``load_common_state_dict`` and ``load_content_metadata``.
+checks are called by ``checkpoint_calls`` before a load that Adam-mini requested; the function of
+``megatron.core.dist_checkpointing`` that reads the common state before it is wrapped here.
 
 Without it, torch reads a flipped bit without notice, reports a truncated file without its name,
 and raises on one rank only, while the others wait for it in their next collective. And it
@@ -34,10 +33,10 @@ from megatron_adam_mini.plan.manifest import STATE_PREFIX
 
 
 def wrap_load_common(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function that reads the common state: check its classes first.
+    """Wrap ``load_common_state_dict``: check the classes of the common state first.
 
     Every rank reads the same two entries and raises the same error, so nothing is communicated:
-    Megatron's tools call these functions without a process group.
+    Megatron's tools call it without a process group.
     """
 
     @functools.wraps(original)

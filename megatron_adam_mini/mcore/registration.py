@@ -35,7 +35,7 @@ from megatron_adam_mini.mcore.arguments import (
     config_from_args,
     refuse_stray_options,
 )
-from megatron_adam_mini.mcore.checkpoint_calls import wrap_load, wrap_save
+from megatron_adam_mini.mcore.checkpoint_calls import wrap_load, wrap_load_content, wrap_save
 from megatron_adam_mini.mcore.compat import Hook
 from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
 from megatron_adam_mini.mcore.factory import build_optimizer
@@ -112,8 +112,8 @@ def register() -> Registration:
     handle.replace(compat.FACTORY, _wrap_factory)
     handle.replace(compat.CHECKPOINT_SAVE, wrap_save)
     handle.replace(compat.CHECKPOINT_LOAD, wrap_load)
-    for hook in compat.CHECKPOINT_COMMON:
-        handle.replace(hook, wrap_load_common)
+    handle.replace(compat.CHECKPOINT_COMMON, wrap_load_common)
+    handle.replace(compat.CHECKPOINT_CONTENT, wrap_load_content)
     handle.replace(compat.SCHEDULER_LOAD, _wrap_scheduler)
     if training is not None:
         defaults: dict[str, Any] = {}

@@ -204,5 +204,9 @@ def content_metadata(
         identity: of the state.
     """
     # Megatron reads this before it lets a run with other TP or PP sizes load the state.
-    of_format = "fully_reshardable" if format_of(identity) == MODEL_SPACE else "dp_reshardable"
+    of_format = (
+        adam_import.FULLY_RESHARDABLE
+        if format_of(identity) == MODEL_SPACE
+        else adam_import.DP_RESHARDABLE
+    )
     return {**(given or {}), "distrib_optim_sharding_type": of_format, IDENTITY: dict(identity)}
