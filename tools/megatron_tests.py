@@ -1,6 +1,6 @@
 """Run Megatron-LM's own unit tests with Adam and with Adam-mini, and print where they differ.
 
-    python tools/megatron_tests.py --megatron CHECKOUT [--json FILE] [TESTS...]
+    python tools/megatron_tests.py --megatron CHECKOUT [--json FILE] [--adam FILE] [TESTS...]
 
 CHECKOUT is Megatron-LM at the tag of the installed megatron-core (0.19.2: core_v0.19.0). Only its
 tests are used; the code under test is the installed package, on the CPU host (see
@@ -46,11 +46,7 @@ GRACE = 5.0  # seconds for the other ranks to report, once one has failed
 
 
 class RankPlugin:
-    """pytest plugin that runs every test on ranks of its own.
-
-    Attributes:
-        results: by node id, see ``_result``.
-    """
+    """pytest plugin that runs every test on ranks of its own; ``results`` are by node id."""
 
     def __init__(self, world_size: int, timeout: float, progress: Any) -> None:
         self.results: dict[str, dict[str, Any]] = {}
@@ -211,34 +207,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--megatron", type=Path, required=True, help="checkout of Megatron-LM")
     parser.add_argument("--json", type=Path, help="write all outcomes, with their tracebacks")
+    parser.add_argument("--adam", type=Path, help="take Adam's outcomes from an earlier --json")
     parser.add_argument("--log", type=Path, default=os.devnull, help="append what tests print")
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one test")
     parser.add_argument("tests", nargs="*", default=TESTS, help="below tests/unit_tests")
     options = parser.parse_args()
-    for name in ("megatron", "json", "log"):  # the working folder will be another one
+    for name in ("megatron", "json", "adam", "log"):  # the working folder will be another one
         setattr(options, name, (path := getattr(options, name)) and path.resolve())
     tests = _files(options.megatron / "tests/unit_tests", options.tests)
     import megatron_host
 
     megatron_host.prepare(options.megatron, options.ranks)
     results: dict[str, dict[str, dict[str, Any]]] = {optimizer: {} for optimizer in OPTIMIZERS}
+    known = json.loads(options.adam.read_text())["adam"] if options.adam else {}
+    context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         for test in tests:
-            for optimizer in OPTIMIZERS:
+            for optimizer in OPTIMIZERS[1:] if options.adam else OPTIMIZERS:
                 print(f"{optimizer}: {test}", file=sys.stderr, flush=True)
                 output = Path(folder, "results.json")
-                process = multiprocessing.get_context("fork").Process(
-                    target=_run_file, args=(test, optimizer, options, output)
-                )
+                arguments = (test, optimizer, options, output)
+                process = context.Process(target=_run_file, args=arguments)
                 process.start()
                 process.join()
-                if output.exists():
-                    results[optimizer] |= json.loads(output.read_text())
-                    output.unlink()
-                else:
+                if not output.exists():
                     error = f"the process of the file ended with {process.exitcode}"
-                    results[optimizer][test] = _result("failed", error)
+                    output.write_text(json.dumps({test: _result("failed", error)}))
+                results[optimizer] |= json.loads(output.read_text())
+                output.unlink()
+            results["adam"] |= {name: known[name] for name in results["adam_mini"] if name in known}
             if options.json:
                 options.json.write_text(json.dumps(results, indent=1) + "\n")
     _print_differences(results)
