@@ -53,12 +53,15 @@ def made(folder: str | Path, sharding: str | None) -> Path:
 
 
 def load_each(job: Job, folders: list[str]) -> list[tuple[list[Part], int]]:
-    """Load one checkpoint after the other; return the state after each, moved in between."""
+    """Load one checkpoint after the other, each over NaN; return the state after each."""
     trainer, found = Trainer(job), []
+    params = trainer.optimizer.inner.main_params
     for folder in folders:
+        for tensor in params.attach().flat_tensors():
+            tensor.fill_(float("nan"))
+        params.step_count = 0
         load(trainer, folder)
-        found.append((slices_of(trainer), trainer.optimizer.inner.main_params.step_count))
-        trainer.step(job.steps)
+        found.append((slices_of(trainer), params.step_count))
     return found
 
 

@@ -244,11 +244,16 @@ def in_all_orders(job: Job, folder: str) -> dict[str, bool]:
     return found
 
 
+LOW_PRECISION = {"param_remainders": True, "exp_avg_dtype": "bf16"}
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"param_remainders": True, "exp_avg_dtype": "bf16"}], ids=["float32", "16 bits"]
+    ("job", "world"),
+    [(JOB, 4), (replace(JOB, tp=1, adam_mini=LOW_PRECISION), 2)],
+    ids=["float32", "16 bits"],
 )
-def test_every_order_saves_and_loads_all_bits(options: dict[str, Any], tmp_path: Path) -> None:
-    for found in run_ranks(4, in_all_orders, replace(JOB, adam_mini=options), str(tmp_path)):
+def test_every_order_saves_and_loads_all_bits(job: Job, world: int, tmp_path: Path) -> None:
+    for found in run_ranks(world, in_all_orders, job, str(tmp_path)):
         assert found == {each.__name__: True for each in ORDERS}
     assert len(ORDERS) == 10
 

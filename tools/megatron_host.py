@@ -6,6 +6,7 @@ Nothing in the tests is changed, and of Megatron only what this machine lacks:
   ranks, as on a machine with one GPU for each;
 * Megatron's Adam is ``FusedAdam`` below, as if Apex were installed. The tests suppose it: torch's
   AdamW requires a learning rate and counts steps for each parameter;
+* where tests ask for Transformer Engine's layers, they get Megatron's own ones;
 * the process of a checkpoint writer's queue is forked, not spawned, which only saves time.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import inspect
 import os
 import signal
 import sys
@@ -25,11 +27,11 @@ from megatron_adam_mini import cpu_host
 
 cpu_host.enable()
 
-import megatron.core.models.gpt  # noqa: E402
 import megatron.core.optimizer  # noqa: E402
 import megatron.training.training  # noqa: E402
 import torch  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
+from megatron.core.models.gpt import gpt_layer_specs  # noqa: E402
 from megatron.core.optimizer import distrib_optimizer  # noqa: E402
 from torch import distributed  # noqa: E402
 
@@ -99,6 +101,7 @@ def prepare(checkout: Path, world_size: int) -> None:
     distrib_optimizer.USING_APEX_OPTIMIZER = True
     filesystem_async.get_write_results_queue.__wrapped__.__defaults__ = ("fork",)
 
+    _replace_transformer_engine()
     tests = types.ModuleType("tests")  # this project has a package of that name, too
     tests.__path__ = [str(checkout / "tests")]
     # Their conftest would download data sets, which the tests of optimizers do not read.
@@ -107,6 +110,22 @@ def prepare(checkout: Path, world_size: int) -> None:
     sys.modules.update({module.__name__: module for module in (tests, download)})
     sys.path.append(str(checkout))
     os.chdir(checkout)
+
+
+def _replace_transformer_engine() -> None:
+    known = inspect.signature(gpt_layer_specs.get_gpt_layer_local_submodules).parameters
+
+    def local_spec(*args: Any, **kwargs: Any) -> Any:
+        kwargs = {name: value for name, value in kwargs.items() if name in known}
+        return gpt_layer_specs.get_gpt_layer_local_spec(*args, **kwargs)
+
+    gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec = local_spec
+    gpt_layer_specs.TENorm = gpt_layer_specs.LNImpl
+    # test_optimizer.py imports it, and skips what calls it.
+    names = ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.fp8")
+    modules = {name: types.ModuleType(name) for name in names}
+    modules[names[-1]].fp8_autocast = None  # type: ignore[attr-defined]
+    sys.modules.update(modules)
 
 
 def _with_gloo(original: Any) -> Any:
