@@ -13,6 +13,7 @@ import re
 import shlex
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,8 @@ def flags_of_megatron() -> list[str]:
 def known_flags() -> set[str]:
     (found,) = run_ranks(1, flags_of_megatron)
     known = {*found, *options_of(adam_mini_parser()), *options_of(cli._parser()), *OTHER_FLAGS}
-    for path in (PACKAGE / "launch.py", *ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")):
+    sources = (ROOT.glob(f"{folder}/*.py") for folder in ("examples", "benchmarks", "tools"))
+    for path in (PACKAGE / "launch.py", *chain.from_iterable(sources)):
         known |= set(re.findall(r'"(--[\w-]+)"', path.read_text()))
     return known
 
