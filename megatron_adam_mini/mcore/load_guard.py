@@ -141,10 +141,9 @@ def check_request(checkpoint: Checkpoint, request: Any) -> None:
 
 def _checks_files() -> bool:
     """Return whether this run checks files, according to Megatron's arguments."""
-    args = training_arguments()
-    if args is None or args.optimizer != OPTIMIZER:
-        return args is None
-    return bool(getattr(args, "adam_mini_check_files", True))
+    args = training_arguments()  # others than Megatron's parser may have made them, with less
+    is_ours = getattr(args, "optimizer", OPTIMIZER) == OPTIMIZER
+    return is_ours and bool(getattr(args, "adam_mini_check_files", True))
 
 
 def _rank_and_size(group: distributed.ProcessGroup | None) -> tuple[int, int]:
