@@ -41,10 +41,14 @@ BucketValues = dict[str, Tensor]
 
 
 def identity(view: StateView) -> dict[str, Any]:
-    """Return the identity of the state in this format."""
-    return identity_of(
+    """Return the identity of the state in this format.
+
+    It says nothing of layout or shapes, which are those of the parameters beside it.
+    """
+    found = identity_of(
         view.manifest, view.inner.config, checkpoint_format=PARAMETERS, saved_from={}
     )
+    return {key: value for key, value in found.items() if key != "manifest_hash"}
 
 
 def gather(

@@ -267,7 +267,7 @@ def partition_of_checkpoint(
         raise ValueError(f"The checkpoint {problem}")
     if (
         identity["partition"] == partition_fields(config)
-        and identity["manifest_hash"] == manifest["hash"]
+        and identity.get("manifest_hash") == manifest["hash"]
     ):
         return list(parameters)
     ours = {
@@ -341,9 +341,10 @@ def _difference(
         for key in sorted(ours.keys() | theirs.keys())
         if rule(ours.get(key)) != rule(theirs.get(key))
     ]
+    stored = identity.get("manifest_hash", "not stored")
     return (
-        f"partition {_options(identity['partition'])} (manifest {identity['manifest_hash']}) in "
-        f"the checkpoint, {_options(partition_fields(config))} (manifest {manifest['hash']}) in "
+        f"partition {_options(identity['partition'])} (manifest {stored}) in the checkpoint, "
+        f"{_options(partition_fields(config))} (manifest {manifest['hash']}) in "
         f"this run; {len(changed)} parameters differ"
         + (": " + "; ".join(changed[:5]) if changed else "")
     )
