@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,8 @@ def _prepare(run: Run, seen: Seen) -> None:
 
     if run.optimizer == "adam":
         fused_adam.install()
-    training._TRAIN_START_TIME -= 60 * run.minutes
+    # The module was imported when the server of ranks started, long before this run.
+    training._TRAIN_START_TIME = time.time() - 60 * run.minutes
     init, configure = GPTModel.__init__, training.get_megatron_optimizer_config
 
     def init_and_freeze(self: Any, *args: Any, **kwargs: Any) -> None:
