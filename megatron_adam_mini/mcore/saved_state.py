@@ -263,8 +263,11 @@ class SavedState(DistributedNames):
             values = held.as_float32(piece.window)
             weight = weights[self.model_params[piece.parameter]].reshape(-1)
             values["param"].copy_(weight[piece.begin : piece.end])
-            held.store(piece.window, values)
-        self._sync_weights()
+            if held.param_is_weight:
+                held.store(piece.window, values)
+        # Other weights stay as they are until the next step, as with Megatron's own optimizer.
+        if any(held.param_is_weight for held in state.buffers):
+            self._sync_weights()
 
     @torch.no_grad()
     def _copy_main_params_to_model_params(self) -> None:
