@@ -468,3 +468,28 @@ def out_of_order(job: Job) -> list[str]:
     with pytest.raises(RuntimeError, match="prepare_grads first"):
         trainer.optimizer.step_with_ready_grads()
     return found
+
+
+def reloaded_from_a_state_dict(job: Job) -> tuple[bool, bool]:
+    """Take main parameters from a state dict; return whether weights stayed, and masters came."""
+    trainer = Trainer(job)
+    trainer.step(0)
+    trainer.sync_params()
+    weights = [param.detach().clone() for param in trainer.optimizer.member.model_params]
+    given = {name: p.detach() + 3 for name, p in trainer.chunks[0].named_parameters()}
+    trainer.optimizer.reload_model_params(given)
+    stayed = all(map(torch.equal, weights, trainer.optimizer.member.model_params))
+    pieces = zip(
+        trainer.optimizer.optimizer.shards, trainer.optimizer.inner.plan.pieces, strict=True
+    )
+    came = all(
+        torch.equal(shard, (weights[p.parameter] + 3).flatten()[p.begin : p.end].float())
+        for shard, p in pieces
+    )
+    return stayed, came
+
+
+def test_main_parameters_from_a_state_dict_leave_the_weights_alone() -> None:
+    """Megatron's optimizer does so, and its callers load the weights themselves."""
+    job = Job(bf16=True, bucket_size=3000)
+    assert run_ranks(2, reloaded_from_a_state_dict, job) == [(True, True)] * 2
