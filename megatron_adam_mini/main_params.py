@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_adam_mini.plan.step_plan import Piece, StepPlan
-from megatron_adam_mini.state import BufferState, RankState
+from megatron_adam_mini.state import BufferState, RankState, v_per_element
 
 #: Keys of a shard's state. Megatron's precision-aware optimizer has ``master_param``, too.
 EXP_AVG, EXP_AVG_SQ, REMAINDERS = "exp_avg", "exp_avg_sq", "master_param"
@@ -170,9 +170,7 @@ class MainParams(torch.optim.Optimizer):
         states = self._states()
         for flat, whole in zip(self._flats, state.flat_tensors(), strict=True):
             self._point_at(flat, whole, states)
-        for number, is_weight in enumerate(self._is_weight):
-            if is_weight:
-                self.shards[number].data = self._weight(self._plan.pieces[number])
+        self._point_at_weights()
 
     def move_to(self, device: torch.device | str) -> None:
         """Move all state to a device, in new memory even if it is there; see :meth:`attach`."""
@@ -182,9 +180,7 @@ class MainParams(torch.optim.Optimizer):
 
     def take_weights(self) -> None:
         """Set the main parameters to the model's weights, after these were changed."""
-        for number, is_weight in enumerate(self._is_weight):
-            if is_weight:
-                self.shards[number].data = self._weight(self._plan.pieces[number])
+        self._point_at_weights()
         for held in self.attach().buffers:
             held.take_weights()
 
@@ -202,12 +198,7 @@ class MainParams(torch.optim.Optimizer):
     def exp_avg_sq_per_element(self, shard: Tensor) -> Tensor:
         """Return v of every element of a shard, float32, shape ``(n,)``."""
         number = next(i for i, own in enumerate(self.shards) if own is shard)
-        piece = self._plan.pieces[number]
-        v: Tensor = self.state[shard][EXP_AVG_SQ]
-        if piece.is_elementwise:
-            return v
-        first, last = self._plan.segment_bounds(piece)
-        return v.repeat_interleave(torch.from_numpy(last - first).to(v.device))
+        return v_per_element(self._plan, self._plan.pieces[number], self.state[shard][EXP_AVG_SQ])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse new groups: shards, blocks and buffers are planned together at the start."""
@@ -322,6 +313,11 @@ class MainParams(torch.optim.Optimizer):
 
     def _weight(self, piece: Piece) -> Tensor:
         return self._buffers[piece.buffer].weight.detach()[piece.window.in_buffer]
+
+    def _point_at_weights(self) -> None:
+        for number, is_weight in enumerate(self._is_weight):
+            if is_weight:
+                self.shards[number].data = self._weight(self._plan.pieces[number])
 
     @torch.no_grad()
     def _write_weight(self, number: int) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_adam_mini.plan.buffer_plan import BufferPlan, Window
-from megatron_adam_mini.plan.step_plan import Piece
+from megatron_adam_mini.plan.step_plan import Piece, StepPlan
 from megatron_adam_mini.rounding import join, split, to_weight
 
 #: Number of elements rounded or joined at a time.
@@ -234,3 +234,17 @@ class RankState(NamedTuple):
             "exp_avg": sum(kind["exp_avg"] for kind in kinds),
             "exp_avg_sq": self.exp_avg_sq_S.nbytes + self.exp_avg_sq_E.nbytes,
         }
+
+
+def v_per_element(plan: StepPlan, piece: Piece, v: Tensor) -> Tensor:
+    """Return v of every element of a piece, float32, from v as it is stored.
+
+    Args:
+        plan: all integers.
+        piece: the piece.
+        v: one value per segment of the piece, or per element if the piece keeps these.
+    """
+    if piece.is_elementwise:
+        return v
+    first, last = plan.segment_bounds(piece)
+    return v.repeat_interleave(torch.from_numpy(last - first).to(v.device))

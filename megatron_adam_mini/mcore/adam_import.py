@@ -164,7 +164,7 @@ def take_from_adam(
         parameter_state.scatter(
             view, view.data_parallel_group, lambda: loaded[OBJECTS]["param_state"]
         )
-        return _common_of(loaded[OBJECTS])
+        return common_of(loaded[OBJECTS])
     pieces = zip(view.inner.plan.pieces, pending.floats, strict=True)
     wrong = [
         view.blocks_of(piece).info.name
@@ -179,10 +179,15 @@ def take_from_adam(
             f"The checkpoint's Adam state is unsound: main parameters in {int(count)} pieces"
             f"{example} do not round to the model's weights. {UNSOUND_CAUSE}"
         )
-    return _common_of(loaded[OBJECTS] if pending.adam_format in OF_BUCKETS else loaded)
+    return common_of(loaded[OBJECTS] if pending.adam_format in OF_BUCKETS else loaded)
 
 
-def _common_of(source: Mapping[str, Any]) -> dict[str, Any]:
+def common_of(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Return step, groups and loss scale of a state dict in Adam-mini's own form.
+
+    Raises:
+        ValueError: the steps of parameter groups differ.
+    """
     inner = source.get("optimizer", source)
     groups = [dict(group) for group in inner["param_groups"]]
     steps = steps_of(inner)

@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 
-from megatron_adam_mini.adam_rules import steps_of, steps_problem
 from megatron_adam_mini.mcore import adam_import
 from megatron_adam_mini.mcore.entries import (
     SHARDS,
@@ -181,32 +180,25 @@ def finish_load(view: StateView, pending: PendingLoad, loaded: Mapping[str, Any]
         for number, piece in enumerate(view.inner.plan.pieces):
             if number in pending.rows:
                 v_from_rows(view, piece, pending.rows[number])
-    view.saved_groups[:] = load_groups(view.param_groups, loaded["param_groups"])
-    view.inner.main_params.step_count = int(loaded["step"])
-    if view.grad_scaler is not None and "grad_scaler" in loaded:
-        view.grad_scaler.load_state_dict(loaded["grad_scaler"])
+    _take_common(view, loaded)
     for state, window, values in pending.floats:
         state.store(window, values)
 
 
-def load_common(view: StateView, state_dict: Mapping[str, Any]) -> int:
-    """Set groups and loss scale from a ``state_dict()``, ours or of Megatron's Adam.
-
-    Returns:
-        The steps taken.
+def load_common(view: StateView, state_dict: Mapping[str, Any]) -> None:
+    """Set groups, step and loss scale from a ``state_dict()``, ours or of Megatron's Adam.
 
     Raises:
         ValueError: the steps of parameter groups differ.
     """
-    groups = state_dict["optimizer"]["param_groups"]
-    steps = steps_of(state_dict["optimizer"])
-    problem = steps_problem(steps)
-    if problem:
-        raise ValueError(f"The checkpoint {problem}")
-    view.saved_groups[:] = load_groups(view.param_groups, groups)
-    if view.grad_scaler is not None and "grad_scaler" in state_dict:
-        view.grad_scaler.load_state_dict(state_dict["grad_scaler"])
-    return steps[0]
+    _take_common(view, adam_import.common_of(state_dict))
+
+
+def _take_common(view: StateView, common: Mapping[str, Any]) -> None:
+    view.saved_groups[:] = load_groups(view.param_groups, common["param_groups"])
+    view.inner.main_params.step_count = int(common["step"])
+    if view.grad_scaler is not None and "grad_scaler" in common:
+        view.grad_scaler.load_state_dict(common["grad_scaler"])
 
 
 def _refuse_other_buckets(view: StateView, identity: Mapping[str, Any]) -> None:

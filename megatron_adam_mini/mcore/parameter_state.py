@@ -31,6 +31,7 @@ from megatron_adam_mini.plan.layout import Placement
 from megatron_adam_mini.plan.manifest import changes_blocks, identity_of, partition_of_checkpoint
 from megatron_adam_mini.plan.partition import ParameterBlocks
 from megatron_adam_mini.plan.step_plan import Piece
+from megatron_adam_mini.state import v_per_element
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 #: Format of this module, in the identity of the state.
@@ -142,14 +143,13 @@ def scatter(
             for kind in KINDS
         }
         floats = state.as_float32(window)
-        for kind, into in floats.items():
-            for index, piece in _pieces(view, number, bucket):
-                here = _in_slice(piece, window.in_buffer.start)
-                if index not in pending.new:
+        for index, piece in _pieces(view, number, bucket):
+            here = _in_slice(piece, window.in_buffer.start)
+            pending.elements[index] = mine["exp_avg_sq"][here]
+            if index not in pending.new:
+                for kind, into in floats.items():
                     into[here] = mine[kind][here]
         state.store(window, floats)
-        for index, piece in _pieces(view, number, bucket):
-            pending.elements[index] = mine["exp_avg_sq"][_in_slice(piece, window.in_buffer.start)]
     _set_v(view, pending)
 
 
@@ -194,13 +194,8 @@ def _slice_values(view: StateView, number: int, bucket: int) -> dict[str, Tensor
         here = _in_slice(piece, window.in_buffer.start)
         for kind, floats in state.as_float32(piece.window).items():
             values[kind][here] = floats
-        if piece.is_elementwise:
-            v = view.state.v_of_elements(piece)
-        else:
-            first, last = view.inner.plan.segment_bounds(piece)
-            counts = torch.from_numpy(last - first).to(view.inner.device)
-            v = view.state.v_of_segments(piece).repeat_interleave(counts)
-        values["exp_avg_sq"][here] = v
+        stored = view.state.v_of_elements if piece.is_elementwise else view.state.v_of_segments
+        values["exp_avg_sq"][here] = v_per_element(view.inner.plan, piece, stored(piece))
     return values
 
 

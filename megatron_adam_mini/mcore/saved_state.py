@@ -135,7 +135,7 @@ class SavedState(DistributedNames):
         return found
 
     def _load_legacy(self, state_dict: dict[str, Any]) -> None:
-        self.optimizer.step_count = checkpoint.load_common(self.state_view(), state_dict)
+        checkpoint.load_common(self.state_view(), state_dict)
         if not self.ddp_config.use_distributed_optimizer:
             if "parameter_state" not in state_dict:
                 raise ValueError(
