@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from megatron_adam_mini.collectives import Collectives, DomainGroups
-from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.config import AdamMiniConfig, check_adam_values
 from megatron_adam_mini.kernels import (
     BufferTensors,
     SegmentVectors,
@@ -131,6 +131,10 @@ class AdamMini:
         group_of_parameter: index of the group of each parameter of the plan.
         device: where the buffers are.
 
+    Raises:
+        ValueError: a group's value is out of range.
+        NotImplementedError: groups have different betas.
+
     Attributes:
         buffers: live tensors of the plan's buffers.
         main_params: all state, and the parameter groups; :meth:`finish` counts the steps there.
@@ -199,6 +203,9 @@ class AdamMini:
         self._norm_domain_SR = to_device(plan.norm_domain_SR)
         self._stats_D2 = floats(len(plan.domains), 2, dtype=torch.float64)
         self._scalars = StepScalars(len(param_groups), device)
+        for group in self.main_params.param_groups:  # overrides may have values of their own
+            check_adam_values(**{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")})
+        self._betas()
 
     # The step.
 

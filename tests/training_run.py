@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from tests import fused_adam
+from tests.megatron_job import global_names
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +82,7 @@ class Seen:
     """
 
     start: dict[str, Any] = field(default_factory=dict)
-    steps: list[dict[str, tuple[float, float]]] = field(default_factory=list)
+    steps: list[dict[str, tuple[float, ...]]] = field(default_factory=list)
     end: dict[str, Any] = field(default_factory=dict)
     iterations: tuple[int, int] = (-1, -1)
     samples: tuple[int, int] = (-1, -1)
@@ -196,32 +197,29 @@ def look_at(chunks: list[Any], optimizer: Any, scheduler: Any) -> dict[str, Any]
         "schedule": scheduler.state_dict(),
         "state": state,
         "weights": {
-            name: param.detach().float().numpy().copy() for name, param in _names(chunks).items()
+            name: param.detach().float().numpy().copy()
+            for name, param in global_names(chunks).items()
         },
     }
 
 
-def rates_of(chunks: list[Any], optimizer: Any) -> dict[str, tuple[float, float]]:
-    """Return learning rate and weight decay of every parameter that this rank updates."""
+def rates_of(chunks: list[Any], optimizer: Any, *keys: str) -> dict[str, tuple[float, ...]]:
+    """Return values of the groups of the parameters that this rank updates.
+
+    Default keys: learning rate and weight decay.
+    """
+    keys = keys or ("lr", "weight_decay")
     shards = {id(shard): n for n, shard in _shards(chunks, optimizer.chained_optimizers[0]).items()}
     return {
-        shards[id(shard)]: (group["lr"], group["weight_decay"])
+        shards[id(shard)]: tuple(group[key] for key in keys)
         for group in optimizer.param_groups
         for shard in group["params"]
     }
 
 
-def _names(chunks: list[Any]) -> dict[str, Any]:
-    return {
-        name.replace("module.", ""): param
-        for chunk in chunks
-        for name, param in chunk.named_parameters()
-    }
-
-
 def _shards(chunks: list[Any], member: Any) -> dict[str, Any]:
     """Return main shards by name, as Megatron's distributed optimizer lists them."""
-    names = {param: name for name, param in _names(chunks).items()}
+    names = {param: name for name, param in global_names(chunks).items()}
     models = [*member.model_float16_groups, *member.model_fp32_groups]
     if any(shard is not None for group in member.shard_fp32_from_float16_groups for shard in group):
         shards = [*member.shard_fp32_from_float16_groups, *member.shard_fp32_groups]
