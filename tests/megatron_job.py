@@ -219,7 +219,9 @@ class Trainer:
 
     def backward(self, step: int) -> None:
         """Run forward and backward passes of one global batch; gradients end in the buffers."""
+        from megatron.core import parallel_state
         from megatron.core.pipeline_parallel import get_forward_backward_func
+        from megatron.core.utils import get_batch_on_this_cp_rank
 
         job = self.job
         mine = self.batch_of(step)[self.dp_rank :: self.dp_size]
@@ -233,15 +235,24 @@ class Trainer:
             tokens = next(iterator)
             position = torch.arange(job.sequence).expand(len(tokens), -1)
             mask = torch.triu(torch.ones(job.sequence, job.sequence, dtype=torch.bool), 1)
+            batch = {
+                "tokens": tokens[:, :-1].contiguous(),
+                "position_ids": position,
+                "attention_mask": mask[None, None].expand(len(tokens), 1, -1, -1),
+                "labels": tokens[:, 1:].contiguous(),
+            }
+            group = parallel_state.get_context_parallel_group()
+            batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
             output = model(
-                tokens[:, :-1].contiguous(),
-                position,
-                mask[None, None].expand(len(tokens), 1, -1, -1),
-                labels=tokens[:, 1:].contiguous(),
+                batch["tokens"],
+                batch["position_ids"],
+                batch["attention_mask"],
+                labels=batch["labels"],
             )
 
             def loss_of(output: torch.Tensor) -> Any:
-                loss = output.float().mean()
+                # Megatron multiplies a loss without a number of tokens by the size of the group.
+                loss = output.float().mean() / job.cp
                 return loss, {"loss": loss.detach()}
 
             return output, loss_of

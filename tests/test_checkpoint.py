@@ -150,7 +150,7 @@ LAYOUTS = {
     "tp1-dp1": (BASE, 1),
     "tp1-dp3": (BASE, 3),
     "tp2-pp2-dp2": (replace(BASE, tp=2, pp=2), 8),
-    "tp4-dp2": (replace(BASE, tp=4), 8),
+    "tp4-cp2": (replace(BASE, tp=4, cp=2), 8),
     "pp2-vpp2-dp1": (replace(BASE, pp=2, vpp=2), 2),
     "pp4-dp1, other buckets": (replace(BASE, pp=4, bucket_size=1), 4),
     "tp2-pp2-dp2, replicated state": (

@@ -198,6 +198,10 @@ assert tensor.type() == "torch.cuda.FloatTensor"
 assert tensor.bfloat16().type() == "torch.cuda.BFloat16Tensor"
 assert tensor.type("torch.cuda.DoubleTensor").dtype == torch.float64
 tensor.record_stream(torch.cuda.current_stream())
+# Memory that only CUDA could pin.
+assert torch.empty(2, device="cpu", pin_memory=True).shape == (2,)
+assert torch.tensor([3], pin_memory=True).cuda(non_blocking=True).item() == 3
+assert tensor.pin_memory() is not tensor and torch.equal(tensor.pin_memory(), tensor)
 
 
 class Doubled(torch.autograd.Function):
@@ -284,7 +288,7 @@ print(hashlib.sha256(values.numpy().tobytes()).hexdigest())
 
 
 def test_megatron_runs_where_it_refused(check: Check) -> None:
-    """The changes at import: sequence-parallel norms, splits as numbers, no make in the wheel."""
+    """The changes at import that need one rank; context parallelism is in test_oracle.py."""
     check(
         ENABLE
         + """

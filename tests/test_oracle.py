@@ -233,6 +233,14 @@ LAYOUTS = {
     "tied embeddings": (replace(BASE, tied=True, tp=2, pp=2), 2),
     "virtual pipeline stages": (replace(BASE, layers=4, pp=2, vpp=2), 1),
     "several optimizer instances": (replace(BASE, instances=2, tp=2), 4),
+    "context parallel, cp2": (replace(BASE, cp=2), 1),
+    "context parallel, cp2-dp2": (replace(BASE, cp=2), 2),
+    "context parallel, cp2-tp2": (replace(BASE, cp=2, tp=2), 1),
+    "context parallel, cp2-pp2": (replace(BASE, cp=2, pp=2), 1),
+    "context parallel, cp4, sliding window": (
+        replace(BASE, cp=4, config_args={"window_size": (3, 0)}),
+        1,
+    ),
     "replicated state": (replace(BASE, distributed_optimizer=False, tp=2), 2),
     "no clipping": (replace(BASE, clip_grad=0.0), 3),
 }
@@ -266,6 +274,9 @@ def compare_runs(job: Job, ranks: list[dict[str, Any]], expected: dict[str, Any]
     """Compare a sharded run with the unsharded one, and with the oracle on its own gradients."""
     for rank in ranks:
         np.testing.assert_allclose(rank["norms"], expected["norms"], rtol=TRAJECTORY_TOLERANCE)
+    # Ranks of the last stage have the mean loss of their own tokens, as many on each.
+    losses = np.mean([rank["losses"] for rank in ranks if rank["losses"]], axis=0)
+    np.testing.assert_allclose(losses, expected["losses"], rtol=TRAJECTORY_TOLERANCE)
     check_replicas(ranks, job)
     check_same_gradients(ranks, job)
     for key in ("param", "v", "exp_avg"):

@@ -1,4 +1,4 @@
-"""Three functions of Megatron-Core that replacing ``torch.cuda`` cannot fix, changed on import.
+"""Functions of Megatron-Core that replacing ``torch.cuda`` cannot fix, changed on import.
 
 Each of them refuses, or silently does something else, for a reason that does not apply to the CPU
 host. Nothing of Megatron is imported here: an import hook changes the modules when they load.
@@ -17,6 +17,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
+from megatron_adam_mini.cpu_host.context_attention import attend_over_context
 
 __all__ = ["install"]
 
@@ -72,6 +74,7 @@ def _mark_torch_norms_as_sequence_parallel(module: ModuleType) -> None:
 
 _CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "megatron.core.datasets.utils": _keep_built_dataset_helper,
+    "megatron.core.transformer.dot_product_attention": attend_over_context,
     "megatron.core.transformer.moe.moe_utils": _convert_splits_of_cpu_tensors,
     "megatron.core.transformer.torch_norm": _mark_torch_norms_as_sequence_parallel,
 }

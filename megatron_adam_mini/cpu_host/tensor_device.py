@@ -43,6 +43,11 @@ def _type(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     return tensor.type(*args, **kwargs)
 
 
+def _pin_memory(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """Return a copy, as CUDA does; only a GPU could tell that its memory is not pinned."""
+    return tensor.clone()
+
+
 def _record_stream(tensor: torch.Tensor, *_: Any) -> None:
     """Return at once: memory is never reused while an operation on it is under way."""
 
@@ -51,13 +56,15 @@ _TENSOR_METHODS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.Tensor.to: _to,
     torch.Tensor.cuda: _cuda,
     torch.Tensor.type: _type,
+    torch.Tensor.pin_memory: _pin_memory,
 }
 
 
 class _CpuTensors(TorchFunctionMode):
     """While active, replaces every CUDA device in arguments of torch functions by the CPU.
 
-    No other argument and no result is changed, so computations stay the same.
+    It also asks for no pinned memory, which only CUDA can give. No other argument and no result is
+    changed, so computations stay the same.
     """
 
     def __torch_function__(
@@ -67,7 +74,7 @@ class _CpuTensors(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Call ``func`` with CPU in place of CUDA devices."""
+        """Call ``func`` with CPU in place of CUDA devices, in memory that is not pinned."""
         method = _TENSOR_METHODS.get(func)
         if method is not None:
             func = method
@@ -75,6 +82,8 @@ class _CpuTensors(TorchFunctionMode):
             return func(*args)
         if "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": _CPU}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         return func(*args, **kwargs)
 
 
