@@ -110,8 +110,9 @@ def sharded_run(job: Job) -> dict[str, Any]:
     """Train under the job's layout; return all that a rank has to show."""
     trainer = Trainer(job)
     initial = slices_of(trainer)
-    grads, norms = [], []
+    grads, norms, scales = [], [], []
     for step in range(job.steps):
+        scales.append(float(trainer.optimizer.get_loss_scale()))
         trainer.backward(step)
         grads.append(slices_of(trainer, grads_only=True))
         updated, norm, _ = trainer.optimizer.step()
@@ -122,6 +123,7 @@ def sharded_run(job: Job) -> dict[str, Any]:
         "losses": trainer.losses,
         "norms": norms,
         "grads": grads,
+        "scales": scales,
         "initial": initial,
         "final": slices_of(trainer),
         "weights": weights_of(trainer),
@@ -166,6 +168,7 @@ def check_same_gradients(ranks: list[dict[str, Any]], job: Job) -> None:
     }
     for step in range(job.steps):
         grads = whole_tensors([r["grads"][step] for r in ranks], "grad", job)
+        grads = {name: grad / ranks[0]["scales"][step] for name, grad in grads.items()}
         if job.tied:
             grads.pop("output_layer.weight", None)
         norm = float(sum(g.double().square().sum() for g in grads.values())) ** 0.5
@@ -194,6 +197,8 @@ def check_replicas(ranks: list[dict[str, Any]], job: Job) -> None:
         master = masters[name]
         if job.bf16:
             same = torch.equal(weight, nearest_bfloat16(master)) or torch.equal(weight, master)
+        elif job.fp16:
+            same = torch.equal(weight, master.half().float())
         else:
             same = torch.equal(weight, master)
         assert same, f"{name}: model weights are not the rounded main parameters"
@@ -331,6 +336,20 @@ PRECISIONS = {
         3,
     ),
     "bf16, tied embeddings": (replace(BASE, bf16=True, tied=True, pp=2), 2),
+    "fp16, fp16 gradients, a loss scale that grows": (
+        replace(
+            BASE,
+            fp16=True,
+            grad_fp32=False,
+            tp=2,
+            optimizer_args={"initial_loss_scale": 64.0, "loss_scale_window": 4},
+        ),
+        2,
+    ),
+    "fp16, float32 gradients, constant loss scale": (
+        replace(BASE, fp16=True, pp=2, optimizer_args={"loss_scale": 512.0}),
+        2,
+    ),
 }
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import distributed
 
 from tests import fused_adam
 from tests.megatron_job import global_names
@@ -56,6 +57,8 @@ class Run:
         overrides: values of parameter groups by name pattern, besides Megatron's own.
         minutes: how long ago it began, as ``--exit-duration-in-mins`` sees it.
         schedule: other flags that stand in for ``SCHEDULE``.
+        non_finite: iterations, counted from 0, whose reduced gradients are Inf.
+        non_finite_on: on these ranks.
     """
 
     flags: str = ""
@@ -65,6 +68,8 @@ class Run:
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     minutes: float = 0.0
     schedule: str = SCHEDULE
+    non_finite: tuple[int, ...] = ()
+    non_finite_on: tuple[int, ...] = (0, 1)
 
 
 @dataclass
@@ -74,6 +79,7 @@ class Seen:
     Attributes:
         start: groups, step and state after start-up, see ``look_at``.
         steps: (learning rate, weight decay) by parameter, before each step.
+        scaler: for each step whether it was taken, and had no norm; then the loss scaler's state.
         end: as ``start``, at the end.
         iterations: number of the first iteration to do at the start, and at the end.
         samples: consumed, and skipped, at the end.
@@ -83,6 +89,7 @@ class Seen:
 
     start: dict[str, Any] = field(default_factory=dict)
     steps: list[dict[str, tuple[float, ...]]] = field(default_factory=list)
+    scaler: list[tuple[Any, ...]] = field(default_factory=list)
     end: dict[str, Any] = field(default_factory=dict)
     iterations: tuple[int, int] = (-1, -1)
     samples: tuple[int, int] = (-1, -1)
@@ -123,7 +130,11 @@ def train(run: Run) -> Seen:
 
         def look_and_step() -> Any:
             seen.steps.append(rates_of(chunks, optimizer))
-            return step()
+            if get_args().curr_iteration in run.non_finite:
+                _spoil_gradients(chunks, run)
+            result = step()
+            seen.scaler.append((result[0], result[1] is None, *_scaler_state(optimizer)))
+            return result
 
         optimizer.step = look_and_step
         return chunks, optimizer, scheduler
@@ -144,6 +155,18 @@ def train(run: Run) -> Seen:
     seen.iterations = (seen.iterations[0], args.curr_iteration + 1)
     seen.samples = (args.consumed_train_samples, args.skipped_train_samples)
     return seen
+
+
+def _spoil_gradients(chunks: list[Any], run: Run) -> None:
+    if distributed.get_rank() in run.non_finite_on:
+        for param in chunks[0].parameters():
+            param.main_grad.view(-1)[-1] = float("inf")
+
+
+def _scaler_state(optimizer: Any) -> tuple[Any, ...]:
+    scaler = optimizer.chained_optimizers[0].grad_scaler
+    state = {} if scaler is None else scaler.state_dict()
+    return tuple((key, float(value)) for key, value in state.items())
 
 
 def _prepare(run: Run, seen: Seen) -> None:
