@@ -264,8 +264,8 @@ def build_with_odd_heads() -> None:
 
     original = HeadGeometry.of
 
-    def heads(config: Any) -> Any:
-        found = original(config)
+    def heads(config: Any, role: str) -> Any:
+        found = original(config, role)
         return replace(found, num_query_groups=3) if rank() == ODD else found
 
     HeadGeometry.of = heads

@@ -498,7 +498,6 @@ def test_notes_say_what_does_not_run_or_saves_nothing(capsys: Any) -> None:
     assert cli.main([*flags, "--moe-layer-freq", "[0]+[1]*2"]) == 0
     text = capsys.readouterr().out
     assert "refuses to train it in this release" in text
-    assert "no rule and keep a full v" in text
     assert cli.main(["memory", "--model", "llama-3-8b"]) == 0
     assert "note" not in capsys.readouterr().out
 

@@ -37,7 +37,7 @@ from megatron_adam_mini.plan.manifest import (
     short_hash,
     stored_rules,
 )
-from megatron_adam_mini.plan.parameter_info import HeadGeometry, ParameterInfo
+from megatron_adam_mini.plan.parameter_info import HEAD_PARTS, HeadGeometry, ParameterInfo
 from megatron_adam_mini.plan.partition import partition_parameter, rule_for, unmatched_patterns
 from megatron_adam_mini.plan.roles import is_expert, role_of
 
@@ -48,9 +48,24 @@ EXPECTED_RULES = {
     "embedding": ("row", "element", "tensor"),
     "output": ("row", "element", "tensor"),
     "position_embedding": ("row", "element", "tensor"),
+    "tokentype_embedding": ("row", "element", "tensor"),
     "qkv": ("qkv", "qkv", "qkv"),
+    "query": ("qkv", "qkv", "qkv"),
+    "key_value": ("qkv", "qkv", "qkv"),
+    "latent_query": ("qkv", "qkv", "qkv"),
+    "latent_key_value": ("qkv", "qkv", "qkv"),
+    "latent_down": ("row", "tensor", "tensor"),
     "attention_projection": ("row", "tensor", "tensor"),
     "mlp": ("row", "tensor", "tensor"),
+    "linear": ("row", "tensor", "tensor"),
+    "adapter": ("row", "tensor", "tensor"),
+    "mixer_input": ("row", "row", "row"),
+    "mixer_output": ("row", "tensor", "tensor"),
+    "convolution": ("element", "element", "element"),
+    "state_space": ("element", "element", "element"),
+    "softmax_offset": ("element", "element", "tensor"),
+    "relative_position": ("element", "element", "tensor"),
+    "vision_token": ("element", "element", "tensor"),
     "norm": ("tensor", "tensor", "tensor"),
     "bias": ("element", "element", "tensor"),
     "router": ("element", "element", "tensor"),
@@ -161,7 +176,7 @@ def test_rule_table(role, preset):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_role_that_nobody_listed_is_elementwise_never_one_block(preset):
-    blocks = partition_parameter(info_of("convolution", (5, 2, 3)), AdamMiniConfig(preset=preset))
+    blocks = partition_parameter(info_of("kernel", (5, 2, 3)), AdamMiniConfig(preset=preset))
     assert (blocks.rule, blocks.pattern, blocks.num_blocks) == ("element", None, 30)
 
 
@@ -365,6 +380,72 @@ def test_qkv_may_be_given_any_rule_by_name(rule, num_blocks):
     assert partition_parameter(qkv_info(4, 2, 3, False), config).num_blocks == num_blocks
 
 
+# Other attention weights.
+
+#: What Megatron's config says of heads: head size 5 for cross attention, else latent attention.
+HEADS = SimpleNamespace(
+    num_attention_heads=3,
+    num_query_groups=3,
+    kv_channels=5,
+    hidden_size=15,
+    attention_output_gate=True,
+    qk_head_dim=4,
+    qk_pos_emb_head_dim=2,
+    v_head_dim=3,
+)
+
+
+def label_heads(
+    key_rows: int, value_rows: int, *, key: str, value: str
+) -> list[tuple[object, ...]]:
+    """Walk the rows of all heads: first a Query or Key, then a Value, each cut as in label_rows."""
+    labels: list[tuple[object, ...]] = []
+    for head in range(HEADS.num_attention_heads):
+        for part, rows, how in (("k", key_rows, key), ("v", value_rows, value)):
+            kept = {"tensor": 1, "head": 2, "row": 3}[how]
+            labels += [(part, head, row)[:kept] for row in range(rows)]
+    return labels
+
+
+@pytest.mark.parametrize(
+    ("role", "key_rows", "value_rows"),
+    [
+        ("query", 5, 0),
+        ("key_value", 5, 5),
+        ("latent_query", 6, 0),
+        ("latent_key_value", 4, 3),
+    ],
+)
+@pytest.mark.parametrize(
+    ("options", "key", "value"),
+    [
+        ({}, "head", "row"),
+        ({"value_as_block": True}, "head", "tensor"),
+        ({"preset": "first"}, "head", "tensor"),
+        ({"preset": "tensor"}, "tensor", "tensor"),
+    ],
+    ids=["paper", "value_as_block", "first", "tensor"],
+)
+def test_heads_of_other_attention_weights(role, key_rows, value_rows, options, key, value):
+    heads = HeadGeometry.of(HEADS, role)
+    info = info_of(role, (3 * (key_rows + value_rows), 2), heads=heads)
+    labels = label_heads(key_rows, value_rows, key=key, value=value)
+    blocks = partition_parameter(info, AdamMiniConfig(**options))
+    assert blocks.num_blocks == len(set(labels))
+    assert_pattern_equals_labels(blocks.pattern, labels)
+
+
+def test_rows_that_do_not_fit_latent_heads():
+    info = info_of("latent_key_value", (20, 4), heads=HeadGeometry.of(HEADS, "latent_key_value"))
+    text = (
+        f"Parameter '{LAYER}latent_key_value.weight' has 20 rows, but 3 heads, 3 query groups and "
+        "head size 4 make 21; check --num-attention-heads, --qk-head-dim, --qk-pos-emb-head-dim "
+        "and --v-head-dim, or give the parameter another rule."
+    )
+    with pytest.raises(ValueError, match=message(text)):
+        partition_parameter(info, AdamMiniConfig())
+
+
 # Roles.
 
 ROLES = {
@@ -389,17 +470,101 @@ ROLES = {
     ("mlp.experts.weight1", 2): "unknown",
     ("mlp.shared_experts.linear_fc1.weight", 2): "mlp",
     ("mlp.shared_experts.linear_fc2.weight", 2): "mlp",
-    ("mlp.shared_experts.gate_weight", 2): "unknown",
+    ("mlp.shared_experts.gate_weight", 2): "router",
+    ("mlp.router.bias", 1): "bias",
+    ("mlp.fc1_latent_proj.weight", 2): "linear",
     # Numbers mean an expert's only within experts.
     ("mlp.linear_fc1.weight0", 2): "unknown",
-    ("self_attention.linear_q_proj.weight", 2): "unknown",
-    ("mixer.conv1d.weight", 3): "unknown",
+    # Cross attention; a sink of the softmax.
+    ("cross_attention.linear_q.weight", 2): "query",
+    ("cross_attention.linear_kv.weight", 2): "key_value",
+    ("cross_attention.linear_kv.bias", 1): "bias",
+    ("cross_attention.linear_proj.weight", 2): "attention_projection",
+    ("self_attention.core_attention.softmax_offset", 1): "softmax_offset",
+    # Multi-latent attention, and the indexer of its sparse variant.
+    ("self_attention.linear_q_proj.weight", 2): "latent_query",
+    ("self_attention.linear_q_up_proj.weight", 2): "latent_query",
+    ("self_attention.linear_kv_up_proj.weight", 2): "latent_key_value",
+    ("self_attention.linear_q_down_proj.weight", 2): "latent_down",
+    ("self_attention.linear_kv_down_proj.weight", 2): "latent_down",
+    ("self_attention.linear_qkv_down_proj.weight", 2): "latent_down",
+    ("self_attention.linear_kv_up_proj.layer_norm_weight", 1): "norm",
+    ("self_attention.core_attention.indexer.linear_wq_b.weight", 2): "linear",
+    ("self_attention.core_attention.indexer.k_norm.weight", 1): "norm",
+    # Mamba, gated delta net.
+    ("mixer.in_proj.weight", 2): "mixer_input",
+    ("mixer.in_proj.layer_norm_weight", 1): "norm",
+    ("mixer.out_proj.weight", 2): "mixer_output",
+    ("mixer.conv1d.weight", 3): "convolution",
+    ("mixer.conv1d_weight", 3): "convolution",
+    ("mixer.conv1d_bias", 1): "bias",
+    ("mixer.A_log", 1): "state_space",
+    ("mixer.D", 1): "state_space",
+    ("mixer.dt_bias", 1): "state_space",
+    ("mixer.norm.weight", 1): "norm",
+    ("self_attention.in_proj.weight", 2): "mixer_input",
+    ("self_attention.out_proj.weight", 2): "mixer_output",
+    ("self_attention.out_norm.weight", 1): "norm",
+    # A linear layer in place of an attention or MLP.
+    ("self_attention.weight", 2): "linear",
+    ("mlp.weight", 2): "linear",
+    # Low-rank adapters of Megatron-Bridge and of PEFT, also of experts.
+    ("self_attention.linear_qkv.adapter.linear_in.weight", 2): "adapter",
+    ("self_attention.linear_qkv.adapter.adapter_q.linear_out.weight", 2): "adapter",
+    ("mlp.experts.linear_fc1.adapter.linear_in.weight", 2): "adapter",
+    ("mlp.linear_fc1.lora_A.weight", 2): "adapter",
+    ("mlp.linear_fc1.lora_B.default.weight", 2): "adapter",
+    # Parts of a weight that Megatron stores apart have no name in a model.
+    ("mixer.in_proj.weight.dt", 2): "unknown",
+    ("something.kernel", 3): "unknown",
+    ("something.scale", 1): "unknown",
+}
+
+#: The same for parameters outside layers.
+OUTER_ROLES = {
+    ("embedding.word_embeddings.weight", 2): "embedding",
+    ("embedding.position_embeddings.weight", 2): "position_embedding",
+    ("embedding.tokentype_embeddings.weight", 2): "tokentype_embedding",
+    ("encoder_relative_pos_emb.relative_attention_bias.weight", 2): "relative_position",
+    ("output_layer.weight", 2): "output",
+    ("output_layer.bias", 1): "bias",
+    ("lm_head.output_layer.bias", 1): "bias",
+    ("decoder.final_layernorm.weight", 1): "norm",
+    # Multi-token prediction.
+    ("mtp.layers.0.eh_proj.weight", 2): "linear",
+    ("mtp.layers.0.enorm.weight", 1): "norm",
+    ("mtp.layers.0.hnorm.weight", 1): "norm",
+    ("mtp.layers.0.mtp_model_layer.self_attention.linear_qkv.weight", 2): "qkv",
+    # BERT.
+    ("lm_head.dense.weight", 2): "linear",
+    ("lm_head.layer_norm.weight", 1): "norm",
+    ("pooler.dense.weight", 2): "linear",
+    ("binary_head.weight", 2): "linear",
+    # Vision and multimodal.
+    ("vision_model.conv1.weight", 4): "linear",
+    ("vision_model.conv1.bias", 1): "bias",
+    ("vision_model.class_token", 3): "vision_token",
+    ("class_token", 2): "vision_token",
+    ("vision_model.position_embeddings.weight", 2): "position_embedding",
+    ("vision_model.position_embeddings", 3): "vision_token",
+    ("vision_model.embedder.weight", 2): "linear",
+    ("vision_model.ln_pre.weight", 1): "norm",
+    ("vision_model.decoder.layers.0.self_attention.linear_qkv.weight", 2): "qkv",
+    ("vision_projection.encoder.linear_fc1.weight", 2): "mlp",
+    ("vision_projection.encoder.weight", 2): "linear",
+    ("modality_submodules.images.input_projections.0.encoder.weight", 2): "linear",
+    ("language_model.embedding.word_embeddings.weight", 2): "embedding",
 }
 
 
 @pytest.mark.parametrize(("name", "num_dimensions"), ROLES)
 def test_role_of_a_name(name, num_dimensions):
     assert role_of(LAYER + name, num_dimensions) == ROLES[name, num_dimensions]
+
+
+@pytest.mark.parametrize(("name", "num_dimensions"), OUTER_ROLES)
+def test_role_of_a_name_outside_layers(name, num_dimensions):
+    assert role_of(name, num_dimensions) == OUTER_ROLES[name, num_dimensions]
 
 
 @pytest.mark.parametrize("name", [name for name, _ in ROLES])
@@ -603,7 +768,7 @@ def test_one_pattern_as_a_bare_string_is_refused():
         AdamMiniConfig(full_v="*.bias")
 
 
-@pytest.mark.parametrize("role", sorted(set(EXPECTED_RULES) - {"qkv"}))
+@pytest.mark.parametrize("role", sorted(set(EXPECTED_RULES) - set(HEAD_PARTS)))
 def test_head_rule_needs_heads(role):
     text = (
         f"Adam-mini rule 'head' was asked for parameter '{LAYER}{role}.weight' of role '{role}', "

@@ -36,14 +36,18 @@ def args_of(checkpoint: Checkpoint) -> Any:
     return args
 
 
-def heads_of(args: Any) -> HeadGeometry:
+def heads_of(args: Any, role: str = "qkv") -> HeadGeometry:
     """Return the head geometry as Megatron's ``core_transformer_config_from_args`` reads it.
+
+    Args:
+        args: the checkpoint's.
+        role: see :meth:`HeadGeometry.of`.
 
     Raises:
         UnreadableError: an argument is missing.
     """
     try:
-        return HeadGeometry.of(args)
+        return HeadGeometry.of(args, role)
     except AttributeError as error:
         raise UnreadableError(
             f"The checkpoint's args lack {error.name!r}, which says how attention heads lie in "
@@ -56,7 +60,7 @@ def info_of(parameter: StoredParameter, name: str, args: Any) -> ParameterInfo:
     return ParameterInfo.of(
         name,
         parameter.shape,
-        lambda: None if args is None else heads_of(args),
+        lambda role: None if args is None else heads_of(args, role),
         key=parameter.key,
     )
 

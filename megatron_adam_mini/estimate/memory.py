@@ -133,13 +133,6 @@ class Planner:
         alone = stage_parameters(self.model, Parallel(), pp_rank=0)
         return sum(info.numel for chunk in alone for info in chunk)
 
-    def unknown_share(self) -> float:
-        """Return the share of elements in parameters whose role has no rule."""
-        alone = stage_parameters(self.model, Parallel(), pp_rank=0)
-        infos = [info for chunk in alone for info in chunk]
-        unknown = sum(info.numel for info in infos if info.role == "unknown")
-        return unknown / sum(info.numel for info in infos)
-
     def stages(self, parallel: Parallel) -> list[StageMemory]:
         """Return the memory of every pipeline stage.
 

@@ -157,10 +157,4 @@ def _notes(planner: Planner) -> list[str]:
         notes.append(
             "mixture of experts is planned here, but Adam-mini refuses to train it in this release."
         )
-    unknown = planner.unknown_share()
-    if unknown:
-        notes.append(
-            f"{100 * unknown:.2f} % of the parameters have no rule and keep a full v under "
-            "Adam-mini (in the optimizer, too)."
-        )
     return notes

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from megatron_adam_mini.estimate.models import Model
 from megatron_adam_mini.estimate.parallel import Parallel, flag, stage_layers
-from megatron_adam_mini.plan.parameter_info import ParameterInfo
+from megatron_adam_mini.plan.parameter_info import HeadGeometry, ParameterInfo
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -239,7 +239,7 @@ class _Chunk:
             ParameterInfo.of(
                 name,
                 tuple(n // size if dim == split else n for dim, n in enumerate(shape)),
-                lambda: self.model.heads,
+                lambda role: HeadGeometry.of(self.model, role),
                 tp_dim=split,
                 tp_size=size,
                 tp_rank=rank,

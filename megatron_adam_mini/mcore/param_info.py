@@ -90,7 +90,7 @@ def _describe(
     return ParameterInfo.of(
         name,
         tuple(param.shape),
-        lambda: HeadGeometry.of(config),
+        lambda role: HeadGeometry.of(config, role),
         key=key,
         tp_dim=int(param.partition_dim) if split else None,  # type: ignore[attr-defined]
         tp_size=group.size(),

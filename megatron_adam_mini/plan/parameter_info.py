@@ -13,22 +13,42 @@ from typing import Any
 
 from megatron_adam_mini.plan.roles import role_of
 
+#: Roles of weights whose rows form heads -> which parts of attention such a weight holds.
+HEAD_PARTS = {
+    "qkv": ("query", "key", "value"),
+    "query": ("query",),
+    "key_value": ("key", "value"),
+    "latent_query": ("query",),
+    "latent_key_value": ("key", "value"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeadGeometry:
-    """How the rows of a fused QKV weight form heads.
+    """How the rows of an attention weight form heads.
 
-    Rows come in ``num_query_groups`` equal groups, each with the Query heads of the group, as many
-    gate heads if the attention output is gated, one Key head and one Value head.
+    Rows come in ``num_query_groups`` equal groups. A group of a fused QKV weight has the Query
+    heads of the group, as many gate heads if the attention output is gated, one Key head and one
+    Value head; other weights hold some of these parts only.
+
+    Attributes:
+        num_heads: Query heads of the layer.
+        num_query_groups: Key heads of the layer.
+        head_dim: rows of a Query, gate or Key head.
+        gated: whether the attention output is gated.
+        holds: the parts in the weight, of ``query``, ``key`` and ``value``.
+        value_head_dim: rows of a Value head; ``None``: ``head_dim``.
     """
 
     num_heads: int
     num_query_groups: int
     head_dim: int
     gated: bool = False
+    holds: tuple[str, ...] = HEAD_PARTS["qkv"]
+    value_head_dim: int | None = None
 
     @classmethod
-    def of(cls, source: Any) -> HeadGeometry:
+    def of(cls, source: Any, role: str = "qkv") -> HeadGeometry:
         """Read the geometry from any object with Megatron's names for it.
 
         Megatron's ``TransformerConfig``, the ``args`` in its checkpoints and ``estimate``'s model
@@ -40,23 +60,55 @@ class HeadGeometry:
         * ``kv_channels`` may be ``None`` or missing: then ``hidden_size`` is divided by the heads.
         * ``attention_output_gate`` is missing in older releases.
 
+        Args:
+            source: the object.
+            role: the weight's, a key of ``HEAD_PARTS``.
+
         Raises:
             AttributeError: ``source`` lacks another name that is needed.
         """
-        heads = source.num_attention_heads
-        grouped = getattr(source, "group_query_attention", True)
+        heads, holds = source.num_attention_heads, HEAD_PARTS[role]
+        if role.startswith("latent"):
+            # The rotary part of a Key is common to all heads; kv_down_proj makes it.
+            rotary = source.qk_pos_emb_head_dim if role == "latent_query" else 0
+            return cls(
+                num_heads=heads,
+                num_query_groups=heads,
+                head_dim=source.qk_head_dim + rotary,
+                holds=holds,
+                value_head_dim=source.v_head_dim,
+            )
+        grouped = getattr(source, "group_query_attention", True) and role == "qkv"
         return cls(
             num_heads=heads,
             num_query_groups=(source.num_query_groups if grouped else None) or heads,
             head_dim=getattr(source, "kv_channels", None) or source.hidden_size // heads,
-            gated=bool(getattr(source, "attention_output_gate", False)),
+            gated=role == "qkv" and bool(getattr(source, "attention_output_gate", False)),
+            holds=holds,
         )
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts of one group in the order of its rows: ``query``, ``gate``, ``key``, ``value``."""
+        if self.gated and self.holds[0] == "query":
+            return ("query", "gate", *self.holds[1:])
+        return self.holds
+
+    @property
+    def value_dim(self) -> int:
+        """Rows of a Value head."""
+        return self.head_dim if self.value_head_dim is None else self.value_head_dim
+
+    @property
     def num_rows(self) -> int:
-        """Rows of the whole fused weight."""
-        query_rows = self.num_heads * (2 if self.gated else 1)
-        return (query_rows + 2 * self.num_query_groups) * self.head_dim
+        """Rows of the whole weight."""
+        rows = {
+            "query": self.num_heads * self.head_dim,
+            "gate": self.num_heads * self.head_dim,
+            "key": self.num_query_groups * self.head_dim,
+            "value": self.num_query_groups * self.value_dim,
+        }
+        return sum(rows[part] for part in self.parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +123,7 @@ class ParameterInfo:
         tp_dim: dimension that tensor parallelism splits, ``None`` if it is replicated.
         tp_size: tensor-parallel size of the group that splits it (expert-TP for experts).
         tp_rank: this rank in that group.
-        heads: for ``role="qkv"``.
+        heads: for the roles in ``HEAD_PARTS``.
         expert: whether it is reduced over the expert-data-parallel group.
         in_norm: whether it counts in the gradient norm on this rank (not shared, not a TP
             duplicate).
@@ -95,7 +147,7 @@ class ParameterInfo:
         cls,
         name: str,
         shape: tuple[int, ...],
-        heads: Callable[[], HeadGeometry | None],
+        heads: Callable[[str], HeadGeometry | None],
         *,
         tp_dim: int | None = None,
         tp_size: int = 1,
@@ -107,8 +159,8 @@ class ParameterInfo:
         Args:
             name: see the class.
             shape: see the class.
-            heads: returns the geometry of its attention; called for fused QKV weights only,
-                because not every module has one.
+            heads: takes a role in ``HEAD_PARTS`` and returns the geometry of such a weight; called
+                for these only, because not every module has attention.
             tp_dim: dimension that is split, even if over a group of one rank.
             tp_size: size of the group.
             tp_rank: this rank in the group.
@@ -120,7 +172,7 @@ class ParameterInfo:
             name=name,
             shape=shape,
             role=role,
-            heads=heads() if role == "qkv" else None,
+            heads=heads(role) if role in HEAD_PARTS else None,
             tp_dim=tp_dim if split else None,
             tp_size=tp_size if split else 1,
             tp_rank=tp_rank if split else 0,

@@ -24,50 +24,44 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_adam_mini.config import AdamMiniConfig
-from megatron_adam_mini.plan.parameter_info import ParameterInfo
+from megatron_adam_mini.config import PRESETS, AdamMiniConfig
+from megatron_adam_mini.plan.parameter_info import HeadGeometry, ParameterInfo
 
 IntArray = NDArray[np.int64]
 
-#: Increment whenever the same model and config would get different blocks than before.
+#: Increment whenever a rule would give the same parameter other blocks than before. Checkpoints
+#: name the rule of each parameter, so another rule for a role needs no new version: v is converted.
 RULE_VERSION = 1
 
-#: role -> rule, for each preset. ``qkv`` is resolved further by :func:`qkv_pattern`.
-#: Parameters with other roles get one second moment per element and are reported as such.
-_ROLE_RULES: dict[str, dict[str, str]] = {
-    "paper": {
-        "embedding": "row",
-        "output": "row",
-        "position_embedding": "row",
-        "qkv": "qkv",
-        "attention_projection": "row",
-        "mlp": "row",
-        "norm": "tensor",
-        "bias": "element",
-        "router": "element",
-    },
-    "first": {
-        "embedding": "element",
-        "output": "element",
-        "position_embedding": "element",
-        "qkv": "qkv",
-        "attention_projection": "tensor",
-        "mlp": "tensor",
-        "norm": "tensor",
-        "bias": "element",
-        "router": "element",
-    },
-    "tensor": {
-        "embedding": "tensor",
-        "output": "tensor",
-        "position_embedding": "tensor",
-        "qkv": "qkv",
-        "attention_projection": "tensor",
-        "mlp": "tensor",
-        "norm": "tensor",
-        "bias": "tensor",
-        "router": "tensor",
-    },
+#: role -> its rule under the presets paper, first and tensor, argued in docs/partition.md. ``qkv``
+#: is resolved further by :func:`head_pattern`. Parameters with other roles get one second moment
+#: per element and are reported as such.
+_ROLE_RULES: dict[str, tuple[str, str, str]] = {
+    "embedding": ("row", "element", "tensor"),
+    "output": ("row", "element", "tensor"),
+    "position_embedding": ("row", "element", "tensor"),
+    "tokentype_embedding": ("row", "element", "tensor"),
+    "relative_position": ("element", "element", "tensor"),
+    "vision_token": ("element", "element", "tensor"),
+    "qkv": ("qkv", "qkv", "qkv"),
+    "query": ("qkv", "qkv", "qkv"),
+    "key_value": ("qkv", "qkv", "qkv"),
+    "latent_query": ("qkv", "qkv", "qkv"),
+    "latent_key_value": ("qkv", "qkv", "qkv"),
+    "latent_down": ("row", "tensor", "tensor"),
+    "attention_projection": ("row", "tensor", "tensor"),
+    "softmax_offset": ("element", "element", "tensor"),
+    # Several projections that differ in scale lie in one weight, so it is never one block.
+    "mixer_input": ("row", "row", "row"),
+    "mixer_output": ("row", "tensor", "tensor"),
+    "convolution": ("element", "element", "element"),
+    "state_space": ("element", "element", "element"),
+    "mlp": ("row", "tensor", "tensor"),
+    "linear": ("row", "tensor", "tensor"),
+    "adapter": ("row", "tensor", "tensor"),
+    "router": ("element", "element", "tensor"),
+    "norm": ("tensor", "tensor", "tensor"),
+    "bias": ("element", "element", "tensor"),
 }
 
 
@@ -226,7 +220,8 @@ def rule_for(info: ParameterInfo, config: AdamMiniConfig) -> str:
     for pattern, rule in config.overrides():
         if fnmatchcase(info.name, pattern):
             return rule
-    return _ROLE_RULES[config.preset].get(info.role, "element")
+    rules = _ROLE_RULES.get(info.role)
+    return "element" if rules is None else rules[PRESETS.index(config.preset)]
 
 
 def partition_parameter(info: ParameterInfo, config: AdamMiniConfig) -> ParameterBlocks:
@@ -250,59 +245,70 @@ def partition_by_rule(info: ParameterInfo, rule: str, config: AdamMiniConfig) ->
                 f"Adam-mini rule 'head' was asked for parameter {info.name!r} of role "
                 f"{info.role!r}, which has no heads; use 'row', 'tensor' or 'element'."
             )
-        return ParameterBlocks(info, rule, qkv_pattern(info, config, rule))
+        return ParameterBlocks(info, rule, head_pattern(info, info.heads, config, rule))
     num_rows = info.global_shape[0]
     if rule == "row":
         return ParameterBlocks(info, rule, RowPattern((1,), (-1,), num_rows))
     return ParameterBlocks(info, rule, RowPattern((num_rows,), (-1,), 1))
 
 
-def qkv_pattern(info: ParameterInfo, config: AdamMiniConfig, rule: str) -> RowPattern:
+def head_pattern(
+    info: ParameterInfo, heads: HeadGeometry, config: AdamMiniConfig, rule: str
+) -> RowPattern:
     """Return the row segments of one query group: Query heads, gate, Key head, Value.
 
     Raises:
         ValueError: the heads do not divide into groups, or the number of rows does not match.
     """
-    heads = info.heads
-    assert heads is not None
+    _check_heads(info, heads)
+    per_group, dim = heads.num_heads // heads.num_query_groups, heads.head_dim
+    one_tensor = config.preset == "tensor" and rule == "qkv"
+    one_value = one_tensor or config.preset == "first" or config.value_as_block
+    one_gate = one_tensor or config.preset == "first"
+    parts = {
+        "query": ([dim] * per_group, one_tensor),
+        "gate": ([1] * (per_group * dim), one_gate),
+        "key": ([dim], one_tensor),
+        "value": ([1] * heads.value_dim, one_value),
+    }
+    rows: list[int] = []
+    shared: list[int] = []
+    num_shared = 0
+    for part in heads.parts:
+        sizes, one_block = parts[part]
+        if one_block:
+            # One row segment in each group; all groups share the block.
+            rows.append(sum(sizes))
+            shared.append(num_shared)
+            num_shared += 1
+        else:
+            rows.extend(sizes)
+            shared.extend([-1] * len(sizes))
+    if shared == [0]:
+        return RowPattern((heads.num_rows,), (-1,), 1)
+    return RowPattern(tuple(rows), tuple(shared), heads.num_query_groups)
+
+
+def _check_heads(info: ParameterInfo, heads: HeadGeometry) -> None:
+    """Check that a parameter has the rows that its heads make."""
     if heads.num_heads % heads.num_query_groups:
         raise ValueError(
             f"Parameter {info.name!r}: {heads.num_heads} attention heads are not divisible by "
             f"{heads.num_query_groups} query groups; choose numbers that are."
         )
     if heads.num_rows != info.global_shape[0]:
+        latent = info.role.startswith("latent")
+        flags = (
+            "--qk-head-dim, --qk-pos-emb-head-dim and --v-head-dim"
+            if latent
+            else "--num-query-groups and --kv-channels"
+        )
         raise ValueError(
             f"Parameter {info.name!r} has {info.global_shape[0]} rows, but {heads.num_heads} "
             f"heads, {heads.num_query_groups} query groups and head size {heads.head_dim}"
-            f"{' with an output gate' if heads.gated else ''} make {heads.num_rows}; check "
-            "--num-attention-heads, --num-query-groups and --kv-channels, or give the parameter "
-            "another rule."
+            f"{' with an output gate' if 'gate' in heads.parts else ''} make {heads.num_rows}; "
+            f"check --num-attention-heads, {flags}, or give the parameter another rule."
         )
-    per_group, dim = heads.num_heads // heads.num_query_groups, heads.head_dim
-    one_tensor = config.preset == "tensor" and rule == "qkv"
-    one_value = one_tensor or config.preset == "first" or config.value_as_block
-    one_gate = one_tensor or config.preset == "first"
-    rows: list[int] = []
-    shared: list[int] = []
-    next_shared = 0
-
-    def add(sizes: Sequence[int], one_block: bool) -> None:
-        nonlocal next_shared
-        if one_block:
-            # One row segment in each group; all groups share the block.
-            rows.append(sum(sizes))
-            shared.append(next_shared)
-            next_shared += 1
-        else:
-            rows.extend(sizes)
-            shared.extend([-1] * len(sizes))
-
-    add([dim] * per_group, one_tensor)
-    if heads.gated:
-        add([1] * (per_group * dim), one_gate)
-    add([dim], one_tensor)
-    add([1] * dim, one_value)
-    return RowPattern(tuple(rows), tuple(shared), heads.num_query_groups)
 
 
 def unmatched_patterns(names: Sequence[str], config: AdamMiniConfig) -> list[str]:
