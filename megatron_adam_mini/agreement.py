@@ -21,16 +21,15 @@ class PlanRecord:
     """What one rank contributes to the check.
 
     Attributes:
-        stage: ranks with the same stage hold the same parameters and buffers.
         rules: must be equal on all ranks: the partition options.
-        layout: must be equal within a stage: one line per parameter, in buffer order.
+        layouts: parameters and buffers by the name of the ranks that hold the same ones, which
+            must have the same layout: one line per parameter, in buffer order.
         matched: name patterns of the options that matched a parameter on this rank.
         error: an exception raised while this rank planned, or ``None``.
     """
 
-    stage: str
     rules: dict[str, Any]
-    layout: Sequence[dict[str, Any]] = ()
+    layouts: dict[str, Sequence[dict[str, Any]]] = field(default_factory=dict)
     matched: frozenset[str] = frozenset()
     error: Exception | None = field(default=None, compare=False)
 
@@ -55,27 +54,28 @@ def check_agreement(
         RuntimeError: on the others; and on every rank when plans differ. Names the ranks.
         ValueError: on every rank when a name pattern matches no parameter anywhere.
     """
-    layout_hash = short_hash(list(record.layout))
+    hashes = {ranks: short_hash(list(layout)) for ranks, layout in record.layouts.items()}
     error = None if record.error is None else f"{type(record.error).__name__}: {record.error}"
-    mine = (record.stage, short_hash(record.rules), layout_hash, sorted(record.matched), error)
+    mine = (short_hash(record.rules), hashes, sorted(record.matched), error)
     everyone = _gather(mine, group)
 
-    failed = [(rank, entry[4]) for rank, entry in enumerate(everyone) if entry[4] is not None]
+    failed = [(rank, entry[3]) for rank, entry in enumerate(everyone) if entry[3] is not None]
     if record.error is not None:
         raise record.error
     if failed:
         rank, message = failed[0]
         raise RuntimeError(f"Adam-mini could not plan its step on rank {rank}: {message}")
 
-    first_of_stage: dict[str, int] = {}
+    first: dict[str, int] = {}
     for rank, entry in enumerate(everyone):
-        other = first_of_stage.setdefault(entry[0], rank)
-        if entry[1] != everyone[0][1]:
-            _raise_difference(record, group, 0, rank, "options")
-        if entry[2] != everyone[other][2]:
-            _raise_difference(record, group, other, rank, "layout")
+        if entry[0] != everyone[0][0]:
+            _raise_difference(record, group, 0, rank, None)
+        for ranks, layout_hash in entry[1].items():
+            other = first.setdefault(ranks, rank)
+            if layout_hash != everyone[other][1][ranks]:
+                _raise_difference(record, group, other, rank, ranks)
 
-    found = {pattern for entry in everyone for pattern in entry[3]}
+    found = {pattern for entry in everyone for pattern in entry[2]}
     missing = [pattern for pattern in patterns if pattern not in found]
     if missing:
         raise ValueError(
@@ -104,7 +104,7 @@ def agree_on_plan[P](
     try:
         plan, record = make()
     except Exception as error:
-        check_agreement(PlanRecord("", {}, error=error), patterns=patterns, group=group)
+        check_agreement(PlanRecord({}, error=error), patterns=patterns, group=group)
         raise
     check_agreement(record, patterns=patterns, group=group)
     return plan
@@ -144,14 +144,23 @@ def _raise_difference(
     group: distributed.ProcessGroup | None,
     left: int,
     right: int,
-    what: str,
+    ranks: str | None,
 ) -> None:
-    """Gather the differences and raise; all ranks get here, since all saw the same hashes."""
-    own: Any = record.rules if what == "options" else list(record.layout)
+    """Gather the differences and raise; all ranks get here, since all saw the same hashes.
+
+    Args:
+        record: of this rank.
+        group: ranks that compare.
+        left: first of the two that differ.
+        right: the other.
+        ranks: key of the layouts that differ; ``None``: the options differ.
+    """
+    own: Any = record.rules if ranks is None else list(record.layouts.get(ranks, ()))
     mine = own if _rank(group) in (left, right) else None
     everyone = _gather(mine, group)
     a, b = everyone[left], everyone[right]
-    if what == "options":
+    what = "options" if ranks is None else f"layout of {ranks}"
+    if ranks is None:
         difference = f"rank {left} has {json.dumps(a)}, rank {right} has {json.dumps(b)}"
     elif lacking := [
         f"rank {has} has {sorted(names)}, which rank {lacks} lacks"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.megatron_job import Job, Trainer, global_names
+from tests.megatron_job import Job, Trainer, global_names, split_rank, split_size
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ def _part(
 ) -> Part:
     from megatron.core import parallel_state
 
-    split = bool(getattr(param, "tensor_model_parallel", False)) and trainer.job.tp > 1
+    split = getattr(param, "tensor_model_parallel", False) and split_size(name, trainer.job) > 1
     return Part(
         name=name,
         shape=tuple(param.shape),
         split_dim=param.partition_dim if split else None,
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_rank=split_rank(name),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         begin=begin,
         values={key: value.detach().reshape(-1).numpy().copy() for key, value in values.items()},
@@ -120,7 +120,7 @@ def whole_tensors(ranks: list[list[Part]], key: str, job: Job) -> dict[str, Tens
 
 def _join(name: str, by_rank: dict[int, Any], job: Job) -> np.ndarray:
     part = by_rank[0][0]
-    pieces = [by_rank[rank][1] for rank in range(job.tp)]
+    pieces = [by_rank[rank][1] for rank in range(split_size(name, job))]
     if part.split_dim is None:
         for piece in pieces[1:]:
             assert np.array_equal(pieces[0], piece, equal_nan=True), (

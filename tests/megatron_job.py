@@ -22,6 +22,10 @@ class Job:
     pp: int = 1
     cp: int = 1
     vpp: int | None = None
+    ep: int = 1
+    etp: int | None = None  # tensor-parallel size of experts, if another one
+    experts: int | None = None  # routed experts of each layer, two of which take each token
+    mtp: int | None = None  # depths of multi-token prediction
     layers: int = 2
     hidden: int = 64
     heads: int = 8
@@ -59,6 +63,15 @@ class Job:
     steps: int = 10
 
 
+#: A small mixture of experts: 16 of 24 rows of each take a token, and no token is dropped.
+MOE: dict[str, Any] = {
+    "moe_ffn_hidden_size": 24,
+    "moe_router_topk": 2,
+    "moe_router_load_balancing_type": "none",
+    "moe_token_dispatcher_type": "alltoall",
+}
+
+
 class Trainer:
     """Model, optimizer and training step of one rank."""
 
@@ -76,6 +89,8 @@ class Trainer:
             job.pp,
             job.vpp,
             context_parallel_size=job.cp,
+            expert_model_parallel_size=job.ep,
+            expert_tensor_parallel_size=job.etp,
             num_distributed_optimizer_instances=job.instances,
         )
         model_parallel_cuda_manual_seed(7)
@@ -98,7 +113,12 @@ class Trainer:
             pipeline_model_parallel_size=job.pp,
             virtual_pipeline_model_parallel_size=job.vpp,
             context_parallel_size=job.cp,
-            sequence_parallel=job.sequence_parallel,
+            # Megatron trains experts under tensor parallelism with sequence parallelism only.
+            sequence_parallel=job.sequence_parallel or bool(job.experts and job.tp > 1),
+            expert_model_parallel_size=job.ep,
+            expert_tensor_parallel_size=job.etp,
+            num_moe_experts=job.experts,
+            mtp_num_layers=job.mtp,
             bf16=job.bf16,
             fp16=job.fp16,
             params_dtype=dtype,
@@ -108,7 +128,7 @@ class Trainer:
             overlap_p2p_comm=job.vpp is not None,
             batch_p2p_comm=job.vpp is None,
             deallocate_pipeline_outputs=False,
-            **job.config_args,
+            **(MOE if job.experts else {}) | job.config_args,
         )
         ddp_config = DDPConfig(
             grad_reduce_in_fp32=job.grad_fp32,
@@ -154,16 +174,28 @@ class Trainer:
     def _build_chunk(self, vp_stage: int | None) -> Any:
         from megatron.core import parallel_state
         from megatron.core.models.gpt import GPTModel
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+        from megatron.core.models.gpt.gpt_layer_specs import (
+            get_gpt_decoder_block_spec,
+            get_gpt_layer_local_spec,
+            get_gpt_mtp_block_spec,
+        )
 
         job = self.job
-        spec = get_gpt_layer_local_spec(qk_layernorm=job.qk_layernorm, normalization="RMSNorm")
+        spec: Any = get_gpt_layer_local_spec(qk_layernorm=job.qk_layernorm, normalization="RMSNorm")
+        if job.experts:
+            spec = get_gpt_decoder_block_spec(
+                self.config, False, normalization="RMSNorm", vp_stage=vp_stage
+            )
         if job.fused_norms:
             from tests.fused_norms import fused_norm_layer_spec
 
             spec = fused_norm_layer_spec()
+        mtp_spec = None
+        if job.mtp:
+            mtp_spec = get_gpt_mtp_block_spec(self.config, spec, False, vp_stage=vp_stage)
         return GPTModel(
             config=self.config,
+            mtp_block_spec=mtp_spec,
             transformer_layer_spec=spec,
             vocab_size=job.padded_vocab or job.vocab,
             max_sequence_length=job.sequence,
@@ -283,22 +315,57 @@ class Trainer:
 
 
 def global_names(chunks: list[Any]) -> dict[str, torch.nn.Parameter]:
-    """Map names with global layer numbers to parameters; written apart from the package."""
+    """Map names with global numbers of layers and experts to parameters.
+
+    Written apart from the package.
+    """
+    from megatron.core import parallel_state
+
     found = {}
     for chunk in chunks:
+        held = {
+            name: parallel_state.get_expert_model_parallel_rank() * module.num_local_experts
+            for name, module in chunk.named_modules()
+            if name.endswith(".experts")
+        }
         numbers = {
             name: module.layer_number - 1
             for name, module in chunk.named_modules()
             if name.rpartition(".")[0].endswith("layers") and hasattr(module, "layer_number")
         }
-        for name, param in chunk.named_parameters():
+        for full, param in chunk.named_parameters():
+            name = full
             for prefix, number in numbers.items():
                 if name.startswith(prefix + "."):
                     stem = prefix.rpartition(".")[0]
                     name = f"{stem}.{number}{name[len(prefix) :]}"
                     break
+            for experts, first in held.items():
+                before, local, after = name.partition(".local_experts.")
+                if local and full.startswith(experts + "."):
+                    number, _, rest = after.partition(".")
+                    name = f"{before}{local}{first + int(number)}.{rest}"
             found[name.replace("module.", "")] = param
     return found
+
+
+def is_routed(name: str) -> bool:
+    """Return whether a parameter belongs to a routed expert."""
+    return ".local_experts." in name
+
+
+def split_size(name: str, job: Job) -> int:
+    """Return how many tensor-parallel ranks share a parameter."""
+    return job.tp if job.etp is None or not is_routed(name) else job.etp
+
+
+def split_rank(name: str) -> int:
+    """Return this rank among them."""
+    from megatron.core import parallel_state
+
+    if is_routed(name):
+        return parallel_state.get_expert_tensor_parallel_rank()
+    return parallel_state.get_tensor_model_parallel_rank()
 
 
 def whole_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -313,31 +380,29 @@ def whole_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 def shard_of(name: str, whole: torch.Tensor, param: torch.Tensor, job: Job, rank: int) -> Any:
     """Return one tensor-parallel rank's part of a whole tensor (also of labels or of v)."""
-    if not getattr(param, "tensor_model_parallel", False) or job.tp == 1:
+    size = split_size(name, job)
+    if not getattr(param, "tensor_model_parallel", False) or size == 1:
         return whole
     if job.swiglu and "linear_fc1" in name:
         gate, up = whole.chunk(2, dim=0)
-        return torch.cat([gate.chunk(job.tp)[rank], up.chunk(job.tp)[rank]])
-    return whole.chunk(job.tp, dim=param.partition_dim)[rank]
+        return torch.cat([gate.chunk(size)[rank], up.chunk(size)[rank]])
+    return whole.chunk(size, dim=param.partition_dim)[rank]
 
 
-def whole_shape(param: torch.Tensor, job: Job) -> tuple[int, ...]:
+def whole_shape(name: str, param: torch.Tensor, job: Job) -> tuple[int, ...]:
     """Return the shape of the whole parameter."""
     shape = list(param.shape)
     if getattr(param, "tensor_model_parallel", False):
-        shape[param.partition_dim] *= job.tp
+        shape[param.partition_dim] *= split_size(name, job)
     return tuple(shape)
 
 
 def set_weights(model: Any, job: Job) -> None:
     """Give a model chunk its part of the layout-independent initial weights."""
-    from megatron.core import parallel_state
-
-    rank = parallel_state.get_tensor_model_parallel_rank()
     with torch.no_grad():
         for name, param in global_names([model]).items():
-            whole = whole_weight(name, whole_shape(param, job))
-            param.copy_(shard_of(name, whole, param, job, rank))
+            whole = whole_weight(name, whole_shape(name, param, job))
+            param.copy_(shard_of(name, whole, param, job, split_rank(name)))
 
 
 def _keep_float32(model: Any, job: Job, dtype: torch.dtype) -> None:

@@ -301,7 +301,7 @@ COMMAND_LINES = {
         "*.weight",
     ],
     "dump_param_to_param_group_map": ["--dump-param-to-param-group-map", "map.json"],
-    "mtp_num_layers": ["--mtp-num-layers", "1"],
+    "mtp_detach_heads": ["--mtp-num-layers", "1", "--mtp-detach-heads"],
     "qk_clip": ["--qk-clip"],
 }
 

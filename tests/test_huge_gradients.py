@@ -66,7 +66,7 @@ def write(trainer: Trainer, grads: Grads) -> None:
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     scale = float(trainer.optimizer.get_loss_scale())
     for name, param in global_names(trainer.chunks).items():
-        whole = grads.whole(name, whole_shape(param, trainer.job)) * scale
+        whole = grads.whole(name, whole_shape(name, param, trainer.job)) * scale
         param.main_grad.copy_(shard_of(name, whole, param, trainer.job, tp_rank))
 
 

@@ -45,6 +45,10 @@ PLAIN, FULLY_RESHARDABLE = "plain", "fully_reshardable"
 #: Formats whose keys and contents depend on the buckets of one layout.
 DP_RESHARDABLE, GATHERED = "dp_reshardable", "dp_zero_gather_scatter"
 OF_BUCKETS = (DP_RESHARDABLE, GATHERED)
+#: Object of the format ``GATHERED`` with whole buffers in it.
+PARAM_STATE = "param_state"
+#: Stands before the number of an optimizer in a chain.
+_MEMBER = "@"
 FORMATS = (FULLY_RESHARDABLE, PLAIN, *OF_BUCKETS)
 
 
@@ -63,13 +67,7 @@ def format_of_adam(common: Mapping[Any, Any] | None) -> str:
             "The checkpoint holds no optimizer state there (was it saved with --no-save-optim, or "
             f"apart from the model?). Load the folder that holds it, or {load_no_optimizer}."
         )
-    members = [key for key in common if isinstance(key, int)]
-    if members:
-        raise ValueError(
-            f"The checkpoint holds the state of a chain of {len(members)} optimizers (experts have "
-            "one of their own), from which Adam-mini cannot start yet. Remedy: "
-            f"{load_no_optimizer}."
-        )
+    common = members_of(common)[0]
     found = common.get("param_state_sharding_type")
     if is_plain(common):
         return PLAIN
@@ -105,8 +103,7 @@ def prepare_load(view: StateView, entries: ModelEntries, adam_format: str) -> Pe
     if adam_format == GATHERED:
         # The first rank reads it all, and sends each rank its part.
         pending.objects = _objects(view, ["optimizer", "grad_scaler"])
-        if view.data_parallel_group is None or view.data_parallel_group.rank() == 0:
-            pending.objects |= _objects(view, ["param_state"])
+        pending.objects |= _objects(view, [PARAM_STATE], first_only=True)
         return pending
     for number, piece in enumerate(view.inner.plan.pieces):
         state = view.state_of(piece)
@@ -133,21 +130,55 @@ def prepare_load(view: StateView, entries: ModelEntries, adam_format: str) -> Pe
     return pending
 
 
-def _objects(view: StateView, keys: Sequence[str]) -> dict[str, ShardedObject]:
-    """Request objects of this rank's model-parallel part, where formats of buckets have groups."""
-    rank = 0 if view.data_parallel_group is None else view.data_parallel_group.rank()
-    return {
-        key: ShardedObject(
-            f"optimizer.distributed.dp_group_idx_{view.model_parallel_rank()}.{key}",
-            None,
-            (1,),
-            (0,),
-            # Of the ranks that read it, one has 0 throughout, or Megatron would call it read twice.
-            replica_id=(view.replica or 0, 0, rank),
-        )
-        for key in keys
-        if key != "grad_scaler" or view.grad_scaler is not None
-    }
+def _objects(
+    view: StateView, keys: Sequence[str], *, first_only: bool = False
+) -> dict[str, ShardedObject]:
+    """Request objects of this rank's model-parallel parts, where formats of buckets have groups.
+
+    Args:
+        view: the optimizer.
+        keys: names of the objects.
+        first_only: whether only the first data-parallel rank requests them.
+
+    Returns:
+        By name; those of a chain's second optimizer by name and its number, see :func:`members_of`.
+    """
+    found = {}
+    held = {plan.domain for plan in view.inner.plan.buffers}
+    for number, domain in enumerate(view.domains):
+        group = domain.data_parallel_group
+        rank = 0 if group is None else group.rank()
+        if (number and number not in held) or (first_only and rank):
+            continue
+        for key in keys:
+            if key == "grad_scaler" and view.grad_scaler is None:
+                continue
+            found[f"{key}{_MEMBER}{number}" if number else key] = ShardedObject(
+                domain.adam_key + key,
+                None,
+                (1,),
+                (0,),
+                # Of the ranks that read it, one has 0 throughout, or Megatron would call it read
+                # twice.
+                replica_id=(view.replica or 0, 0, rank),
+            )
+    return found
+
+
+def members_of(common: Mapping[Any, Any]) -> list[Mapping[Any, Any]]:
+    """Return what a checkpoint holds of each optimizer in Megatron's chain: dense, experts.
+
+    Args:
+        common: common state of a checkpoint, or objects that :func:`prepare_load` requested.
+    """
+    numbered = sorted(key for key in common if isinstance(key, int))
+    if numbered:
+        return [common[number] for number in numbered]
+    members: dict[str, dict[Any, Any]] = {"": {}}
+    for key, value in common.items():
+        name, _, number = key.partition(_MEMBER) if isinstance(key, str) else (key, "", "")
+        members.setdefault(number, {})[name] = value
+    return list(members.values())
 
 
 def take_from_adam(
@@ -161,8 +192,11 @@ def take_from_adam(
             is padded at its end (fixed upstream in #5077).
     """
     if pending.adam_format == GATHERED:
+        members = members_of(loaded[OBJECTS])
         parameter_state.scatter(
-            view, view.data_parallel_group, lambda: loaded[OBJECTS]["param_state"]
+            view,
+            [domain.data_parallel_group for domain in view.domains],
+            lambda: {parameter_state.MEMBERS: [member.get(PARAM_STATE) for member in members]},
         )
         return common_of(loaded[OBJECTS])
     pieces = zip(view.inner.plan.pieces, pending.floats, strict=True)
@@ -188,14 +222,16 @@ def common_of(source: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: the steps of parameter groups differ.
     """
-    inner = source.get("optimizer", source)
-    groups = [dict(group) for group in inner["param_groups"]]
-    steps = steps_of(inner)
+    members = members_of(source)
+    inners = [member.get("optimizer", member) for member in members]
+    groups = [dict(group) for inner in inners for group in inner["param_groups"]]
+    steps = sorted({step for inner in inners for step in steps_of(inner)})
     problem = steps_problem(steps)
     if problem:
         raise ValueError(f"The checkpoint {problem}")
     found = {"step": steps[0], "param_groups": groups}
-    return found | ({"grad_scaler": source["grad_scaler"]} if "grad_scaler" in source else {})
+    scalers = [member["grad_scaler"] for member in members if "grad_scaler" in member]
+    return found | ({"grad_scaler": scalers[0]} if scalers else {})
 
 
 def _in_bucket(view: StateView, piece: Piece, kind: str, flat: Tensor) -> ShardedTensor:
@@ -204,8 +240,7 @@ def _in_bucket(view: StateView, piece: Piece, kind: str, flat: Tensor) -> Sharde
     assert isinstance(state.buffer, ShardedBuffer)
     bucket = state.plan.slices[piece.bucket].bucket
     return ShardedTensor(
-        key=f"optimizer.distributed.dp_group_idx_{view.model_parallel_rank()}."
-        + state.buffer.bucket_key_suffix(piece.bucket, kind),
+        key=view.domain_of(piece).adam_key + state.buffer.bucket_key_suffix(piece.bucket, kind),
         data=flat,
         dtype=flat.dtype,
         local_shape=tuple(flat.shape),

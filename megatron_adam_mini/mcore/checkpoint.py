@@ -55,7 +55,7 @@ from megatron_adam_mini.plan.manifest import (
 )
 
 #: Sizes of the layout that must be equal for a checkpoint of flat buckets.
-_FIXED_BY_BUCKETS = ("tensor", "pipeline", "virtual_pipeline")
+_FIXED_BY_BUCKETS = ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor")
 
 
 def state_to_save(view: StateView, entries: ModelEntries) -> dict[str, Any]:
@@ -209,12 +209,13 @@ def _refuse_other_buckets(view: StateView, identity: Mapping[str, Any]) -> None:
     """
     need_buckets(view, "buckets")
     saved, own = identity["saved_from"], view.sizes()
-    other = [name for name in _FIXED_BY_BUCKETS if saved.get(name) != own.get(name)]
+    # Without experts there are no sizes of theirs.
+    other = [name for name in _FIXED_BY_BUCKETS if saved.get(name, 1) != own.get(name, 1)]
     if other:
         raise ValueError(
             "The checkpoint's Adam-mini state consists of flat buckets, which load under another "
             "data-parallel size only, but of the parallel sizes differ "
-            + ", ".join(f"{name} ({saved.get(name)}, here {own.get(name)})" for name in other)
+            + ", ".join(f"{name} ({saved.get(name, 1)}, here {own.get(name, 1)})" for name in other)
             + ". Load it with those sizes and save it again without --adam-mini-checkpoint-format "
             "buckets: model_space loads under any layout."
         )

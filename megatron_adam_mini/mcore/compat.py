@@ -8,6 +8,7 @@ module and ``slices``, which reads DDP's buffers. Statements about releases come
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import logging
@@ -217,16 +218,22 @@ def norm_group(groups: Any) -> ProcessGroup | None:
 def gloo_group_like(dp_group: ProcessGroup) -> ProcessGroup | None:
     """Return Megatron's gloo group of the same data-parallel ranks, ``None`` if there is none.
 
-    ``get_data_parallel_group_gloo`` asserts that it was made; all.
+    ``get_data_parallel_group_gloo`` and ``get_expert_data_parallel_group_gloo`` assert that they
+    were made; all.
     """
-    try:
-        group: ProcessGroup = parallel_state.get_data_parallel_group_gloo(
-            with_context_parallel=True, partial_data_parallel=True
-        )
-    except AssertionError:
-        return None
-    same = get_process_group_ranks(group) == get_process_group_ranks(dp_group)
-    return group if same else None
+    made: dict[Callable[..., Any], dict[str, bool]] = {
+        parallel_state.get_data_parallel_group_gloo: {
+            "with_context_parallel": True,
+            "partial_data_parallel": True,
+        },
+        parallel_state.get_expert_data_parallel_group_gloo: {"partial_expert_data_parallel": True},
+    }
+    for get_group, which in made.items():
+        with contextlib.suppress(AssertionError):
+            group: ProcessGroup = get_group(**which)
+            if get_process_group_ranks(group) == get_process_group_ranks(dp_group):
+                return group
+    return None
 
 
 # Parameters and modules.

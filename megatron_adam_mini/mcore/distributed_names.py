@@ -55,15 +55,21 @@ class DistributedNames(RankOptimizer):
 
     @cached_property
     def per_model_buffers(self) -> dict[int, list[Any]]:
-        """Buffers of each model chunk."""
-        return {number: chunk.buffers for number, chunk in enumerate(self.model_chunks)}
+        """Buffers of each model chunk; those of experts come last."""
+        return {
+            number: [*chunk.buffers, *chunk.expert_parallel_buffers]
+            for number, chunk in enumerate(self.model_chunks)
+        }
 
     @cached_property
     def gbuf_idx_to_model_idx_map(self) -> dict[int, int]:
         """Number of the model chunk of each buffer."""
-        per_model = self.per_model_buffers.items()
-        chunks = [number for number, buffers in per_model for _ in buffers]
-        return dict(enumerate(chunks))
+        of_buffer = {
+            id(buffer): number
+            for number, buffers in self.per_model_buffers.items()
+            for buffer in buffers
+        }
+        return {number: of_buffer[id(buffer)] for number, buffer in enumerate(self.buffers)}
 
     @cached_property
     def per_model_bucket_groups(self) -> dict[int, list[Any]]:

@@ -6,6 +6,7 @@ Imports megatron.core's checkpoint types, ``optimizer`` and ``model_space``. Use
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,13 +25,43 @@ from megatron_adam_mini.plan.buffer_plan import Window
 from megatron_adam_mini.plan.layout import row_parallel
 from megatron_adam_mini.plan.manifest import STATE_PREFIX
 from megatron_adam_mini.plan.partition import ParameterBlocks
-from megatron_adam_mini.plan.step_plan import Piece
+from megatron_adam_mini.plan.step_plan import DENSE, Piece
 from megatron_adam_mini.state import BufferState, RankState
 
 #: Keys of the optimizer's state dict; Megatron's own optimizers use neither.
 SHARDS, OBJECTS = "adam_mini_shards", "adam_mini_objects"
 #: Entries of a state dict by name, a few boxes each.
 Shards = dict[str, dict[str, ShardedTensor]]
+
+
+@dataclass(frozen=True)
+class DomainPart:
+    """What this rank has of one domain's parameters, in formats that are bound to a layout.
+
+    Attributes:
+        name: of the domain.
+        data_parallel_group: ranks that share the state, ``None`` without the distributed optimizer.
+        model_parallel_rank: returns the number among the parts that tensor, pipeline and, for
+            experts, expert parallelism make of the model. Called where it is needed: a caller's
+            own process groups may lack its group.
+        chain: prefix of its keys in Megatron's formats, which have an optimizer for each domain.
+    """
+
+    name: str
+    data_parallel_group: ProcessGroup | None
+    model_parallel_rank: Callable[[], int]
+    chain: str
+
+    @property
+    def key(self) -> str:
+        """Name of this part in keys of Adam-mini's own format."""
+        prefix = "" if self.name == DENSE else f"{self.name}_"
+        return f"{prefix}model_parallel_{self.model_parallel_rank()}"
+
+    @property
+    def adam_key(self) -> str:
+        """Prefix of the keys of Megatron's formats of buckets."""
+        return f"{self.chain}optimizer.distributed.dp_group_idx_{self.model_parallel_rank()}."
 
 
 @dataclass(frozen=True)
@@ -47,10 +78,8 @@ class StateView:
         manifest: partition of the whole model.
         replica: number of the optimizer instance, which distinguishes holders of one slice;
             ``None`` without the distributed optimizer: every data-parallel rank holds everything.
-        model_parallel_rank: returns the number among the model's tensor- and pipeline-parallel
-            parts. Called where it is needed: a caller's own process groups may lack its group.
-        data_parallel_group: ranks that share the state, ``None`` without the distributed optimizer.
-        sizes: returns the sizes of the parallel layout, recorded in checkpoints; likewise.
+        domains: this rank's parts of the plan's domains.
+        sizes: returns the sizes of the parallel layout, recorded in checkpoints.
     """
 
     inner: AdamMini
@@ -61,13 +90,16 @@ class StateView:
     grad_scaler: Any
     manifest: dict[str, Any]
     replica: int | None
-    model_parallel_rank: Callable[[], int]
-    data_parallel_group: ProcessGroup | None
+    domains: Sequence[DomainPart]
     sizes: Callable[[], dict[str, int]]
 
     def state_of(self, piece: Piece) -> BufferState:
         """Return the state that contains a piece."""
         return self.state.buffers[piece.buffer]
+
+    def domain_of(self, piece: Piece) -> DomainPart:
+        """Return the domain that a piece belongs to."""
+        return self.domains[self.inner.plan.buffers[piece.buffer].domain]
 
     def blocks_of(self, piece: Piece) -> ParameterBlocks:
         """Return this run's blocks of a piece's parameter."""
@@ -236,22 +268,24 @@ def bucket_shards(view: StateView, pending: PendingLoad | None) -> Shards:
         pending: the load that requests them; ``None``: to save them.
     """
     shards: Shards = {}
-    number = 0
+    numbers: Counter[str] = Counter()
     for state in view.state.buffers:
         assert isinstance(state.buffer, ShardedBuffer)
+        domain = view.domains[state.plan.domain]
         for index, slice_plan in enumerate(state.plan.slices):
             begin = slice_plan.window.in_buffer.start - slice_plan.bucket.offset
             numel = state.buffer.unpadded_numel(index)
             length = min(begin + slice_plan.window.numel, numel) - begin
+            number = numbers[domain.name]
+            numbers[domain.name] += 1
             if length > 0:
                 window = slice_plan.window.part(0, length)
                 floats_of = to_save if pending is None else pending.floats_of
                 values = floats_of(state, window)
                 for kind, flat in values.items():
-                    shards[f"bucket_{kind}.{number}"] = {
+                    shards[f"{domain.name}_bucket_{kind}.{number}"] = {
                         "0": ShardedTensor(
-                            key=f"{STATE_PREFIX}bucket.{kind}"
-                            f".model_parallel_{view.model_parallel_rank()}.bucket_{number}",
+                            key=f"{STATE_PREFIX}bucket.{kind}.{domain.key}.bucket_{number}",
                             data=flat,
                             dtype=flat.dtype,
                             local_shape=(length,),
@@ -261,5 +295,4 @@ def bucket_shards(view: StateView, pending: PendingLoad | None) -> Shards:
                             replica_id=(0, 0, view.replica or 0),
                         )
                     }
-            number += 1
     return shards

@@ -34,11 +34,11 @@ from megatron_adam_mini.mcore.preflight import (
     refuse_single_phase,
     refuse_unsupported,
 )
-from megatron_adam_mini.mcore.slices import dense_buffers, sharded_buffers, whole_parameters
+from megatron_adam_mini.mcore.slices import buffers_of, sharded_buffers, whole_parameters
 from megatron_adam_mini.optimizer import AdamMini
 from megatron_adam_mini.plan.manifest import BUCKETS, manifest_of, partition_fields
 from megatron_adam_mini.plan.partition import partition_parameter, unmatched_patterns
-from megatron_adam_mini.plan.step_plan import DomainLayout, StepPlan, plan_step
+from megatron_adam_mini.plan.step_plan import DENSE, EXPERT, DomainLayout, StepPlan, plan_step
 from megatron_adam_mini.state import Buffer, check_remainders
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def build_optimizer(
         planned.plan,
         options,
         planned.buffers,
-        [planned.domain_groups],
+        planned.domain_groups,
         param_groups,
         [group_of[param] for param in planned.parameters],
         device=planned.device,
@@ -90,7 +90,7 @@ def build_optimizer(
         planned.parameters,
         manifest,
         planned.groups,
-        planned.domain_groups.dp,
+        planned.domain_groups,
     )
     observe(optimizer)
     _report(optimizer, options)
@@ -106,7 +106,7 @@ class _Planned:
         parameters: the model's parameters, in the plan's numbering.
         buffers: live tensors of the plan's buffers.
         groups: Megatron's process groups.
-        domain_groups: process groups of the plan's only domain.
+        domain_groups: process groups of each of the plan's domains.
         device: where the buffers are.
     """
 
@@ -114,7 +114,7 @@ class _Planned:
     parameters: list[Parameter]
     buffers: list[Buffer]
     groups: ProcessGroupCollection
-    domain_groups: DomainGroups
+    domain_groups: list[DomainGroups]
     device: torch.device
 
 
@@ -136,19 +136,43 @@ def _plan(
     if options.param_remainders:
         check_remainders(param.dtype for param in infos)
     blocks = [partition_parameter(info, options) for info in infos.values()]
-    layout, buffers, domain_groups = _dense_domain(config, model_chunks, list(infos), groups)
-    plan = plan_step(blocks, [layout])
+    domains = [
+        _domain(name, config, model_chunks, list(infos), groups)
+        for name in _domain_names(model_chunks)
+    ]
+    plan = plan_step(blocks, [layout for layout, _, _ in domains])
 
     names = [info.name for info in infos.values()]
     patterns = frozenset(pattern for pattern, _ in options.overrides())
     record = PlanRecord(
-        stage=f"pipeline stage {groups.pp.rank()}",
         # The partition, and options on which ranks must agree or they diverge or hang.
         rules={**partition_fields(options), "backend": backend, **options.step_fields()},
-        layout=plan.shared_part(),
+        layouts={
+            _sharing_ranks(domain.name, groups): plan.shared_part(domain) for domain in plan.domains
+        },
         matched=patterns.difference(unmatched_patterns(names, options)),
     )
+    buffers = [buffer for _, live, _ in domains for buffer in live]
+    domain_groups = [of_domain for _, _, of_domain in domains]
     return _Planned(plan, list(infos), buffers, groups, domain_groups, device), record
+
+
+def _domain_names(model_chunks: Sequence[Any]) -> list[str]:
+    """Return the domains of the model: the same on all ranks, also where a stage has no expert."""
+    experts = any(
+        getattr(getattr(chunk, "config", None), "num_moe_experts", None)
+        or chunk.expert_parallel_buffers
+        for chunk in model_chunks
+    )
+    return [DENSE, EXPERT] if experts else [DENSE]
+
+
+def _sharing_ranks(domain: str, groups: ProcessGroupCollection) -> str:
+    """Return which ranks hold the same parameters and buckets of a domain as this one."""
+    stage = f"pipeline stage {groups.pp.rank()}"
+    if domain == DENSE:
+        return stage
+    return f"{stage}, experts of expert-parallel rank {groups.ep.rank()}"
 
 
 def _check_chunks(model_chunks: Sequence[Any]) -> None:
@@ -206,14 +230,17 @@ def _check_writable(manifest: str) -> None:
         ) from error
 
 
-def _dense_domain(
+def _domain(
+    name: str,
     config: OptimizerConfig,
     model_chunks: Sequence[Any],
     params: Sequence[Parameter],
     groups: ProcessGroupCollection,
 ) -> tuple[DomainLayout, list[Buffer], DomainGroups]:
-    """Return layout, live tensors and process groups of the dense parameters."""
-    buffers = dense_buffers(model_chunks)
+    """Return layout, live tensors and process groups of dense parameters, or of experts."""
+    expert = name == EXPERT
+    buffers = buffers_of(model_chunks, expert=expert)
+    tp_group = compat.expert_tp_group(groups) if expert else groups.tp
     index_of = {param: index for index, param in enumerate(params)}
     dp_group: ProcessGroup | None = None
     if config.use_distributed_optimizer:
@@ -232,16 +259,16 @@ def _dense_domain(
     else:
         layouts, live = whole_parameters(buffers, index_of)
         replicas = True
-        norm_group = groups.mp
+        norm_group = groups.tp_ep_pp if expert else groups.mp
     domain = DomainLayout(
-        name="dense",
+        name=name,
         buffers=tuple(layouts),
         dp_rank=dp_group.rank() if dp_group else 0,
-        tp_rank=groups.tp.rank(),
-        tp_size=groups.tp.size(),
+        tp_rank=tp_group.rank(),
+        tp_size=tp_group.size(),
         dp_replicas=replicas,
     )
-    return domain, live, DomainGroups(dp=dp_group, tp=groups.tp, norm=norm_group)
+    return domain, live, DomainGroups(dp=dp_group, tp=tp_group, norm=norm_group)
 
 
 def _param_groups(
@@ -260,20 +287,29 @@ def _param_groups(
 def _gather_manifest(
     planned: _Planned, options: AdamMiniConfig, frozen: list[str]
 ) -> dict[str, Any]:
-    """Join the manifests of all pipeline stages; every rank gets the result."""
+    """Join the manifests of all parts of the model; every rank gets the result."""
     own = [
         entry.manifest_entry()
         for param, entry in zip(planned.parameters, planned.plan.parameters, strict=True)
         if not getattr(param, "shared", False)  # the second copy of tied embeddings
     ]
-    pp_group = planned.groups.pp
-    stages: list[Any] = [None] * pp_group.size()
-    distributed.all_gather_object(stages, (own, frozen), group=pp_group)
+    entries, keys = {entry["key"]: entry for entry in own}, set(frozen)
+    if len(planned.domain_groups) > 1:  # ranks of a stage hold different experts
+        for others, of_others in _gathered((list(entries.values()), keys), planned.groups.ep):
+            entries |= {entry["key"]: entry for entry in others}
+            keys |= of_others
+    stages = _gathered((list(entries.values()), keys), planned.groups.pp)
     return manifest_of(
-        [entry for entries, _ in stages for entry in entries],
+        [entry for of_stage, _ in stages for entry in of_stage],
         options,
-        frozen=[key for _, keys in stages for key in keys],
+        frozen=[key for _, of_stage in stages for key in of_stage],
     )
+
+
+def _gathered[T](value: T, group: ProcessGroup) -> list[T]:
+    found: list[Any] = [None] * group.size()
+    distributed.all_gather_object(found, value, group=group)
+    return found
 
 
 def _report(optimizer: AdamMiniOptimizer, options: AdamMiniConfig) -> None:

@@ -13,6 +13,7 @@ compares all boxes of one key with each other when they span several layers.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensorF
 from torch import Tensor
 
 from megatron_adam_mini.checkpoint.rectangles import rectangles
+
+#: Where the leading axes of a parameter belong in its key, outermost first: layers, experts.
+_LEADING_AXES = (re.compile(r"\.layers\.(?!\d)"), re.compile(r"\.experts\.experts\.(?!\d)"))
 
 
 class ModelEntry:
@@ -222,12 +226,15 @@ def _box(
 
 
 def _folded_key(view: ShardedTensor) -> str:
-    """Return the key with layer numbers in it, as for a model with unequal layers."""
+    """Return the key with numbers of layer and expert in it, as for a model with unequal layers."""
     key: str = view.key
     for position in view.global_offset[: view.prepend_axis_num]:
-        if ".layers." not in key:
+        for axis in _LEADING_AXES:
+            key, found = axis.subn(rf"\g<0>{position}.", key, count=1)
+            if found:
+                break
+        else:
             return f"{key}@{position}"
-        key = key.replace(".layers.", f".layers.{position}.", 1)
     return key
 
 

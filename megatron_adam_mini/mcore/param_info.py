@@ -20,10 +20,12 @@ from torch.nn import Module, Parameter
 
 from megatron_adam_mini.mcore import compat
 from megatron_adam_mini.plan.parameter_info import HeadGeometry, ParameterInfo
-from megatron_adam_mini.plan.roles import is_expert
 
 _WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 _LAYER = re.compile(r"layers\.\d+$")
+#: A local expert's number in the name of its parameter: SequentialMLP, grouped GEMM.
+_SEQUENTIAL = re.compile(r"(?<=\.experts\.local_experts\.)(\d+)(?=\.)")
+_GROUPED = re.compile(r"(?<=\.experts\.)(\w+)\.(weight|bias)(\d+)$")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -49,8 +51,7 @@ def collect_parameters(
         for local_name, param in chunk.named_parameters():
             if not param.requires_grad or param in found:
                 continue
-            name = _global_name(local_name, renamed)
-            key = _global_name(_replace_prefix(local_name, stored), renamed)
+            name, key = _names(local_name, modules, renamed, stored)
             config = _nearest_config(local_name, modules)
             found[param] = _describe(name, key, param, config, tp_group, expert_tp_group)
     return found
@@ -61,10 +62,11 @@ def frozen_keys(model_chunks: Sequence[Module]) -> list[str]:
     found = []
     for chunk in model_chunks:
         renamed, stored = _global_prefixes(chunk), _stored_prefixes(chunk)
+        modules = dict(chunk.named_modules())
         found += [
             _WORD_EMBEDDINGS
             if getattr(param, "shared_embedding", False)
-            else _global_name(_replace_prefix(local_name, stored), renamed)
+            else _names(local_name, modules, renamed, stored)[1]
             for local_name, param in chunk.named_parameters()
             if not param.requires_grad
         ]
@@ -108,15 +110,11 @@ def _refuse_unsupported(name: str, param: Parameter) -> None:
             "updates plain float32, bfloat16 and float16 parameters. Train without quantized "
             "parameters (no --fp8-param-gather, no --fp4-param-gather)."
         )
-    if not getattr(param, "allreduce", True) or is_expert(name):
+    if compat.has_norm_of_its_own(param):
         raise NotImplementedError(
-            f"Parameter {name!r} belongs to an expert; mixture-of-experts models are not "
-            "supported yet. Use --optimizer adam for them."
-        )
-    if compat.has_norm_of_its_own(param) or ".mtp." in f".{name}":
-        raise NotImplementedError(
-            f"Parameter {name!r} belongs to multi-token prediction, which is not supported yet. "
-            "Train without --mtp-num-layers, or use --optimizer adam."
+            f"Parameter {name!r} has a gradient norm of its own ({param.grad_norm_group!r}), as "  # type: ignore[attr-defined]
+            "--mtp-detach-heads makes it, while Adam-mini has one norm for all parameters. Train "
+            "without --mtp-detach-heads."
         )
     if compat.is_sharded_by_gtp(param):
         raise NotImplementedError(
@@ -160,6 +158,35 @@ def _global_name(name: str, renamed: dict[str, str]) -> str:
     while name.startswith("module."):  # DDP and Float16Module
         name = name.removeprefix("module.")
     return name
+
+
+def _names(
+    local_name: str, modules: dict[str, Module], renamed: dict[str, str], stored: dict[str, str]
+) -> tuple[str, str]:
+    """Return a parameter's name in the whole model, and its key in checkpoints.
+
+    Numbers of experts count over all expert-parallel ranks. Keys are those that Megatron gives
+    experts whatever their implementation, ``...mlp.experts.experts.<number>.linear_fc1.weight``.
+    """
+    name = _global_name(local_name, renamed)
+    key = _global_name(_replace_prefix(local_name, stored), renamed)
+    path, experts, _ = local_name.rpartition(".experts.")
+    if not experts:
+        return name, key
+    module: Any = modules[path + ".experts"]
+    first = 0
+    if hasattr(module, "ep_group"):
+        first = module.ep_group.rank() * module.num_local_experts
+
+    def number(local: str) -> int:
+        return first + int(local)
+
+    name = _SEQUENTIAL.sub(lambda m: f"{number(m[1])}", name)
+    name = _GROUPED.sub(lambda m: f"{m[1]}.{m[2]}{number(m[3])}", name)
+    key = re.sub(r"(?<=\.experts\.)local_(?=experts\.\d)", "", key)
+    key = re.sub(r"(?<=\.experts\.experts\.)\d+", lambda m: f"{number(m[0])}", key)
+    key = _GROUPED.sub(lambda m: f"experts.{number(m[3])}.{m[1]}.{m[2]}", key)
+    return name, key
 
 
 def _nearest_config(name: str, modules: dict[str, Module]) -> Any:

@@ -34,6 +34,8 @@ from megatron_adam_mini.plan.step_plan import Piece
 from megatron_adam_mini.state import v_per_element
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
+#: Key of a list of what each optimizer in a chain of Megatron's has, dense and experts.
+MEMBERS = "members"
 #: Format of this module, in the identity of the state.
 PARAMETERS = "parameters"
 
@@ -53,20 +55,27 @@ def identity(view: StateView) -> dict[str, Any]:
 
 
 def gather(
-    view: StateView, group: ProcessGroup | None, *, everywhere: bool = False, empty: bool = False
+    view: StateView,
+    groups: Sequence[ProcessGroup | None],
+    *,
+    everywhere: bool = False,
+    empty: bool = False,
 ) -> dict[str, Any] | None:
     """Return the state of all parameters of this model-parallel part, on the CPU.
 
     Args:
         view: the optimizer.
-        group: the data-parallel ranks that share the state; all must call it. ``None``: this rank
-            holds everything.
-        everywhere: return it on all ranks; otherwise on the first of the group, ``None`` on others.
+        groups: for each domain, the data-parallel ranks that share the state; all must call it.
+            ``None``: this rank holds everything.
+        everywhere: return it on all ranks; otherwise that of each domain on the first of the group,
+            and ``None`` where there is nothing.
         empty: return zeros, and communicate nothing.
     """
     found: dict[str, dict[str, Tensor]] = {}
-    receives = everywhere or group is None or group.rank() == 0
+    received = [everywhere or _is_first(group) for group in groups]
     for number, bucket in _buckets(view):
+        domain = view.inner.plan.buffers[number].domain
+        group, receives = groups[domain], received[domain]
         slice_plan = view.inner.plan.buffers[number].slices[bucket]
         if empty:
             whole = {kind: torch.zeros(slice_plan.bucket.numel) for kind in KINDS}
@@ -79,29 +88,36 @@ def gather(
             if blocks.pattern is not None:
                 values["exp_avg_sq"] = values["exp_avg_sq"][:: blocks.info.row_numel].clone()
             found[blocks.info.checkpoint_key] = values
-    return {"adam_mini": identity(view), PARAMETERS: found} if receives else None
+    if not received[0] and not found:
+        return None
+    return {"adam_mini": identity(view), PARAMETERS: found}
 
 
 def scatter(
-    view: StateView, group: ProcessGroup | None, read: Callable[[], Mapping[str, Any]]
+    view: StateView, groups: Sequence[ProcessGroup | None], read: Callable[[], Any]
 ) -> None:
-    """Take the state of all parameters from the first rank of the group.
+    """Take the state of all parameters from the first rank of each domain's group.
 
     All ranks of the job must call it.
 
     Args:
         view: the optimizer, modified in place.
-        group: as for :func:`gather`.
-        read: returns what :func:`gather` returned, or what Megatron's Adam did; called on the first
-            rank of the group only.
+        groups: as for :func:`gather`.
+        read: returns what :func:`gather` returned, or what Megatron's Adam did, a chain of
+            optimizers as a list or under the key ``MEMBERS``; called on the first rank of a group
+            only.
 
     Raises:
         ValueError: the state is of another layout, or its partition must not be converted.
     """
-    first = group is None or group.rank() == 0
+    of_buffer = [buffer.domain for buffer in view.inner.plan.buffers]
+    firsts = [
+        _is_first(group) and (number == 0 or number in of_buffer)
+        for number, group in enumerate(groups)
+    ]
     failure = "Adam-mini's state was not loaded"
-    stored = on_all_ranks(lambda: dict(read()) if first else {}, failure)
-    saved = _from_first({k: stored[k] for k in ("adam_mini",) if k in stored}, group)
+    stored = on_all_ranks(lambda: _as_mapping(read()) if any(firsts) else {}, failure)
+    saved = _from_first({k: stored[k] for k in ("adam_mini",) if k in stored}, groups[0])
     blocks = list(view.inner.plan.parameters)
     pending = PendingLoad(view.state, average=True)
     if "adam_mini" in saved:
@@ -116,7 +132,7 @@ def scatter(
         start_new_pieces(view, pending)
 
         def check() -> None:
-            for plan in view.inner.plan.buffers:
+            for plan in (p for p in view.inner.plan.buffers if firsts[p.domain]):
                 for placement in (p for held in plan.slices for p in held.bucket.placements):
                     source = sources[placement.parameter]
                     if source is not None:
@@ -127,14 +143,16 @@ def scatter(
     else:
 
         def check() -> None:
-            for number in range(len(view.inner.plan.buffers)):
-                _buffer_of_adam(view, stored, number)
+            for number, domain in enumerate(of_buffer):
+                if firsts[domain]:
+                    _buffer_of_adam(view, stored, number)
 
         def values_of(number: int, bucket: int) -> BucketValues:
             return _bucket_of_adam(view, stored, number, bucket)
 
-    on_all_ranks(lambda: check() if first else None, failure)  # before any rank waits for another
+    on_all_ranks(check, failure)  # before any rank waits for another
     for number, bucket in _buckets(view):
+        group, first = groups[of_buffer[number]], firsts[of_buffer[number]]
         whole = values_of(number, bucket) if first else {}
         state = view.state.buffers[number]
         window = state.plan.slices[bucket].window
@@ -258,7 +276,9 @@ def _buffer_of_adam(
     assert isinstance(buffer, ShardedBuffer)
     buckets = range(len(view.inner.plan.buffers[number].slices))
     sizes = [buffer.unpadded_numel(index) for index in buckets]
-    found = buffer.of_megatrons_state(stored)
+    members = stored.get(MEMBERS, (stored,))
+    domain = view.inner.plan.buffers[number].domain
+    found = buffer.of_megatrons_state(members[domain] or {}) if domain < len(members) else None
     if found is None or found["numel_unpadded"] != sum(sizes):
         has = "nothing" if found is None else f"{found['numel_unpadded']} elements"
         raise ValueError(
@@ -297,6 +317,14 @@ def _scattered(
     return mine.to(device)
 
 
+def _as_mapping(stored: Any) -> dict[Any, Any]:
+    return {MEMBERS: stored} if isinstance(stored, list) else dict(stored)
+
+
+def _is_first(group: ProcessGroup | None) -> bool:
+    return group is None or group.rank() == 0
+
+
 def _from_first(value: dict[str, Any], group: ProcessGroup | None) -> dict[str, Any]:
     if group is None:
         return value
@@ -309,7 +337,7 @@ def _on_device_of(group: ProcessGroup, values: Tensor) -> Tensor:
     return values.cpu() if distributed.get_backend(group) == "gloo" else values
 
 
-def read_file(filename: str, *, check: bool) -> dict[str, Any]:
+def read_file(filename: str, *, check: bool) -> Any:
     """Read a file of parameter state, and no code.
 
     Args:
@@ -325,10 +353,9 @@ def read_file(filename: str, *, check: bool) -> dict[str, Any]:
                 damaged = archive.testzip()
             if damaged is not None:
                 raise zipfile.BadZipFile(f"checksum of {damaged} is wrong")
-        found: dict[str, Any] = torch.load(filename, map_location="cpu", weights_only=True)
+        return torch.load(filename, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"Optimizer state {filename!r} cannot be read: {error}. Restore the file, load an "
             "earlier checkpoint (--ckpt-step), or use --no-load-optim."
         ) from error
-    return found

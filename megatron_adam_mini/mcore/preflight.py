@@ -72,9 +72,9 @@ _REFUSED = {
         "it describes Megatron's own optimizers",
         "use --adam-mini-manifest",
     ),
-    "mtp_num_layers": (
-        "--mtp-num-layers",
-        "multi-token prediction is not supported yet",
+    "mtp_detach_heads": (
+        "--mtp-detach-heads",
+        "it clips the heads of multi-token prediction by a gradient norm of their own",
         "drop the flag",
     ),
     "qk_clip": (

@@ -23,7 +23,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, distributed
 from torch.nn import Parameter
 
+from megatron_adam_mini.collectives import DomainGroups
 from megatron_adam_mini.mcore import compat
+from megatron_adam_mini.mcore.slices import buffers_of
 from megatron_adam_mini.optimizer import AdamMini
 from megatron_adam_mini.plan.step_plan import Piece
 
@@ -38,11 +40,12 @@ class RankOptimizer(MegatronOptimizer):  # type: ignore[misc]
         model_params: all trainable parameters, in the plan's numbering.
         manifest: partition of the whole model.
         groups: Megatron's process groups.
-        data_parallel_group: group whose ranks share the state, ``None`` without the distributed
-            optimizer.
+        domain_groups: process groups of each of the plan's domains.
 
     Attributes:
-        inner, model_chunks, model_params, manifest, data_parallel_group: as above.
+        inner, model_chunks, model_params, manifest, domain_groups: as above.
+        data_parallel_group: group whose ranks share the state of dense parameters, ``None`` without
+            the distributed optimizer.
         optimizer: parameter groups and state as torch's optimizers have them, see ``MainParams``.
         ddp_config: of the chunks.
     """
@@ -55,14 +58,15 @@ class RankOptimizer(MegatronOptimizer):  # type: ignore[misc]
         model_params: Sequence[Parameter],
         manifest: dict[str, Any],
         groups: ProcessGroupCollection,
-        data_parallel_group: distributed.ProcessGroup | None,
+        domain_groups: Sequence[DomainGroups],
     ) -> None:
         # Callers make the state of an optimizer that has none, as of a rank without parameters.
         super().__init__(inner.main_params, config, init_state_fn=lambda *_: None)
         self.inner = inner
         self.model_chunks = list(model_chunks)
         self.model_params = list(model_params)
-        self.data_parallel_group = data_parallel_group
+        self.domain_groups = list(domain_groups)
+        self.data_parallel_group = self.domain_groups[0].dp
         self.manifest = manifest
         self.grad_scaler = _grad_scaler(config)
         # Never a stub, even without trainable parameters: each rank takes part in saves and norms.
@@ -110,8 +114,12 @@ class RankOptimizer(MegatronOptimizer):  # type: ignore[misc]
 
     @property
     def buffers(self) -> list[Any]:
-        """Megatron's parameter and gradient buffers of all chunks."""
-        return [buffer for chunk in self.model_chunks for buffer in chunk.buffers]
+        """Megatron's parameter and gradient buffers of all chunks; those of experts come last."""
+        return [
+            buffer
+            for expert in (False, True)
+            for buffer in buffers_of(self.model_chunks, expert=expert)
+        ]
 
     @property
     def data_parallel_group_idx(self) -> int:
@@ -121,9 +129,13 @@ class RankOptimizer(MegatronOptimizer):  # type: ignore[misc]
     @property
     def data_parallel_group_gloo(self) -> distributed.ProcessGroup | None:
         """The data-parallel group on the CPU, if Megatron made it."""
-        if self.data_parallel_group is None:
-            return None
-        return compat.gloo_group_like(self.data_parallel_group)
+        return self._gloo_groups()[0]
+
+    def _gloo_groups(self) -> list[distributed.ProcessGroup | None]:
+        return [
+            None if groups.dp is None else compat.gloo_group_like(groups.dp)
+            for groups in self.domain_groups
+        ]
 
     @property
     def distributed_optimizer_instance_id(self) -> int:

@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_adam_mini.agreement import on_all_ranks
 from megatron_adam_mini.mcore import checkpoint, compat, parameter_state
 from megatron_adam_mini.mcore.distributed_names import DistributedNames
-from megatron_adam_mini.mcore.entries import StateView
+from megatron_adam_mini.mcore.entries import DomainPart, StateView
 from megatron_adam_mini.mcore.model_space import ModelEntries
 from megatron_adam_mini.mcore.model_weights import weights_by_parameter
 from megatron_adam_mini.mcore.param_groups import take_bounds
 from megatron_adam_mini.mcore.state_part import StatePart, part_of
+from megatron_adam_mini.plan.step_plan import DENSE
 
 
 class SavedState(DistributedNames):
@@ -98,13 +100,38 @@ class SavedState(DistributedNames):
             grad_scaler=self.grad_scaler,
             manifest=self.manifest,
             replica=self._replica(),
-            model_parallel_rank=lambda: self.data_parallel_group_idx,
-            data_parallel_group=self.data_parallel_group,
+            domains=self._domain_parts(),
             sizes=self._sizes,
         )
 
+    def _domain_parts(self) -> list[DomainPart]:
+        """Return this rank's part of each domain."""
+        plan, groups = self.inner.plan, self._groups_of_ranks
+        # A rank without experts has no second optimizer in Megatron's chain.
+        chained = sum(bool(domain.buffers) for domain in plan.domains) > 1
+        return [
+            DomainPart(
+                name=domain.name,
+                data_parallel_group=of_domain.dp,
+                model_parallel_rank=(
+                    (lambda: self.data_parallel_group_idx)
+                    if domain.name == DENSE
+                    else (lambda: int(groups.tp_ep_pp.rank()))
+                ),
+                chain=f"chained_{number}." if chained else "",
+            )
+            for number, (domain, of_domain) in enumerate(
+                zip(plan.domains, self.domain_groups, strict=True)
+            )
+        ]
+
     def _sizes(self) -> dict[str, int]:
         groups = self._groups_of_ranks
+        experts = (
+            {"expert": groups.ep.size(), "expert_tensor": self.expert_tp_group.size()}
+            if len(self.domain_groups) > 1
+            else {}
+        )
         return {
             "tensor": groups.tp.size(),
             "pipeline": groups.pp.size(),
@@ -112,6 +139,7 @@ class SavedState(DistributedNames):
             "context": groups.cp.size(),
             "data": groups.dp_cp.size() // groups.cp.size(),
             "distributed_optimizer": int(self.ddp_config.use_distributed_optimizer),
+            **experts,
         }
 
     # Megatron's older format ``torch``.
@@ -131,7 +159,7 @@ class SavedState(DistributedNames):
             view = self.state_view()
             found["adam_mini"] = parameter_state.identity(view)
             if not self.ddp_config.use_distributed_optimizer and not is_loading:
-                found["parameter_state"] = parameter_state.gather(view, None)
+                found["parameter_state"] = parameter_state.gather(view, self._no_groups())
         return found
 
     def _load_legacy(self, state_dict: dict[str, Any]) -> None:
@@ -143,7 +171,9 @@ class SavedState(DistributedNames):
                     "saved with --use-distributed-optimizer, or by another optimizer. Load it as "
                     "it was saved, or use --no-load-optim."
                 )
-            parameter_state.scatter(self.state_view(), None, lambda: state_dict["parameter_state"])
+            parameter_state.scatter(
+                self.state_view(), self._no_groups(), lambda: state_dict["parameter_state"]
+            )
 
     def get_parameter_state_dp_zero(
         self,
@@ -153,18 +183,35 @@ class SavedState(DistributedNames):
     ) -> dict[str, Any] | None:
         """Gather the state of all parameters on the first data-parallel rank, on the CPU.
 
+        That of experts on the first of their own data-parallel group.
+
         Args:
             use_gloo_comm: gather through Megatron's gloo group, if there is one.
             empty_data: return zeros.
             return_on_all_ranks: return it on all ranks, instead of ``None`` on the others.
         """
-        group = (self.data_parallel_group_gloo if use_gloo_comm else None) or (
-            self.data_parallel_group
-        )
+        groups = self._groups_to_gather(use_gloo=use_gloo_comm)
         with self.optimizer.left_where_it_is():
             return parameter_state.gather(
-                self.state_view(), group, everywhere=return_on_all_ranks, empty=empty_data
+                self.state_view(), groups, everywhere=return_on_all_ranks, empty=empty_data
             )
+
+    def _groups_to_gather(self, *, use_gloo: bool) -> list[ProcessGroup | None]:
+        """Return the data-parallel group of each domain, Megatron's gloo groups if wanted."""
+        if self.expert_tp_group.size() != self.tp_group.size() and len(self.domain_groups) > 1:
+            raise NotImplementedError(
+                f"Checkpoints of format torch have a file for each tensor-parallel rank, but this "
+                f"run has {self.tp_group.size()} of them and {self.expert_tp_group.size()} for "
+                "experts. Remedy: --ckpt-format torch_dist, or --expert-tensor-parallel-size "
+                f"{self.tp_group.size()}."
+            )
+        gloo = self._gloo_groups() if use_gloo else self._no_groups()
+        return [
+            on_cpu or groups.dp for on_cpu, groups in zip(gloo, self.domain_groups, strict=True)
+        ]
+
+    def _no_groups(self) -> list[ProcessGroup | None]:
+        return [None] * len(self.domain_groups)
 
     def save_parameter_state(self, filename: str) -> None:
         """Save :meth:`get_parameter_state_dp_zero` to a file; all ranks must call it."""
@@ -192,17 +239,14 @@ class SavedState(DistributedNames):
         self._load_parameter_state(lambda: state_dict or {}, update_legacy_format)
 
     @torch.no_grad()
-    def _load_parameter_state(
-        self, read: Callable[[], dict[str, Any]], update_legacy_format: bool
-    ) -> None:
+    def _load_parameter_state(self, read: Callable[[], Any], update_legacy_format: bool) -> None:
         if update_legacy_format:
             raise NotImplementedError(
                 "--ckpt-convert-update-legacy-dist-opt-format is for files of Megatron's Adam from "
                 "before February 2024. Convert them with --optimizer adam first."
             )
-        parameter_state.scatter(
-            self.state_view(), self.data_parallel_group_gloo or self.data_parallel_group, read
-        )
+        groups = self._groups_to_gather(use_gloo=True)
+        parameter_state.scatter(self.state_view(), groups, read)
         self._sync_weights()
 
     def _sync_weights(self) -> None:

@@ -25,7 +25,8 @@ class ShardedBuffer:
 
     Attributes:
         buffer: Megatron's object.
-        number: its number among those of all chunks, which Megatron's own checkpoints use.
+        number: its number among those of all chunks, dense ones and experts' apart, which
+            Megatron's own checkpoints use.
     """
 
     buffer: Any
@@ -79,9 +80,16 @@ class WholeParameter:
         return self.param.data.view(-1)
 
 
-def dense_buffers(model_chunks: Sequence[Any]) -> list[Any]:
-    """Return the buffers of dense parameters in Megatron's order, equal on all ranks of a stage."""
-    return [buffer for chunk in model_chunks for buffer in chunk.buffers]
+def buffers_of(model_chunks: Sequence[Any], *, expert: bool) -> list[Any]:
+    """Return the buffers of dense parameters, or of experts, in Megatron's order.
+
+    It is the same on all ranks that share their parameters.
+    """
+    return [
+        buffer
+        for chunk in model_chunks
+        for buffer in (chunk.expert_parallel_buffers if expert else chunk.buffers)
+    ]
 
 
 def sharded_buffers(

@@ -34,13 +34,16 @@ from megatron_adam_mini.plan.layout import (
 from megatron_adam_mini.plan.partition import IntArray, ParameterBlocks
 from megatron_adam_mini.plan.reduction import ReductionPlan, plan_reduction
 
+#: Names of domains.
+DENSE, EXPERT = "dense", "expert"
+
 
 @dataclass(frozen=True)
 class DomainLayout:
     """Buffers that share one pair of process groups, and this rank's position in the groups.
 
     Attributes:
-        name: ``"dense"`` or ``"expert"``.
+        name: ``DENSE`` or ``EXPERT``.
         buffers: the same on all ranks of both groups; all have the same number of slices.
         dp_rank: this rank in the group whose ranks share the slices.
         tp_rank, tp_size: this rank in the tensor-parallel group of these parameters, and its size.
@@ -238,12 +241,15 @@ class StepPlan:
         number_SR = np.concatenate([np.empty(0, dtype=np.int64), *segments, *ranges])
         return (number_SR & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
 
-    def shared_part(self) -> list[dict[str, Any]]:
-        """Return the part of the plan that all ranks of a pipeline stage share, as plain values.
+    def shared_part(self, domain: DomainLayout) -> list[dict[str, Any]]:
+        """Return what all ranks with a domain's buckets share of the plan, as plain values.
 
         One entry per parameter, in the order of the buckets; ``agreement`` compares its hash. What
         else ranks must share follows from it. Where blocks are cut is not part of it: one
         tensor-parallel rank may hold other row segments of a weight than the next.
+
+        Args:
+            domain: one of :attr:`domains`.
         """
         return [
             {
@@ -253,7 +259,6 @@ class StepPlan:
                 "at": [placement.start, placement.end],
                 **self.parameters[placement.parameter].identity(),
             }
-            for domain in self.domains
             for index, bucket in enumerate(domain.buckets)
             for placement in bucket.placements
         ]
@@ -329,7 +334,7 @@ def _norm_domains(
     number = {domain.name: index for index, domain in enumerate(domains)}
     return np.asarray(
         [
-            number["expert" if blocks.info.expert else "dense"] if blocks.info.in_norm else -1
+            number[EXPERT if blocks.info.expert else DENSE] if blocks.info.in_norm else -1
             for blocks in parameters
         ],
         dtype=np.int8,
