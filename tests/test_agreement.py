@@ -471,8 +471,8 @@ def test_layouts_are_compared_within_a_stage_and_both_sides_are_shown():
         assert kind == "RuntimeError"
         assert text == (
             "Adam-mini's layout of pipeline stage 1 differs between ranks that must share it: "
-            'entry 1 is {"name": "b", "at": [4, 8]} on rank 2 and {"name": "b", "at": [5, 9]} on rank 3. '
-            "Start every rank with the same flags and model (also requires_grad)."
+            'entry 1 is {"name": "b", "at": [4, 8]} on rank 2 and {"name": "b", "at": [5, 9]} on '
+            "rank 3. Start every rank with the same flags and model (also requires_grad)."
         )
 
 
