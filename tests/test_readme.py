@@ -214,7 +214,7 @@ def flags_of_megatron() -> list[str]:
 def known_flags() -> set[str]:
     (found,) = run_ranks(1, flags_of_megatron)
     known = {*found, *options_of(adam_mini_parser()), *options_of(cli._parser()), *OTHER_FLAGS}
-    sources = (ROOT.glob(f"{folder}/*.py") for folder in ("examples", "benchmarks", "tools"))
+    sources = (ROOT.glob(f"{folder}/**/*.py") for folder in ("examples", "benchmarks", "tools"))
     for path in (PACKAGE / "launch.py", *chain.from_iterable(sources)):
         known |= set(re.findall(r'"(--[\w-]+)"', path.read_text()))
     return known
