@@ -268,6 +268,27 @@ def unsharded(job: Job) -> dict[str, Any]:
     return _unsharded[key]
 
 
+#: Names of cases -> what they show.
+SHOWN = {
+    "tp[24]-*": "tensor parallelism",
+    "tp?-pp2-*": "pipeline parallelism",
+    "tp?-pp?-dp[238]": "data parallelism, distributed optimizer",
+    "replicated state": "data parallelism, replicated state",
+    "virtual pipeline stages": "virtual pipeline stages",
+    "context parallel*": "context parallelism",
+    "several optimizer instances": "several distributed-optimizer instances",
+    "*heads*": "heads, rows and norms cut by any boundary",
+    "GELU with biases, no GLU": "GPT, Llama: GQA, SwiGLU or GELU, biases",
+    "heads cut by tp*": "fewer query groups than tensor-parallel ranks",
+    "gated attention*": "attention output gate",
+    "*qk-layernorm": "qk-layernorm",
+    "tied embeddings": "tied embeddings",
+    "*sliding window": "sliding-window attention",
+    "tp1-pp1-dp1": "float32",
+}
+
+
+@pytest.mark.support(SHOWN, "oracle")
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_sharded_run_equals_unsharded_oracle(case: str) -> None:
     job, dp = LAYOUTS[case]
@@ -316,6 +337,7 @@ PARTITIONS = {
 }
 
 
+@pytest.mark.support("other partitions: first, tensor, value as block", "oracle")
 @pytest.mark.parametrize("case", PARTITIONS)
 def test_other_partitions_equal_the_oracle_on_their_own_gradients(case: str) -> None:
     job, dp = PARTITIONS[case]
@@ -352,6 +374,14 @@ PRECISIONS = {
 }
 
 
+@pytest.mark.support(
+    {
+        "bf16, float32 gradients": "bf16 with float32 main parameters",
+        "bf16, bf16 gradients": "16-bit gradient buffers",
+        "float32 and bf16*": "float32 modules in a 16-bit model",
+    },
+    "oracle",
+)
 @pytest.mark.parametrize("case", PRECISIONS)
 def test_sixteen_bit_models_equal_the_oracle_on_their_own_gradients(case: str) -> None:
     job, dp = PRECISIONS[case]

@@ -50,6 +50,7 @@ def weights(ranks: list[Seen], when: str) -> dict[str, np.ndarray]:
     return found
 
 
+@pytest.mark.support({"context parallel": "context parallelism"}, "reshard")
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_a_run_goes_on_as_on_one_rank(case: str, saved: tuple[str, Seen]) -> None:
     layout, world = LAYOUTS[case]
