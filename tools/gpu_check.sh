@@ -12,7 +12,8 @@
 #
 # Each stage has a time limit, and fails alone. Records and check.log are in $OUT (default gpu-results), at most eight
 # files; `python -m benchmarks.gpu.report $OUT` makes a dated result of them. PYTHON chooses the interpreter, which
-# needs torch, triton, megatron-core 0.19.2 and tqdm. Nothing is downloaded, no setting of the card is changed.
+# needs torch, triton, megatron-core 0.19.2 and tqdm; LIMIT is the number of seconds after which all of it must have
+# ended. Nothing is downloaded, no setting of the card is changed.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
@@ -20,16 +21,22 @@ export OUT=${OUT:-$PWD/gpu-results} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-cache}
 mkdir -p "$OUT"
 summary=()
+seen='^((case|worker|job|optimizer|cases|copy)|FAILED|[a-z_0-9]+: [0-9]+ rows|probe|=====)|(Duration|Throughput|Occupancy|Registers Per Thread) '
 
 stage() { # name, limit in seconds, command...
-    local name=$1 limit=$2 began=$SECONDS status
+    local name=$1 limit=$2 began=$SECONDS status left=$((${LIMIT:-36000} - SECONDS))
     shift 2
+    if [ "$left" -lt 25 ]; then
+        summary+=("$name: no time left")
+        return
+    fi
+    [ "$left" -lt "$limit" ] && limit=$left
     printf '\n== %s (at most %s s)\n' "$name" "$limit" | tee -a "$OUT/check.log"
     # Lines of records are the ones to see; the log has everything.
-    timeout -k 10 "$limit" "$@" 2>&1 | tee -a "$OUT/check.log" |
-        grep -aE '^(case|worker|job|optimizer|cases|copy|FAILED|[a-z_0-9]+: [0-9]+ rows|probe|=====|.*(duration|Throughput) )' |
-        cut -c1-420
+    timeout -k 5 "$limit" "$@" 2>&1 | tee -a "$OUT/check.log" |
+        grep -aE --line-buffered "$seen" | sed -u 's/^\(.\{400\}\).*/\1 .../'
     status=${PIPESTATUS[0]}
+    [ "$status" -eq 0 ] || tail -n 8 "$OUT/check.log" | cut -c1-300
     summary+=("$(printf '%-22s status %-4s %4d s' "$name" "$status" $((SECONDS - began)))")
 }
 
@@ -54,7 +61,7 @@ print("probe kernels:", select_backend("auto", device).NAME)
 print(subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout)
 PROGRAM
         ;;
-    parity) stage parity 150 "$python" -m benchmarks.gpu.parity --seconds 75 --segments-beyond-2e31 ;;
+    parity) stage parity 150 "$python" -m benchmarks.gpu.parity --seconds 60 --segments-beyond-2e31 ;;
     bench) stage bench 240 "$python" -m benchmarks.gpu.bench ;;
     ranks)
         for backend in nccl gloo; do
@@ -76,9 +83,9 @@ PROGRAM
     profile)
         for kernel in sum_kernel update_kernel update_rows_kernel; do
             only=$([ $kernel = update_rows_kernel ] && echo 'single phase' || echo 'one bucket')
-            stage "profile $kernel" 90 ncu --clock-control none --kernel-name "$kernel" --launch-skip 2 --launch-count 1 \
+            stage "profile $kernel" 90 env OUT=/tmp/profiled ncu --clock-control none --kernel-name "$kernel" --launch-skip 2 --launch-count 1 \
                 --section SpeedOfLight --section MemoryWorkloadAnalysis --section Occupancy --section LaunchStats \
-                --section WarpStateStats "$python" -m benchmarks.gpu.bench --only "$only" --samples 2 --name "profiled"
+                --section WarpStateStats "$python" -m benchmarks.gpu.bench --only "$only" --samples 2
         done
         ;;
     *)

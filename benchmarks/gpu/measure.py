@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -60,7 +61,8 @@ def environment(on: torch.device) -> dict[str, Any]:
     found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     driver = Path("/proc/driver/nvidia/version")
     if driver.exists():
-        found["driver"] = driver.read_text().splitlines()[0].split("  ")[1].strip()
+        numbers = re.findall(r"\d+\.\d[\d.]*", driver.read_text())
+        found["driver"] = numbers[0] if numbers else "unknown"
     return found
 
 

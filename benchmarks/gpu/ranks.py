@@ -56,7 +56,7 @@ def one_by_one(*_: Any, **__: Any) -> Iterator[Any]:
     yield Done()
 
 
-def jobs(world_size: int, backend: str) -> dict[str, Any]:
+def jobs(world_size: int, *, overlap: bool) -> dict[str, Any]:
     """Return the jobs by name."""
     from tests.megatron_job import Job
 
@@ -77,7 +77,7 @@ def jobs(world_size: int, backend: str) -> dict[str, Any]:
         "single phase": replace(base, clip_grad=0.0, adam_mini={"single_phase": True}),
         "small buckets": replace(base, bucket_size=2000),
     }
-    if backend == "nccl":
+    if overlap:
         found["overlap"] = replace(base, overlap=True, bucket_size=2000)
     if world_size % 2 == 0:
         found |= {
@@ -181,14 +181,15 @@ def main() -> int:
     from megatron.core import parallel_state
     from megatron.core.distributed import param_and_grad_buffer
 
-    if options.backend == "gloo" and device.type == "cuda":
+    overlap = options.backend == "nccl" or device.type == "cpu"
+    if not overlap:
         param_and_grad_buffer._coalescing_manager = one_by_one
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     name = f"ranks_{options.backend}_{world_size}"
     record = measure.Record(
         name if rank == 0 else f"{name}.{rank}", device, echo=rank == 0, ranks=world_size
     )
-    for title, job in jobs(world_size, options.backend).items():
+    for title, job in jobs(world_size, overlap=overlap).items():
         if not title.startswith(tuple(options.only)):
             continue
         with record.guard(title):

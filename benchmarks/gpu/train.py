@@ -52,6 +52,8 @@ def main() -> int:
                 found["tokens/s"] = 1e3 * tokens / found["ms"]
             if found["losses"]:
                 found["loss"] = found["losses"][-1]
+            if found.get("kernels", "triton") != "triton" and device.type == "cuda":
+                record.fail(f"{name}: kernels {found['kernels']!r} instead of 'triton'")
             if not found["ok"]:
                 record.fail(f"{name}: {found['why']}")
             record.add(optimizer=name, **found)

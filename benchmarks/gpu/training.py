@@ -126,6 +126,8 @@ def parse(text: str, status: str) -> dict[str, Any]:
     """Read the log of a run."""
     times = [float(t) for t in re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", text)]
     losses = [float(loss) for loss in re.findall(r"lm loss: ([\d.E+-]+)", text)]
+    if len(losses) > 1:  # Megatron's second line is the mean of the first two steps
+        losses[1] = round(2 * losses[1] - losses[0], 6)
     norms = [float(norm) for norm in re.findall(r"grad norm: ([\d.]+)", text)]
     found: dict[str, Any] = {"ok": status == "0" and bool(losses), "losses": losses}
     found["norms"] = norms
