@@ -51,6 +51,7 @@ class Job:
     adam_mini: dict[str, Any] = field(default_factory=dict)
     optimizer_args: dict[str, Any] = field(default_factory=dict)
     config_args: dict[str, Any] = field(default_factory=dict)
+    pipeline_args: dict[str, Any] = field(default_factory=dict)  # of the config, for some pp only
     ddp_args: dict[str, Any] = field(default_factory=dict)
     float32_modules: tuple[str, ...] = ()  # kept in float32 within a 16-bit model
     frozen: tuple[str, ...] = ()  # parameters whose global name starts with one of these
@@ -128,7 +129,7 @@ class Trainer:
             overlap_p2p_comm=job.vpp is not None,
             batch_p2p_comm=job.vpp is None,
             deallocate_pipeline_outputs=False,
-            **(MOE if job.experts else {}) | job.config_args,
+            **(MOE if job.experts else {}) | job.config_args | job.pipeline_args,
         )
         ddp_config = DDPConfig(
             grad_reduce_in_fp32=job.grad_fp32,

@@ -261,6 +261,7 @@ def unsharded(job: Job) -> dict[str, Any]:
     plain = replace(
         job, tp=1, pp=1, cp=1, vpp=None, ep=1, etp=None, instances=1, overlap=False,
         bucket_size=None, distributed_optimizer=True, sequence_parallel=False, ddp_args={},
+        pipeline_args={},
     )  # fmt: skip
     key = repr(plain)
     if key not in _unsharded:

@@ -1,19 +1,106 @@
-"""Layouts that only the command line gives, through Megatron's own training loop.
+"""Less common layouts: against the oracle, and through Megatron's own training loop.
 
-One rank trains and saves. It goes on, and so do runs under each layout: they load that checkpoint,
-and must end with the same weights. The rows of the same features against the oracle are in
-``test_oracle.py``.
+For the latter, one rank trains and saves. It goes on, and so do runs under each layout, with flags
+of the command line: they load that checkpoint, and must end with the same weights.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.megatron_job import Job
 from tests.ranks import run_ranks
+from tests.test_oracle import (
+    BASE,
+    check_replicas,
+    check_same_gradients,
+    compare_runs,
+    sharded_run,
+    unsharded,
+    world_of,
+)
 from tests.training_run import Run, Seen, make_dataset, train
+
+# Against the oracle.
+
+STAGES = replace(BASE, pp=2, layers=4)
+VIRTUAL = replace(STAGES, vpp=2)
+ORACLE: dict[str, tuple[Job, int]] = {
+    "sequence parallel, biases": (replace(BASE, tp=2, sequence_parallel=True, bias=True), 2),
+    "first stage of 1 layer": (
+        replace(STAGES, pipeline_args={"num_layers_in_first_pipeline_stage": 1}),
+        1,
+    ),
+    "last stage of 1 layer, virtual stages": (
+        replace(VIRTUAL, layers=6, pipeline_args={"num_layers_in_last_pipeline_stage": 2}),
+        1,
+    ),
+    "embedding and loss count as layers, virtual stages": (
+        replace(
+            VIRTUAL,
+            layers=6,
+            pipeline_args={
+                "account_for_embedding_in_pipeline_split": True,
+                "account_for_loss_in_pipeline_split": True,
+            },
+        ),
+        1,
+    ),
+    "layout with an embedding and a loss alone": (
+        replace(VIRTUAL, pipeline_args={"pipeline_model_parallel_layout": "E|ttt|t|L"}),
+        2,
+    ),
+    "virtual stages, aligned gather, instances": (
+        replace(VIRTUAL, instances=2, ddp_args={"align_param_gather": True}),
+        2,
+    ),
+    "context parallel, virtual stages, instances": (
+        replace(VIRTUAL, cp=2, instances=2),
+        1,
+    ),
+    "padded buckets, averages in the collective": (
+        replace(
+            BASE,
+            ddp_args={"pad_buckets_for_high_nccl_busbw": True, "average_in_collective": True},
+        ),
+        2,
+    ),
+}
+
+
+@pytest.mark.support(
+    {
+        "sequence parallel*": "sequence parallelism",
+        "* of 1 layer*": "uneven pipeline stages",
+        "embedding and loss*": "uneven pipeline stages",
+        "layout*": "uneven pipeline stages",
+        "virtual*": "virtual pipeline stages",
+        "* instances": "several distributed-optimizer instances",
+        "context parallel*": "context parallelism",
+        "padded buckets*": "bucket options of DDP",
+    },
+    "oracle",
+)
+@pytest.mark.parametrize("case", ORACLE)
+def test_sharded_run_equals_unsharded_oracle(case: str) -> None:
+    job, dp = ORACLE[case]
+    compare_runs(job, run_ranks(world_of(job, dp), sharded_run, job), unsharded(job))
+
+
+@pytest.mark.support("bucket options of DDP", "oracle")
+def test_bf16_gradients_that_are_summed_in_float32_equal_the_oracle() -> None:
+    sums = {"reduce_scatter_with_fp32_accumulation": True}
+    job = replace(BASE, bf16=True, grad_fp32=False, ddp_args=sums)
+    ranks = run_ranks(2, sharded_run, job)
+    check_replicas(ranks, job)
+    check_same_gradients(ranks, job)
+
+
+# Through the training loop.
 
 # Gradients that were added in another order, in float32, over four steps of training; relative to
 # the largest weight of a tensor.
@@ -23,8 +110,30 @@ MOVED = 1e-2
 
 MODEL = "--num-layers 4 --global-batch-size 4"
 
+PP2 = "--pipeline-model-parallel-size 2"
+OVERLAP = "--overlap-grad-reduce --overlap-param-gather"
 LAYOUTS = {
     "context parallel": ("--context-parallel-size 2", 2),
+    "first stage of 1 layer": (f"{PP2} {OVERLAP} --decoder-first-pipeline-num-layers 1", 2),
+    "embedding and loss count as layers": (
+        "--pipeline-model-parallel-size 3 --account-for-embedding-in-pipeline-split "
+        "--account-for-loss-in-pipeline-split",
+        3,
+    ),
+    "layout, virtual stages": (
+        f"{PP2} {OVERLAP} --pipeline-model-parallel-layout Et|tt|t|L --no-align-grad-reduce",
+        4,
+    ),
+    "buckets": (
+        f"{OVERLAP} --ddp-num-buckets 3 --ddp-pad-buckets-for-high-nccl-busbw "
+        "--ddp-average-in-collective",
+        2,
+    ),
+    "instances, virtual stages": (
+        f"{PP2} {OVERLAP} --num-layers-per-virtual-pipeline-stage 1 "
+        "--num-distributed-optimizer-instances 2",
+        4,
+    ),
 }
 
 
@@ -50,7 +159,17 @@ def weights(ranks: list[Seen], when: str) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.support({"context parallel": "context parallelism"}, "reshard")
+@pytest.mark.support(
+    {
+        "context parallel": "context parallelism",
+        "first stage*": "uneven pipeline stages",
+        "embedding*": "uneven pipeline stages",
+        "*virtual stages": "virtual pipeline stages",
+        "instances*": "several distributed-optimizer instances",
+        "buckets": "bucket options of DDP",
+    },
+    "reshard",
+)
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_a_run_goes_on_as_on_one_rank(case: str, saved: tuple[str, Seen]) -> None:
     layout, world = LAYOUTS[case]
