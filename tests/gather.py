@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.megatron_job import Job, Trainer, global_names, split_rank, split_size
+from tests.megatron_job import Job, Trainer, global_names, parts_of, split_rank, split_size
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,9 @@ def _join(name: str, by_rank: dict[int, Any], job: Job) -> np.ndarray:
                 f"{name}: tensor-parallel replicas differ"
             )
         return pieces[0]
-    if job.swiglu and "linear_fc1" in name:
-        halves = [np.split(piece, 2) for piece in pieces]
-        return np.concatenate([gate for gate, _ in halves] + [up for _, up in halves])
+    parts = parts_of(name, sum(len(piece) for piece in pieces), job)
+    if parts is not None:
+        ends = np.cumsum(parts)[:-1] // len(pieces)
+        split = [np.split(piece, ends) for piece in pieces]
+        return np.concatenate([shards[i] for i in range(len(parts)) for shards in split])
     return np.concatenate(pieces, axis=part.split_dim)

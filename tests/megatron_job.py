@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 
+from tests.models import FAMILIES, Family
+
 
 @dataclass(frozen=True)
 class Job:
     """Layout, model and training options of one job. Defaults: 1 rank, tiny Llama, float32."""
 
+    family: str = "gpt"  # or one of models.FAMILIES
     tp: int = 1
     pp: int = 1
     cp: int = 1
@@ -85,6 +88,7 @@ class Trainer:
         from megatron.core.transformer import TransformerConfig
 
         self.job = job
+        self.family = FAMILIES.get(job.family)
         parallel_state.initialize_model_parallel(
             job.tp,
             job.pp,
@@ -96,7 +100,8 @@ class Trainer:
         )
         model_parallel_cuda_manual_seed(7)
         dtype = torch.bfloat16 if job.bf16 else torch.float16 if job.fp16 else torch.float32
-        self.config = TransformerConfig(
+        config_class = self.family.config_class() if self.family else TransformerConfig
+        self.config = config_class(
             num_layers=job.layers,
             hidden_size=job.hidden,
             num_attention_heads=job.heads,
@@ -182,6 +187,18 @@ class Trainer:
         )
 
         job = self.job
+        if self.family:
+            return self.family.build(
+                self.config,
+                job,
+                pre_process=parallel_state.is_pipeline_first_stage(
+                    ignore_virtual=False, vp_stage=vp_stage
+                ),
+                post_process=parallel_state.is_pipeline_last_stage(
+                    ignore_virtual=False, vp_stage=vp_stage
+                ),
+                vp_stage=vp_stage,
+            )
         spec: Any = get_gpt_layer_local_spec(qk_layernorm=job.qk_layernorm, normalization="RMSNorm")
         if job.experts:
             spec = get_gpt_decoder_block_spec(
@@ -276,12 +293,7 @@ class Trainer:
             }
             group = parallel_state.get_context_parallel_group()
             batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
-            output = model(
-                batch["tokens"],
-                batch["position_ids"],
-                batch["attention_mask"],
-                labels=batch["labels"],
-            )
+            output = (self.family or Family()).losses(model, batch)
 
             def loss_of(output: torch.Tensor) -> Any:
                 # Megatron multiplies a loss without a number of tokens by the size of the group.
@@ -379,14 +391,22 @@ def whole_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return 1.0 + 0.1 * noise if "norm" in name else 0.05 * noise
 
 
+def parts_of(name: str, rows: int, job: Job) -> list[int] | None:
+    """Return the rows of each projection in a fused weight, which are split apart over ranks."""
+    if job.swiglu and "linear_fc1" in name:
+        return [rows // 2, rows // 2]
+    parts = FAMILIES[job.family].parts(name) if job.family in FAMILIES else None
+    return None if parts is None else list(parts)
+
+
 def shard_of(name: str, whole: torch.Tensor, param: torch.Tensor, job: Job, rank: int) -> Any:
     """Return one tensor-parallel rank's part of a whole tensor (also of labels or of v)."""
     size = split_size(name, job)
     if not getattr(param, "tensor_model_parallel", False) or size == 1:
         return whole
-    if job.swiglu and "linear_fc1" in name:
-        gate, up = whole.chunk(2, dim=0)
-        return torch.cat([gate.chunk(size)[rank], up.chunk(size)[rank]])
+    parts = parts_of(name, len(whole), job)
+    if parts is not None:
+        return torch.cat([part.chunk(size)[rank] for part in whole.split(parts)])
     return whole.chunk(size, dim=param.partition_dim)[rank]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tests.gather import nearest_bfloat16, slices_of, weights_of, whole_tensors
 from tests.megatron_job import Job, Trainer, global_names
+from tests.models import FAMILIES
 from tests.ranks import run_ranks
 from tests.reference import (
     WholeTensorAdamMini,
@@ -45,13 +46,15 @@ BETAS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
 
 def labels_of(name: str, shape: tuple[int, ...], job: Job) -> Tensor:
     """Return the oracle's blocks, written from the design's table of presets."""
+    if job.family in FAMILIES:
+        return FAMILIES[job.family].labels(name, shape)
     preset = job.adam_mini.get("preset", "paper")
     if len(shape) == 1 and "norm" not in name:
         return one_label(*shape) if preset == "tensor" else element_labels(*shape)
     if len(shape) == 1:
         return one_label(*shape)
     if "linear_qkv" in name:
-        head_dim = job.hidden // job.heads
+        head_dim = job.config_args.get("kv_channels", job.hidden // job.heads)
         labels = qkv_labels(job.heads, job.groups, head_dim, shape[1], job.gated_attention)
         if preset == "tensor":
             return _merge_qkv(labels, job, {"q", "k", "v"})
@@ -67,7 +70,8 @@ def labels_of(name: str, shape: tuple[int, ...], job: Job) -> Tensor:
 
 def _merge_qkv(labels: Tensor, job: Job, kinds: set[str]) -> Tensor:
     """Give all Query, Key or Value rows of a fused weight (without a gate) one label per kind."""
-    head_dim, per_group = job.hidden // job.heads, job.heads // job.groups
+    head_dim = job.config_args.get("kv_channels", job.hidden // job.heads)
+    per_group = job.heads // job.groups
     group = ["q"] * (per_group * head_dim) + ["k"] * head_dim + ["v"] * head_dim
     merged = labels.clone()
     for row, kind in enumerate(group * job.groups):
@@ -141,7 +145,8 @@ def key_rows(job: Job) -> Tensor:
     which Adam then scales up: trajectories of that noise differ between layouts. What the update
     makes of it is compared by check_same_gradients.
     """
-    head_dim, per_group = job.hidden // job.heads, job.heads // job.groups
+    head_dim = job.config_args.get("kv_channels", job.hidden // job.heads)
+    per_group = job.heads // job.groups
     queries = per_group * head_dim * (2 if job.gated_attention else 1)
     group = [False] * queries + [True] * head_dim + [False] * head_dim
     return torch.tensor(group * job.groups)

@@ -1,0 +1,453 @@
+"""Small models of other families than GPT for ``megatron_job``: how to build and to run them.
+
+A family says what a model is made of, what comes out of it, and, for the oracle, which rows of its
+weights share one second moment. The latter is written from docs/partition.md, not with the package.
+
+Megatron-Core needs kernels that run on GPUs only for some layers; the stand-ins here compute the
+same on a CPU, slowly.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from tests.megatron_job import Job
+
+
+class Family:
+    """GPT with Megatron's own layers; other families override what differs."""
+
+    #: Weights that hold several projections: end of the name -> rows of each in the whole weight.
+    fused: ClassVar[dict[str, tuple[int, ...]]] = {}
+    #: Weights with heads: end of the name -> for one head, (rows, whether they are one block) of
+    #: each part.
+    heads: ClassVar[dict[str, tuple[tuple[int, bool], ...]]] = {}
+    #: Ends of names of matrices (or tensors of more dimensions) with one v per element.
+    elementwise: tuple[str, ...] = ()
+
+    def config_class(self) -> Any:
+        """Return the class of the model's config."""
+        from megatron.core.transformer import TransformerConfig
+
+        return TransformerConfig
+
+    def build(self, config: Any, job: Job, **stage: Any) -> Any:
+        """Return a model chunk; ``stage`` has pre_process, post_process and vp_stage."""
+        raise NotImplementedError
+
+    def losses(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        """Run a chunk; return the losses of tokens, or what goes to the next stage."""
+        found: Tensor = model(
+            batch["tokens"],
+            batch["position_ids"],
+            batch["attention_mask"],
+            labels=batch["labels"],
+        )
+        return found
+
+    def labels(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return the oracle's blocks of a parameter under the preset ``paper``."""
+        numel = torch.Size(shape).numel()
+        is_norm = "norm" in name or ".ln_p" in f".{name}"
+        if len(shape) == 1 and is_norm and name.endswith("weight"):
+            return torch.zeros(shape, dtype=torch.int64)
+        if len(shape) == 1 or name.endswith(self.elementwise or ("-",)):
+            return torch.arange(numel).reshape(shape)
+        rows = _rows(shape[0], next((h for n, h in self.heads.items() if name.endswith(n)), ()))
+        return rows.reshape(-1, *[1] * (len(shape) - 1)).expand(shape).contiguous()
+
+    def parts(self, name: str) -> tuple[int, ...] | None:
+        """Return the rows of each projection in a fused weight, ``None`` if it is a single one."""
+        return next((sizes for end, sizes in self.fused.items() if name.endswith(end)), None)
+
+
+def _rows(count: int, head: tuple[tuple[int, bool], ...]) -> Tensor:
+    """Return a label for each of ``count`` rows: heads one after the other, or each row its own."""
+    if not head:
+        return torch.arange(count)
+    labels: list[int] = []
+    while len(labels) < count:
+        for rows, one_block in head:
+            start = labels[-1] + 1 if labels else 0
+            labels += [start] * rows if one_block else list(range(start, start + rows))
+    assert len(labels) == count
+    return torch.tensor(labels)
+
+
+class LatentAttention(Family):
+    """DeepSeek without experts: latent Query, Key and Value."""
+
+    # qk_head_dim 6 and qk_pos_emb_head_dim 4; v_head_dim 8.
+    heads: ClassVar = {
+        "linear_q_up_proj.weight": ((6 + 4, True),),
+        "linear_q_proj.weight": ((6 + 4, True),),
+        "linear_kv_up_proj.weight": ((6, True), (8, False)),
+    }
+
+    def config_class(self) -> Any:
+        from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+        return MLATransformerConfig
+
+    def build(self, config: Any, job: Job, **stage: Any) -> Any:
+        from megatron.core.models.gpt import GPTModel
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+        from megatron.core.tensor_parallel import (
+            gather_from_tensor_model_parallel_region,
+            scatter_to_sequence_parallel_region,
+        )
+        from megatron.core.transformer.dot_product_attention import DotProductAttention
+        from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+
+        class CoreAttention(DotProductAttention):
+            """Megatron's, which refuses to be told sizes of heads although it can do without."""
+
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                kwargs = {k: v for k, v in kwargs.items() if k not in ("k_channels", "v_channels")}
+                super().__init__(*args, **kwargs)
+
+        class Attention(MLASelfAttention):
+            """Megatron's, whose gradient of the common rotary Key misses the heads of other ranks.
+
+            With its local layers it gathers that Key over tensor-parallel ranks, but does not sum
+            its gradient. Without sequence parallelism it also sums a whole gradient of
+            ``q_layernorm`` over them, which no layer can mend.
+            """
+
+            def _qkv_down_projection(self, hidden_states: Tensor) -> Any:
+                query, rest = super()._qkv_down_projection(hidden_states)
+                if self.config.sequence_parallel:
+                    rest = gather_from_tensor_model_parallel_region(rest)
+                    rest = scatter_to_sequence_parallel_region(rest)
+                return query, rest
+
+        spec = get_gpt_layer_local_spec(
+            qk_layernorm=job.qk_layernorm, multi_latent_attention=True, normalization="RMSNorm"
+        )
+        spec.submodules.self_attention.submodules.core_attention = CoreAttention
+        spec.submodules.self_attention.module = Attention
+        return GPTModel(
+            config=config,
+            transformer_layer_spec=spec,
+            vocab_size=job.vocab,
+            max_sequence_length=job.sequence,
+            share_embeddings_and_output_weights=job.tied,
+            position_embedding_type="rope",
+            **stage,
+        )
+
+
+class Hybrid(Family):
+    """Nemotron-H: Mamba, attention and MLP layers in one stack."""
+
+    # d_inner 64 (heads 4 of size 16), 2 groups with a state of 8: z, x, B, C, dt.
+    fused: ClassVar = {
+        "in_proj.weight": (64, 64, 16, 16, 4),
+        "conv1d_weight": (64, 16, 16),
+        "conv1d_bias": (64, 16, 16),
+    }
+    heads: ClassVar = {"linear_qkv.weight": ((8, True), (8, True), (8, True), *[(1, True)] * 8)}
+    elementwise = ("conv1d_weight",)
+
+    def build(self, config: Any, job: Job, **stage: Any) -> Any:
+        from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+        from megatron.core.models.hybrid import hybrid_block
+        from megatron.core.models.hybrid.hybrid_model import HybridModel
+        from megatron.core.ssm import mamba_mixer
+        from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+        from megatron.core.ssm.mlp_layer import MLPLayer
+        from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+        from megatron.core.transformer import spec_utils, torch_norm
+        from megatron.core.transformer.transformer_layer import (
+            TransformerLayer,
+            TransformerLayerSubmodules,
+        )
+
+        norm = torch_norm.WrappedTorchNorm
+        hybrid_block.TENorm = norm
+        mamba_mixer.HAVE_MAMBA_SSM = True
+        mamba_mixer.ExtendedRMSNorm = _group_norm_class()
+        mamba_mixer.mamba_split_conv1d_scan_combined = state_space_scan
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm").submodules
+        attention = spec_utils.ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=norm,
+                self_attention=layer.self_attention,
+                self_attn_bda=get_bias_dropout_add,
+            ),
+        )
+        mlp = spec_utils.ModuleSpec(
+            module=MLPLayer,
+            submodules=TransformerLayerSubmodules(
+                pre_mlp_layernorm=norm, mlp=layer.mlp, mlp_bda=get_bias_dropout_add
+            ),
+        )
+        mixer = spec_utils.ModuleSpec(
+            module=mamba_mixer.MambaMixer,
+            submodules=mamba_mixer.MambaMixerSubmodules(
+                in_proj=ColumnParallelLinear, out_proj=RowParallelLinear
+            ),
+        )
+        mamba = spec_utils.ModuleSpec(
+            module=MambaLayer,
+            submodules=MambaLayerSubmodules(norm=norm, mixer=mixer, mamba_bda=get_bias_dropout_add),
+        )
+        stack = spec_utils.ModuleSpec(
+            module=hybrid_block.HybridStack,
+            submodules=hybrid_block.HybridStackSubmodules(
+                mamba_layer=mamba, attention_layer=attention, mlp_layer=mlp
+            ),
+        )
+        return HybridModel(
+            config=config,
+            hybrid_stack_spec=stack,
+            vocab_size=job.vocab,
+            max_sequence_length=job.sequence,
+            hybrid_layer_pattern="M*-",
+            position_embedding_type="none",
+            **stage,
+        )
+
+
+def _group_norm_class() -> Any:
+    """Return a stand-in for the norm of Mamba's mixer, with its state dict."""
+    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+    class GroupNorm(torch.nn.Module):
+        def __init__(self, size: int, *, eps: float, group_size: int, dtype: Any, **_: Any) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(size, dtype=dtype))
+            self.eps, self.group_size = eps, group_size
+
+        def forward(self, x: Tensor) -> Tensor:
+            grouped = x.unflatten(-1, (-1, self.group_size))
+            return (
+                functional.rms_norm(grouped, (self.group_size,), eps=self.eps).flatten(-2)
+                * self.weight
+            )
+
+        def sharded_state_dict(
+            self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+        ) -> Any:
+            return make_sharded_tensors_for_checkpoint(
+                self.state_dict(prefix="", keep_vars=True),
+                prefix,
+                {"weight": 0},
+                sharded_offsets,
+                tp_group=self.tp_group,
+                dp_cp_group=metadata["dp_cp_group"],
+            )
+
+    return GroupNorm
+
+
+def state_space_scan(
+    zx: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dt_bias: Tensor,
+    a: Tensor,
+    *,
+    D: Tensor,
+    headdim: int,
+    ngroups: int,
+    **_: Any,
+) -> Tensor:
+    """Compute what Mamba's fused kernel does: convolution, scan over time, gate."""
+    batch, length, width = zx.shape
+    heads: ClassVar = len(a)
+    inner = heads * headdim
+    state = (width - 2 * inner - heads) // (2 * ngroups)
+    z, x, dt = zx.split([inner, inner + 2 * ngroups * state, heads], dim=-1)
+    x = functional.conv1d(
+        x.transpose(1, 2), weight[:, None], bias, padding=weight.shape[1] - 1, groups=len(weight)
+    )
+    x, b, c = (
+        functional.silu(x[..., :length])
+        .transpose(1, 2)
+        .split([inner, ngroups * state, ngroups * state], dim=-1)
+    )
+    dt = functional.softplus(dt + dt_bias)
+    x = x.unflatten(-1, (heads, headdim))
+    b, c = (
+        t.unflatten(-1, (ngroups, state)).repeat_interleave(heads // ngroups, dim=2) for t in (b, c)
+    )
+    hidden, outputs = x.new_zeros(batch, heads, headdim, state), []
+    for t in range(length):
+        decay = torch.exp(dt[:, t] * a)[..., None, None]
+        added = (dt[:, t, :, None] * x[:, t])[..., None] * b[:, t, :, None]
+        hidden = hidden * decay + added
+        outputs.append((hidden * c[:, t, :, None]).sum(-1) + D[:, None] * x[:, t])
+    return torch.stack(outputs, dim=1).flatten(2) * functional.silu(z)
+
+
+class GatedDelta(Family):
+    """Qwen3-Next without experts: a gated delta net in place of attention."""
+
+    # 2 Query and Key heads of size 4, 4 Value heads of size 8: query, key, value, z, beta, alpha.
+    fused: ClassVar = {"in_proj.weight": (8, 8, 32, 32, 4, 4), "conv1d.weight": (8, 8, 32)}
+    elementwise = ("conv1d.weight",)
+
+    def build(self, config: Any, job: Job, **stage: Any) -> Any:
+        from megatron.core.models.gpt import GPTModel
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+        from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules, common
+        from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+        from megatron.core.transformer import spec_utils, torch_norm
+
+        common.HAVE_FLA = True
+        common.l2norm = functools.partial(functional.normalize, dim=-1)
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        spec.submodules.self_attention = spec_utils.ModuleSpec(
+            module=GatedDeltaNet,
+            submodules=GatedDeltaNetSubmodules(
+                in_proj=ColumnParallelLinear,
+                out_norm=torch_norm.WrappedTorchNorm,
+                out_proj=RowParallelLinear,
+            ),
+        )
+        return GPTModel(
+            config=config,
+            transformer_layer_spec=spec,
+            vocab_size=job.vocab,
+            max_sequence_length=job.sequence,
+            position_embedding_type="none",
+            **stage,
+        )
+
+
+class Bert(Family):
+    """BERT: learned positions and token types, a head for words and one for pairs of sentences."""
+
+    heads: ClassVar = {"linear_qkv.weight": ((8, True), (8, True), *[(1, True)] * 8)}
+
+    def build(self, config: Any, job: Job, **stage: Any) -> Any:
+        from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+        from megatron.core.models.bert.bert_model import BertModel
+
+        return BertModel(
+            config=config,
+            num_tokentypes=2,
+            transformer_layer_spec=bert_layer_local_spec,
+            vocab_size=job.vocab,
+            max_sequence_length=job.sequence,
+            share_embeddings_and_output_weights=job.tied,
+            **stage,
+        )
+
+    def losses(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        tokens = batch["tokens"]
+        words, pair = model(tokens, torch.ones_like(tokens), tokens % 2, lm_labels=batch["labels"])
+        found: Tensor = words.mean() + functional.cross_entropy(pair, tokens[:, 0] % 2)
+        return found
+
+
+class T5(Family):
+    """T5: encoder, decoder, cross attention, relative positions."""
+
+    heads: ClassVar = {
+        "linear_qkv.weight": ((8, True), (8, True), *[(1, True)] * 8),
+        "linear_q.weight": ((8, True),),
+        "linear_kv.weight": ((8, True), *[(1, True)] * 8),
+    }
+
+    def build(self, config: Any, job: Job, **stage: Any) -> Any:
+        from megatron.core.models.T5 import t5_spec
+        from megatron.core.models.T5.t5_model import T5Model
+
+        stage.pop("vp_stage")
+        return T5Model(
+            config=config,
+            encoder_config=config,
+            transformer_encoder_layer_spec=t5_spec.get_t5_encoder_with_local_block_spec(job.layers),
+            transformer_decoder_layer_spec=t5_spec.get_t5_decoder_with_local_block_spec(job.layers),
+            vocab_size=job.vocab,
+            max_sequence_length=job.sequence,
+            share_embeddings_and_output_weights=job.tied,
+            **stage,
+        )
+
+    def losses(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        tokens, mask = batch["tokens"], batch["attention_mask"]
+        everything = torch.zeros_like(mask)
+        found: Tensor = model(
+            tokens, tokens.flip(1), everything, mask, everything, lm_labels=batch["labels"]
+        )
+        return found
+
+
+def image_of(tokens: Tensor) -> Tensor:
+    """Return an image for each sequence, shape ``(batch, 3, 8, 8)``."""
+    return torch.sin(tokens[:, :3].float()[:, :, None, None] + torch.arange(64.0).view(8, 8))
+
+
+class VisionTransformer(Family):
+    """CLIP's vision model with a loss of its own."""
+
+    heads: ClassVar = {"linear_qkv.weight": ((8, True), (8, True), *[(1, True)] * 8)}
+    elementwise = ("class_token",)
+
+    def build(self, config: Any, job: Job, **stage: Any) -> Any:
+        from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+        from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
+        from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+        return CLIPViTModel(
+            config,
+            get_vit_layer_with_local_spec(),
+            ln_pre_impl=WrappedTorchNorm,
+            ln_post_impl=WrappedTorchNorm,
+            patch_dim=4,
+            img_h=8,
+            img_w=8,
+        )
+
+    def losses(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        features: Tensor = model(image_of(batch["tokens"]))
+        wanted = torch.sin(batch["tokens"][:, :1] + torch.arange(1.0 * features[0].numel()))
+        return (features - wanted.view(features.shape)).square()
+
+
+FAMILIES: dict[str, Family] = {
+    "latent": LatentAttention(),
+    "hybrid": Hybrid(),
+    "delta": GatedDelta(),
+    "bert": Bert(),
+    "t5": T5(),
+    "vision": VisionTransformer(),
+}
+
+LATENT = {
+    "multi_latent_attention": True,
+    "kv_channels": 8,  # the size of a Value head, for Megatron's local attention
+    "q_lora_rank": 12,
+    "kv_lora_rank": 8,
+    "qk_head_dim": 6,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 8,
+    "rope_type": "rope",
+}
+HYBRID = {
+    "mamba_state_dim": 8,
+    "mamba_head_dim": 16,
+    "mamba_num_groups": 2,
+    "is_hybrid_model": True,
+}
+DELTA = {
+    "experimental_attention_variant": "gated_delta_net",
+    "linear_attention_freq": 1,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "deterministic_mode": True,
+}
