@@ -12,7 +12,10 @@ from tests.models import DELTA, HYBRID, LATENT
 from tests.ranks import run_ranks
 from tests.test_oracle import compare_runs, sharded_run, unsharded_run, world_of
 
-SMALL = Job(hidden=32, heads=4, groups=4, ffn=48, vocab=64, overlap=True, bucket_size=2000, steps=6)
+SMALL = Job(
+    hidden=32, heads=4, groups=4, ffn=48, vocab=64, overlap=True, bucket_size=2000, steps=4,
+    batch=16,
+)  # fmt: skip
 
 MODELS = {
     "DeepSeek, dense": replace(SMALL, family="latent", qk_layernorm=True, config_args=LATENT),
