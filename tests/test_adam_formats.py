@@ -135,7 +135,7 @@ def test_megatron_itself_cannot_write_the_deprecated_model_space(tmp_path: Path)
 UNREADABLE = [
     ({"param_state_sharding_type": "fully_sharded_model_space"}, "fully_sharded_model_space"),
     ({"param_state_sharding_type": "fully_sharded_bucket_space"}, "dp_reshardable"),
-    ({0: {}, 1: {}}, "chain of 2"),
+    ({0: {}, 1: {}}, "format None"),
     ({}, "holds no optimizer state"),
     (None, "--no-load-optim"),
 ]

@@ -376,11 +376,14 @@ def train_adam_and_save(job: Job, folder: str, sharding: str | None) -> Any:
 
 def adam_state(trainer: Trainer) -> Any:
     """Return param, exp_avg and exp_avg_sq of every slice that stock Adam holds on this rank."""
-    from tests.gather import _part
-    from tests.megatron_job import global_names
-
     names = {param: name for name, param in global_names(trainer.chunks).items()}
-    member = trainer.optimizer.chained_optimizers[0]
+    members = trainer.optimizer.chained_optimizers  # dense parameters, and experts if there are any
+    return [part for member in members for part in _state_of(trainer, member, names)]
+
+
+def _state_of(trainer: Trainer, member: Any, names: dict[Any, str]) -> list[Part]:
+    from tests.gather import _part
+
     parts = []
     if trainer.job.distributed_optimizer:
         for param, name in names.items():

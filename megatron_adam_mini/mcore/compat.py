@@ -280,8 +280,11 @@ def is_sharded_by_gtp(param: Parameter) -> bool:
 def stored_prefixes(module: Module) -> Mapping[str, str]:
     """Return how checkpoints rename the parameters of a layer, by prefix within it.
 
-    ``submodules_config.sharded_state_dict_keys_map`` of transformer layers; all.
+    ``submodules_config.sharded_state_dict_keys_map`` of transformer layers; all. Since 0.17 the
+    layer for multi-token prediction calls its own layer otherwise than checkpoints of GPT do.
     """
+    if getattr(module, "mtp_layer_pattern", "") is None:
+        return {"mtp_model_layer.": "transformer_layer."}
     submodules = getattr(module, "submodules_config", None)
     prefixes: Mapping[str, str] = getattr(submodules, "sharded_state_dict_keys_map", {})
     return prefixes

@@ -23,8 +23,13 @@ Group = Mapping[str, Any]
 #: What a scheduler reads in a group, and what it writes there.
 BOUNDS = ("max_lr", "min_lr", "start_wd", "end_wd")
 SCHEDULED = ("lr", "weight_decay")
-#: What tells groups apart besides. Not the optimizer, which is another one in Adam's checkpoints.
-KIND = tuple(key for key in param_group_identifier_keys if key not in (*BOUNDS, "optimizer"))
+#: What tells groups apart besides. Not the optimizer, which is another one in Adam's checkpoints,
+#: nor whether they are of experts, which depends on the layout: without expert parallelism, experts
+#: are in the groups of dense parameters.
+EXPERT = "is_expert_parallel"
+KIND = tuple(
+    key for key in param_group_identifier_keys if key not in (*BOUNDS, "optimizer", EXPERT)
+)
 #: What is reported where it differs.
 CONFIGURATION = (*BOUNDS, *KIND, "betas", "eps")
 
@@ -42,7 +47,10 @@ def load_groups(groups: Sequence[dict[str, Any]], saved: Sequence[Group]) -> lis
         For each of ``groups`` the one in the checkpoint: of equal configuration, or else the only
         one of its kind that has other bounds; ``None`` if there is none, or several.
     """
-    equal = [_only([other for other in saved if _is_equal(group, other)]) for group in groups]
+    equal = [
+        _only(_of_same_parameters(group, [other for other in saved if _is_equal(group, other)]))
+        for group in groups
+    ]
     taken = [other for other in equal if other is not None]
     left = [other for other in saved if not any(_is_equal(other, one) for one in taken)]
     changed = [group for group, match in zip(groups, equal, strict=True) if match is None]
@@ -74,6 +82,11 @@ def take_bounds(groups: Sequence[dict[str, Any]], saved: Sequence[Group | None])
                 number,
                 _described(group),
             )
+
+
+def _of_same_parameters(group: Group, found: Sequence[Group]) -> Sequence[Group]:
+    """Return those of dense parameters, or of experts, as the group is; all if there are none."""
+    return [other for other in found if other.get(EXPERT) == group.get(EXPERT)] or found
 
 
 def _only(found: Sequence[Group]) -> Group | None:

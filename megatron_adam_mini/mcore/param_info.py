@@ -169,7 +169,10 @@ def _names(
     experts whatever their implementation, ``...mlp.experts.experts.<number>.linear_fc1.weight``.
     """
     name = _global_name(local_name, renamed)
-    key = _global_name(_replace_prefix(local_name, stored), renamed)
+    key = local_name
+    for prefix in sorted(stored, key=len, reverse=True):  # inner modules first
+        key = _replace_prefix(key, {prefix: stored[prefix]})
+    key = _global_name(key, renamed)
     path, experts, _ = local_name.rpartition(".experts.")
     if not experts:
         return name, key

@@ -107,8 +107,7 @@ class SavedState(DistributedNames):
     def _domain_parts(self) -> list[DomainPart]:
         """Return this rank's part of each domain."""
         plan, groups = self.inner.plan, self._groups_of_ranks
-        # A rank without experts has no second optimizer in Megatron's chain.
-        chained = sum(bool(domain.buffers) for domain in plan.domains) > 1
+        chained = len(plan.domains) > 1
         return [
             DomainPart(
                 name=domain.name,
