@@ -47,6 +47,27 @@ def adam_key(kind: str, model_key: str) -> str:
     return f"{ADAM_PREFIX}{kind}.{model_key}"
 
 
+#: Stands before the number of an optimizer in a chain.
+MEMBER = "@"
+
+
+def members_of(common: Mapping[Any, Any]) -> list[Mapping[Any, Any]]:
+    """Return what a checkpoint holds of each optimizer in Megatron's chain: dense, experts.
+
+    Args:
+        common: common state of a checkpoint, where a chain is a dict by number; or objects, where
+            the name of another than the first ends with ``MEMBER`` and its number.
+    """
+    numbered = sorted(key for key in common if isinstance(key, int))
+    if numbered:
+        return [common[number] for number in numbered]
+    members: dict[str, dict[Any, Any]] = {"": {}}
+    for key, value in common.items():
+        name, _, number = key.partition(MEMBER) if isinstance(key, str) else (key, "", "")
+        members.setdefault(number, {})[name] = value
+    return list(members.values())
+
+
 def steps_of(state: Mapping[str, Any]) -> list[int]:
     """Return the distinct step counts in Adam's state; sound state has one.
 

@@ -26,6 +26,8 @@ SAVED: dict[str, tuple[Job, int, str | None]] = {
     "adam-tp2": (replace(ADAM, tp=2), 2, SHARDING),
     "plain": (PLAIN, 1, None),
     "mini": (replace(MINI, tp=2, pp=2), 4, SHARDING),
+    "adam-experts": (replace(ADAM, experts=4, ep=2, mtp=1), 2, SHARDING),
+    "mini-experts": (replace(MINI, experts=4, ep=2, pp=2, mtp=1), 4, SHARDING),
     "buckets": (replace(MINI, adam_mini={"checkpoint_format": "buckets"}), 2, SHARDING),
 }
 _made: dict[str, Path] = {}
@@ -60,6 +62,9 @@ def args_of(job: Job, dtype: torch.dtype) -> argparse.Namespace:
         transformer_impl="local",
         tensor_model_parallel_size=job.tp,
         pipeline_model_parallel_size=job.pp,
+        expert_model_parallel_size=job.ep,
+        num_experts=job.experts,
+        moe_grouped_gemm=False,
         attention_backend=AttnBackend.unfused,
         params_dtype=dtype,
         save=Path("/somewhere"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from tests.adam_checkpoints import (
 )
 from tests.gather import whole_tensors
 from tests.ranks import run_ranks
-from tests.reference import one_label, qkv_labels, row_labels
+from tests.reference import element_labels, one_label, qkv_labels, row_labels
 
 #: Relative error of a float64 mean rounded to float32, against one summed in another order.
 MEAN_TOLERANCE = 2.0**-23
@@ -58,6 +59,8 @@ def labels_of(key: str, shape: torch.Size) -> Tensor:
     """Return the paper's blocks of one parameter, written apart from the package."""
     if "linear_qkv.weight" in key:
         return qkv_labels(MINI.heads, MINI.groups, MINI.hidden // MINI.heads, MINI.hidden)
+    if "router" in key:
+        return element_labels(*shape)
     return row_labels(*shape) if len(shape) == 2 else one_label(*shape)
 
 
@@ -70,12 +73,18 @@ def means(values: Tensor, labels: Tensor) -> Tensor:
 
 
 def layers_of(key: str, value: Tensor) -> list[tuple[str, Tensor]]:
-    if ".layers." not in key:
-        return [(key, value)]
-    return [(key.replace(".layers.", f".layers.{i}."), v) for i, v in enumerate(value)]
+    """Cut a stack of layers, and one of the experts in them, into parameters."""
+    found = [(key, value)]
+    if re.search(r"\.layers\.(?!\d)", key):
+        found = [(key.replace(".layers.", f".layers.{i}."), v) for i, v in enumerate(value)]
+    return [
+        (name.replace(".experts.experts.", f".experts.experts.{i}."), part)
+        for name, stack in found
+        for i, part in enumerate(stack if ".experts.experts." in name else [stack])
+    ]
 
 
-@pytest.mark.parametrize("name", ["adam", "adam-tp2", "plain"])
+@pytest.mark.parametrize("name", ["adam", "adam-tp2", "plain", "adam-experts"])
 def test_adam_to_adam_mini_keeps_masters_and_m_and_averages_v(name, checkpoints, tmp_path):
     assert main(["convert", "--to", "adam-mini", str(checkpoints[name]), str(tmp_path / "x")]) == 0
     before, after = read_all(checkpoints[name]), read_all(tmp_path / "x")
@@ -94,16 +103,20 @@ def test_adam_to_adam_mini_keeps_masters_and_m_and_averages_v(name, checkpoints,
                 assert layer.abs().max() > 0
             else:
                 assert kind == "exp_avg_sq"
+                by_element = f"{OURS}v_element.{layer_key}"
+                if "router" in layer_key:
+                    assert torch.equal(after.pop(by_element), layer), layer_key
+                    continue
                 rows = after.pop(f"{OURS}v_row.{layer_key}")
                 expected = means(layer, labels_of(layer_key, layer.shape))
                 narrow = (1,) * (layer.ndim - 1)
                 difference = (rows.double().view(-1, *narrow) - expected).abs()
                 assert (difference <= MEAN_TOLERANCE * expected).all(), layer_key
-    assert seen == 3 * (3 + 6 * MINI.layers)
+    assert seen == 3 * (46 if name == "adam-experts" else 3 + 6 * MINI.layers)
     assert not after, "entries that come from nothing"
 
 
-@pytest.mark.parametrize("name", ["adam", "adam-tp2"])
+@pytest.mark.parametrize("name", ["adam", "adam-tp2", "adam-experts"])
 def test_the_round_trip_keeps_masters_and_m_and_gives_elements_their_mean(
     name, checkpoints, tmp_path
 ):

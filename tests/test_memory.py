@@ -493,15 +493,6 @@ def test_world_size_is_another_way_to_say_data_parallel_size(capsys: Any) -> Non
     assert set(one["every_rank"]["adam"][0]) == set(KINDS)
 
 
-def test_notes_say_what_does_not_run_or_saves_nothing(capsys: Any) -> None:
-    flags = ["memory", "--model", "deepseek-v3-like", "--num-layers", "3", "--num-experts", "8"]
-    assert cli.main([*flags, "--moe-layer-freq", "[0]+[1]*2"]) == 0
-    text = capsys.readouterr().out
-    assert "refuses to train it in this release" in text
-    assert cli.main(["memory", "--model", "llama-3-8b"]) == 0
-    assert "note" not in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -19,6 +19,7 @@ from megatron_adam_mini.adam_rules import (
     PLAIN_MAIN_PARAM,
     UNSOUND_CAUSE,
     adam_key,
+    members_of,
     steps_of,
     steps_problem,
 )
@@ -40,12 +41,14 @@ class AdamState:
         main_keys: model key -> key of its main parameters.
         step: steps taken.
         param_groups: options of the parameter groups, without parameters.
+        grad_scaler: state of the loss scaler, ``None`` if there is none.
     """
 
     model_keys: tuple[str, ...]
     main_keys: dict[str, str]
     step: int
     param_groups: list[dict[str, Any]]
+    grad_scaler: dict[str, Any] | None
 
     def keys(self, model_key: str) -> tuple[str, str, str]:
         """Return the keys of main parameter, m and v."""
@@ -94,12 +97,15 @@ def find_adam_state(checkpoint: Checkpoint) -> AdamState:
             raise CorruptError(
                 f"{checkpoint.folder}: {kind} and exp_avg do not agree about {odd!r}."
             )
-    inner = checkpoint.optimizer.get("optimizer", {})
-    steps = steps_of(inner)
+    members = members_of(checkpoint.optimizer)
+    inners = [member.get("optimizer", {}) for member in members]
+    steps = sorted({step for inner in inners for step in steps_of(inner)})
     problem = steps_problem(steps)
     if problem:
         raise CorruptError(f"{checkpoint.folder} {problem}")
-    state = AdamState(tuple(model_keys), main, steps[0], inner.get("param_groups", []))
+    groups = [group for inner in inners for group in inner.get("param_groups", [])]
+    scaler = members[0].get("grad_scaler")
+    state = AdamState(tuple(model_keys), main, steps[0], groups, scaler)
     for key in model_keys:
         for stored in state.keys(key):
             _check_entry(checkpoint, key, stored)
@@ -136,7 +142,7 @@ def refuse_unsound(checkpoint: Checkpoint, key: str, count: int, numel: int) -> 
 
 
 def _refuse_other_formats(checkpoint: Checkpoint) -> None:
-    optimizer = checkpoint.optimizer
+    optimizer = members_of(checkpoint.optimizer)[0]
     if "adam_mini" in optimizer or any(key.startswith(STATE_PREFIX) for key in checkpoint.tensors):
         raise UnreadableError(f"{checkpoint.folder} holds the state of Adam-mini already.")
     # Not what the content metadata say: callers of Megatron make them from constants.
@@ -150,12 +156,11 @@ def _refuse_other_formats(checkpoint: Checkpoint) -> None:
             "whose contents depend on the layout. Load it in its own run and save it again with "
             "--dist-ckpt-optim-fully-reshardable, or load it in an Adam-mini run directly."
         )
-    if any(key.startswith(("optimizer.chained_", "chained_")) for key in checkpoint.tensors) or (
-        optimizer and all(isinstance(key, int) for key in optimizer)
-    ):
+    if any(key.startswith(("optimizer.chained_", "chained_")) for key in checkpoint.tensors):
         raise UnreadableError(
-            f"{checkpoint.folder} holds the state of several optimizers (mixture of experts), "
-            "which cannot be converted yet."
+            f"{checkpoint.folder} holds the state of a chain of optimizers under keys with their "
+            "numbers, as releases before 0.14 wrote it. Load it with --optimizer adam and save it "
+            "again."
         )
 
 

@@ -11,14 +11,13 @@ from typing import Any
 from megatron_adam_mini.checkpoint.errors import UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint
 from megatron_adam_mini.config import AdamMiniConfig
-from megatron_adam_mini.convert.parameters import StoredParameter, name_of
+from megatron_adam_mini.convert.parameters import StoredParameter, name_in_run
 from megatron_adam_mini.plan.parameter_info import HeadGeometry, ParameterInfo
 from megatron_adam_mini.plan.partition import (
     ParameterBlocks,
     partition_parameter,
     unmatched_patterns,
 )
-from megatron_adam_mini.plan.roles import is_expert
 
 
 def args_of(checkpoint: Checkpoint) -> Any:
@@ -71,17 +70,12 @@ def blocks_of(
     """Partition parameters into blocks, by folded key.
 
     Raises:
-        UnreadableError: there are experts, or a pattern of the config matches no parameter.
+        UnreadableError: a pattern of the config matches no parameter.
         ValueError: a rule does not apply; see ``partition.partition_parameter``.
     """
-    local = getattr(args, "transformer_impl", None) == "local"
     found = {}
     for parameter in parameters:
-        name = name_of(parameter.key, local=local)
-        if is_expert(name):
-            raise UnreadableError(
-                f"{name!r} belongs to an expert; mixture-of-experts models are not supported yet."
-            )
+        name = name_in_run(parameter.key, args)
         found[parameter.key] = partition_parameter(info_of(parameter, name, args), config)
     missing = unmatched_patterns([b.info.name for b in found.values()], config)
     if missing:

@@ -9,6 +9,7 @@ which is what Adam-mini would have accumulated from the same gradients: an avera
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -29,7 +30,7 @@ from megatron_adam_mini.convert.adam_state import (
     refuse_unsound,
 )
 from megatron_adam_mini.convert.blocks import args_of, blocks_of
-from megatron_adam_mini.convert.parameters import StoredParameter, fold
+from megatron_adam_mini.convert.parameters import StoredParameter, fold, number_of
 from megatron_adam_mini.convert.progress import bytes_bar
 from megatron_adam_mini.plan.manifest import MODEL_SPACE, identity_of, manifest_of, state_key
 from megatron_adam_mini.plan.partition import ParameterBlocks
@@ -100,7 +101,7 @@ def _convert_v(
                 writer.add(state_key("v_element", layer.key), layer.shape, rest, values.float())
             else:
                 of_rows = values.double().reshape(len(values), -1).sum(dim=1)
-                row_sums = sums[layer.layer[0] if layer.layer else 0]
+                row_sums = sums[number_of(layer.layer, layer.model_shape)]
                 row_sums[rest[0] : rest[0] + len(values)] += of_rows
         progress.update(window.nbytes)
     return sums
@@ -128,11 +129,12 @@ def by_layer(
     layers: list[StoredParameter], offset: tuple[int, ...], window: Tensor
 ) -> list[tuple[StoredParameter, tuple[int, ...], Tensor]]:
     """Cut a box of a model key's tensor into boxes of its layers: layer, offset, values."""
-    if not layers[0].layer:
-        return [(layers[0], offset, window)]
-    return [
-        (layers[offset[0] + index], offset[1:], part) for index, part in enumerate(window.unbind(0))
-    ]
+    lead, shape = len(layers[0].layer), layers[0].model_shape
+    found = []
+    for within in itertools.product(*(range(size) for size in window.shape[:lead])):
+        at = tuple(first + index for first, index in zip(offset[:lead], within, strict=True))
+        found.append((layers[number_of(at, shape)], offset[lead:], window[within]))
+    return found
 
 
 def _identity(
@@ -143,6 +145,8 @@ def _identity(
         "tensor": "tensor_model_parallel_size",
         "pipeline": "pipeline_model_parallel_size",
         "context": "context_parallel_size",
+        "expert": "expert_model_parallel_size",
+        "expert_tensor": "expert_tensor_parallel_size",
         "data": "data_parallel_size",
     }
     known = {key: getattr(args, name, None) for key, name in sizes.items()}
@@ -166,8 +170,8 @@ def _common(source: Checkpoint, state: AdamState, identity: dict[str, Any]) -> d
             for group in state.param_groups
         ],
     }
-    if "grad_scaler" in source.optimizer:
-        optimizer["grad_scaler"] = source.optimizer["grad_scaler"]
+    if state.grad_scaler is not None:
+        optimizer["grad_scaler"] = state.grad_scaler
     content = {**source.content, "adam_mini": identity}
     content["distrib_optim_sharding_type"] = "fully_reshardable"
     return {**source.common, "optimizer": optimizer, "content_metadata": content}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megatron_adam_mini.adam_rules import ADAM_PREFIX, steps_of
+from megatron_adam_mini.adam_rules import ADAM_PREFIX, members_of, steps_of
 from megatron_adam_mini.checkpoint.reader import COMMON_KEY, Checkpoint
 from megatron_adam_mini.plan.manifest import STATE_PREFIX, format_of
 
@@ -95,7 +95,7 @@ def _optimizer_kind(checkpoint: Checkpoint, identity: Any) -> str:
 def _step(optimizer: dict[str, Any]) -> int | None:
     if "step" in optimizer:
         return int(optimizer["step"])
-    inner = optimizer.get("optimizer")
+    inner = members_of(optimizer)[0].get("optimizer")
     steps = steps_of(inner) if isinstance(inner, dict) else []
     return steps[0] if len(steps) == 1 else None
 

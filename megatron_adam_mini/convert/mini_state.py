@@ -103,7 +103,7 @@ def stored_blocks(state: MiniState, parameter: StoredParameter, args: Any) -> Pa
     """
     if parameter.key not in state.rules:
         raise CorruptError(f"{parameter.key!r} has state, but is not in the manifest.")
-    info = info_of(parameter, parameter.key, args)
+    info = info_of(parameter, name_of(parameter.key, local=False), args)
     return partition_by_rule(info, state.rules[parameter.key].rule, config_of(state.identity))
 
 

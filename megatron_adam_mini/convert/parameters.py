@@ -1,36 +1,46 @@
 """Keys of a checkpoint -> parameters: which layer of which tensor, and its name in a model.
 
 Imports the reader. A *model key* is Megatron's: equal layers are stacked under one key along a
-leading axis. A *folded key* contains the layer's number instead, as all of Adam-mini's keys do.
-Data flow: reader -> **parameters** -> ``blocks`` (blocks), ``adam_state``, ``mini_state``.
+leading axis, and so are the experts of a layer along the next. A *folded key* contains the numbers
+of layer and expert instead, as all of Adam-mini's keys do. Data flow: reader -> **parameters** ->
+``blocks`` (blocks), ``adam_state``, ``mini_state``.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_adam_mini.checkpoint.errors import CorruptError
 from megatron_adam_mini.checkpoint.reader import Checkpoint
 
-_STACKED = re.compile(r"\.layers\.(?!\d)")
-_NUMBERED = re.compile(r"^(.*?\.layers)\.(\d+)\.(.*)$")
+#: Where the leading axes of a stacked key belong in it, outermost first: layers, experts.
+_AXES = (re.compile(r"\.layers\.(?!\d)"), re.compile(r"\.experts\.experts\.(?!\d)"))
+#: Their numbers in a folded key.
+_NUMBERS = (re.compile(r"(?<=\.layers)\.(\d+)(?=\.)"), re.compile(r"(?<=\.experts)\.(\d+)(?=\.)"))
 #: Megatron's local layers store their norms under Transformer Engine's names.
 _LOCAL_NAMES = (
     (".self_attention.linear_qkv.layer_norm_", ".input_layernorm."),
     (".mlp.linear_fc1.layer_norm_", ".pre_mlp_layernorm."),
 )
+#: And GPT stores the layer of multi-token prediction under the name of older releases.
+_MTP = re.compile(r"^(mtp\.layers\.\d+)\.transformer_layer\.")
+_EXPERT = re.compile(r"\.experts\.experts\.(\d+)\.(.*)$")
 
 
 @dataclass(frozen=True)
 class StoredParameter:
-    """One parameter of one layer, and its place in a checkpoint.
+    """One parameter of one layer, or of one expert in it, and its place in a checkpoint.
 
     Attributes:
         key: folded key.
         model_key: Megatron's key.
-        layer: index along the leading axis of the model key; ``()`` if it has none.
+        layer: indices along the leading axes of the model key, layer and expert; ``()`` if it has
+            none.
         shape: shape of the whole parameter.
         model_shape: shape of the model key's tensor.
     """
@@ -43,13 +53,13 @@ class StoredParameter:
 
 
 def fold(model_key: str, shape: tuple[int, ...]) -> Iterator[StoredParameter]:
-    """Yield the parameters that a model key holds, in the order of layers."""
-    if not _STACKED.search(model_key):
-        yield StoredParameter(model_key, model_key, (), shape, shape)
-        return
-    for layer in range(shape[0]):
-        key = model_key.replace(".layers.", f".layers.{layer}.", 1)
-        yield StoredParameter(key, model_key, (layer,), shape[1:], shape)
+    """Yield the parameters that a model key holds, in the order of layers, then experts."""
+    axes = [axis for axis in _AXES if axis.search(model_key)]
+    for at in itertools.product(*(range(size) for size in shape[: len(axes)])):
+        key = model_key
+        for axis, number in zip(axes, at, strict=True):
+            key = axis.sub(rf"\g<0>{number}.", key, count=1)
+        yield StoredParameter(key, model_key, at, shape[len(axes) :], shape)
 
 
 def parameter_of(checkpoint: Checkpoint, key: str) -> StoredParameter:
@@ -58,20 +68,40 @@ def parameter_of(checkpoint: Checkpoint, key: str) -> StoredParameter:
     Raises:
         CorruptError: the model of the checkpoint has no such parameter.
     """
-    match = _NUMBERED.match(key)
-    candidates = [(key, ())] if match is None else [(key, ()), _stacked(match)]
-    for model_key, layer in candidates:
+    for model_key, at in _candidates(key):
         if model_key in checkpoint.tensors:
             shape = checkpoint.tensors[model_key].shape
-            if not layer or layer[0] < shape[0]:
-                return StoredParameter(key, model_key, layer, shape[len(layer) :], shape)
+            if all(number < size for number, size in zip(at, shape, strict=False)):
+                return StoredParameter(key, model_key, at, shape[len(at) :], shape)
     raise CorruptError(
         f"{checkpoint.folder} has optimizer state of {key!r}, but no model weight of that name."
     )
 
 
-def _stacked(match: re.Match[str]) -> tuple[str, tuple[int, ...]]:
-    return f"{match[1]}.{match[3]}", (int(match[2]),)
+def _candidates(key: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield model keys that may hold a folded key: each of its numbers in the key, or stacked."""
+    for stacked in itertools.product((False, True), repeat=len(_NUMBERS)):
+        model_key = key
+        at: tuple[int, ...] = ()
+        for pattern, is_stacked in zip(_NUMBERS, stacked, strict=True):
+            found = pattern.search(model_key)
+            if is_stacked and found is None:
+                break
+            if is_stacked and found is not None:
+                model_key = model_key[: found.start()] + model_key[found.end() :]
+                at = (*at, int(found[1]))
+        else:
+            yield model_key, at
+
+
+def number_of(layer: tuple[int, ...], shape: tuple[int, ...]) -> int:
+    """Return the place of a parameter among those of its model key, as :func:`fold` yields them.
+
+    Args:
+        layer: its indices along the leading axes.
+        shape: shape of the model key's tensor.
+    """
+    return sum(at * math.prod(shape[axis + 1 : len(layer)]) for axis, at in enumerate(layer))
 
 
 def keys_by_kind(checkpoint: Checkpoint, prefix: str) -> dict[str, list[str]]:
@@ -84,14 +114,25 @@ def keys_by_kind(checkpoint: Checkpoint, prefix: str) -> dict[str, list[str]]:
     return found
 
 
-def name_of(key: str, *, local: bool) -> str:
+def name_of(key: str, *, local: bool, grouped: bool = False) -> str:
     """Return the parameter's name in the running model, which rules match.
 
     Args:
         key: folded key.
         local: whether the model consists of Megatron's own layers (``--transformer-impl local``).
+        grouped: whether a grouped GEMM computes all experts of a rank.
     """
     if local:
         for stored, name in _LOCAL_NAMES:
             key = key.replace(stored, name)
-    return key
+    key = _MTP.sub(r"\1.mtp_model_layer.", key)
+    if grouped:
+        return _EXPERT.sub(r".experts.\2\1", key)
+    return _EXPERT.sub(r".experts.local_experts.\1.\2", key)
+
+
+def name_in_run(key: str, args: Any) -> str:
+    """Return the parameter's name in the model of the run whose ``args`` are given."""
+    local = getattr(args, "transformer_impl", None) == "local"
+    grouped = bool(getattr(args, "moe_grouped_gemm", False)) and not local
+    return name_of(key, local=local, grouped=grouped)

@@ -80,16 +80,20 @@ def _convert_parameter(
 
 
 def _common(source: Checkpoint, state: MiniState) -> dict[str, Any]:
-    optimizer: dict[str, Any] = {
-        "optimizer": {
-            "param_groups": [
-                {**ADAM_ONLY, **group, "step": state.step} for group in state.param_groups
-            ]
-        },
-        "param_state_sharding_type": "fully_reshardable",
-    }
-    if "grad_scaler" in source.optimizer:
-        optimizer["grad_scaler"] = source.optimizer["grad_scaler"]
+    groups = [{**ADAM_ONLY, **group, "step": state.step} for group in state.param_groups]
+    experts = [group for group in groups if group.get("is_expert_parallel")]
+    dense = [group for group in groups if not group.get("is_expert_parallel")]
+    scaler = {key: source.optimizer[key] for key in ("grad_scaler",) if key in source.optimizer}
+    members = [
+        {
+            "optimizer": {"param_groups": of_member},
+            "param_state_sharding_type": "fully_reshardable",
+            **scaler,
+        }
+        for of_member in ([dense, experts] if experts else [dense])
+    ]
+    # Megatron's chain of an optimizer for dense parameters and one for experts.
+    optimizer: dict[Any, Any] = dict(enumerate(members)) if experts else members[0]
     content = {key: value for key, value in source.content.items() if key != "adam_mini"}
     content["distrib_optim_sharding_type"] = "fully_reshardable"
     return {**source.common, "optimizer": optimizer, "content_metadata": content}

@@ -65,7 +65,6 @@ def memory_report(
         "state_shared_by": {"dense": parallel.dense_shards, "expert": parallel.expert_shards},
         "optimizers": optimizers,
         "stages": [_stage(planner, number, stage) for number, stage in enumerate(stages)],
-        "notes": _notes(planner),
     }
     if every_rank:
         report["every_rank"] = {name: _every_rank(stages, name) for name in FORMATS}
@@ -112,7 +111,6 @@ def in_words(report: dict[str, Any]) -> str:
         "saved: of this rank's bytes. 1 %, 5 %: the largest d at which that much of the bytes of "
         "all",
         "ranks is still saved, with the other sizes as they are (CP 1, one optimizer instance).",
-        *(f"note: {text}" for text in report["notes"]),
     ]
     return "\n".join(lines).rstrip()
 
@@ -149,12 +147,3 @@ def _every_rank(stages: list[StageMemory], name: str) -> list[dict[str, int]]:
         columns = [kinds[kind].tolist() for kind in KINDS]
         found += [dict(zip(KINDS, row, strict=True)) for row in zip(*columns, strict=True)]
     return found
-
-
-def _notes(planner: Planner) -> list[str]:
-    notes = []
-    if planner.model.num_experts is not None:
-        notes.append(
-            "mixture of experts is planned here, but Adam-mini refuses to train it in this release."
-        )
-    return notes

@@ -22,9 +22,11 @@ from torch import Tensor, distributed
 
 from megatron_adam_mini.adam_rules import (
     MAIN_PARAM,
+    MEMBER,
     PLAIN_MAIN_PARAM,
     UNSOUND_CAUSE,
     adam_key,
+    members_of,
     steps_of,
     steps_problem,
 )
@@ -47,8 +49,6 @@ DP_RESHARDABLE, GATHERED = "dp_reshardable", "dp_zero_gather_scatter"
 OF_BUCKETS = (DP_RESHARDABLE, GATHERED)
 #: Object of the format ``GATHERED`` with whole buffers in it.
 PARAM_STATE = "param_state"
-#: Stands before the number of an optimizer in a chain.
-_MEMBER = "@"
 FORMATS = (FULLY_RESHARDABLE, PLAIN, *OF_BUCKETS)
 
 
@@ -141,7 +141,7 @@ def _objects(
         first_only: whether only the first data-parallel rank requests them.
 
     Returns:
-        By name; those of a chain's second optimizer by name and its number, see :func:`members_of`.
+        By name; those of a chain's second optimizer by name and its number, see ``members_of``.
     """
     found = {}
     held = {plan.domain for plan in view.inner.plan.buffers}
@@ -153,7 +153,7 @@ def _objects(
         for key in keys:
             if key == "grad_scaler" and view.grad_scaler is None:
                 continue
-            found[f"{key}{_MEMBER}{number}" if number else key] = ShardedObject(
+            found[f"{key}{MEMBER}{number}" if number else key] = ShardedObject(
                 domain.adam_key + key,
                 None,
                 (1,),
@@ -163,22 +163,6 @@ def _objects(
                 replica_id=(view.replica or 0, 0, rank),
             )
     return found
-
-
-def members_of(common: Mapping[Any, Any]) -> list[Mapping[Any, Any]]:
-    """Return what a checkpoint holds of each optimizer in Megatron's chain: dense, experts.
-
-    Args:
-        common: common state of a checkpoint, or objects that :func:`prepare_load` requested.
-    """
-    numbered = sorted(key for key in common if isinstance(key, int))
-    if numbered:
-        return [common[number] for number in numbered]
-    members: dict[str, dict[Any, Any]] = {"": {}}
-    for key, value in common.items():
-        name, _, number = key.partition(_MEMBER) if isinstance(key, str) else (key, "", "")
-        members.setdefault(number, {})[name] = value
-    return list(members.values())
 
 
 def take_from_adam(
