@@ -54,6 +54,14 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.support(
+    {
+        "ep?-*": "expert parallelism",
+        "*etp*": "expert tensor parallelism",
+        "*": "mixture of experts",
+    },
+    "oracle",
+)
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_a_run_with_experts_equals_the_unsharded_oracle(case: str) -> None:
     job, dp = LAYOUTS[case]
@@ -84,6 +92,7 @@ MTP = {
 }
 
 
+@pytest.mark.support("multi-token prediction", "oracle")
 @pytest.mark.parametrize("case", MTP)
 def test_multi_token_prediction_equals_the_unsharded_oracle(case: str) -> None:
     job, dp = MTP[case]

@@ -48,6 +48,14 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.support(
+    {
+        "ep*": "expert parallelism",
+        "*etp*": "expert tensor parallelism",
+        "*": "mixture of experts",
+    },
+    "reshard",
+)
 @pytest.mark.parametrize("source", LAYOUTS)
 def test_experts_saved_under_one_layout_load_under_others(source: str, tmp_path: Path) -> None:
     saved_job, world = LAYOUTS[source]
@@ -67,6 +75,7 @@ def test_a_dense_first_layer_reshards(tmp_path: Path) -> None:
     compare(saved, saved_job, run_ranks(4, load_and_show, job, str(tmp_path)), job)
 
 
+@pytest.mark.support("multi-token prediction", "reshard")
 def test_multi_token_prediction_reshards(tmp_path: Path) -> None:
     saved_job = replace(BASE, pp=2, ep=2, mtp=1)
     saved = run_ranks(4, train_and_save, saved_job, str(tmp_path))
@@ -108,6 +117,7 @@ ADAM_FORMATS = {
 }
 
 
+@pytest.mark.support("mixture of experts", "conversion")
 @pytest.mark.parametrize("case", ADAM_FORMATS)
 def test_adams_chain_gives_masters_and_m_and_the_mean_of_v(case: str, tmp_path: Path) -> None:
     adam_job, world = ADAM_FORMATS[case]

@@ -28,6 +28,7 @@ from megatron_adam_mini.estimate.models import MODELS, Model
 from megatron_adam_mini.estimate.parallel import Parallel, flag, stage_layers
 from megatron_adam_mini.optimizer import AdamMini
 from megatron_adam_mini.plan.layout import slice_size, state_starts
+from megatron_adam_mini.plan.parameter_info import ParameterInfo
 from megatron_adam_mini.plan.step_plan import DomainLayout, plan_step
 from tests.megatron_job import Job, Trainer
 from tests.meta_megatron import ranks_of
@@ -273,6 +274,16 @@ def megatrons_flags(model: Model, layout: Parallel) -> list[str]:
     return [*given, "--seq-length", "8", "--max-position-embeddings", str(positions)]
 
 
+def with_local_experts(info: ParameterInfo, model: Model, layout: Parallel) -> ParameterInfo:
+    """Number an expert among those of its rank, as plans do: all ranks hold as many."""
+    local = (model.num_experts or 1) // layout.expert_model_parallel_size
+
+    def number(match: re.Match[str]) -> str:
+        return f"local_experts.{int(match[1]) % local}."
+
+    return replace(info, name=re.sub(r"local_experts\.(\d+)\.", number, info.name))
+
+
 @pytest.mark.parametrize("case", ON_META)
 def test_every_rank_is_what_megatron_builds(case: str, megatron: Executor) -> None:
     parser = argparse.ArgumentParser()
@@ -295,7 +306,8 @@ def test_every_rank_is_what_megatron_builds(case: str, megatron: Executor) -> No
             expert_tp_rank=held.expert_tp_rank,
         )
         plan = plan_stage(model, layout, chunks, pp_rank=held.pp_rank)
-        assert [blocks.info for blocks in plan.parameters] == held.parameters
+        found_here = [with_local_experts(info, model, layout) for info in held.parameters]
+        assert [blocks.info for blocks in plan.parameters] == found_here
         assert plan.dense == held.dense
         assert plan.expert == held.expert
         # The slices that the rank owns of Megatron's buckets, walked as the optimizer does.
