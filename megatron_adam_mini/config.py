@@ -118,6 +118,33 @@ class AdamMiniConfig:
         return {name: getattr(self, name) for name in names}
 
 
+@dataclass(frozen=True, kw_only=True)
+class OffloadConfig:
+    """How much state lies in host memory, and how it is updated there.
+
+    Args:
+        fraction: of this rank's elements; their main parameters, m and v per element lie there.
+        overlap: copy on streams of their own, while the device updates the rest.
+        pin_grads, pin_weights: pin the memory through which gradients and weights are copied.
+
+    Raises:
+        ValueError: the fraction is not allowed.
+    """
+
+    fraction: float = 0.0
+    overlap: bool = False
+    pin_grads: bool = True
+    pin_weights: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the fraction."""
+        if not 0.0 <= self.fraction <= 1.0:
+            raise ValueError(
+                f"--optimizer-offload-fraction {self.fraction} is not allowed; it must be in "
+                "[0, 1]: the part of the optimizer state that lies in host memory."
+            )
+
+
 def check_adam_values(
     *, lr: float | None, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> None:

@@ -20,8 +20,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from megatron_adam_mini.plan.shares import Share
 from megatron_adam_mini.plan.step_plan import Piece, StepPlan
-from megatron_adam_mini.state import BufferState, RankState, v_per_element
+from megatron_adam_mini.state import HOST, BufferState, RankState, v_per_element
 
 #: Keys of a shard's state. Megatron's precision-aware optimizer has ``master_param``, too.
 EXP_AVG, EXP_AVG_SQ, REMAINDERS = "exp_avg", "exp_avg_sq", "master_param"
@@ -35,7 +36,8 @@ class _Flat:
 
     Attributes:
         key: key of the views in the state of their shards, or ``_SHARD``.
-        numel, dtype: of the flat tensor.
+        numel, dtype, device: of the flat tensor.
+        on_host: whether it is in host memory for good.
         members: numbers of the shards.
         slots: position of each view.
     """
@@ -43,6 +45,8 @@ class _Flat:
     key: str
     numel: int
     dtype: torch.dtype
+    device: torch.device
+    on_host: bool
     members: tuple[int, ...]
     slots: tuple[slice, ...]
 
@@ -83,16 +87,16 @@ class MainParams(torch.optim.Optimizer):
         device: torch.device,
     ) -> None:
         self._plan = plan
-        self._device = device
         self._buffers = [held.buffer for held in state.buffers]
-        self._flats = _flats_of(plan, state)
+        self._shares = [held.share for held in state.everywhere]
+        self._flats = _flats_of(plan, state, device)
         self.shards = [
             # ``data``: torch's views keep their base alive, even after they were moved.
             (self._weight(piece) if held.param_is_weight else held.main_param(piece.window)).data
             for piece in plan.pieces
-            for held in (state.buffers[piece.buffer],)
+            for held in (state.of(piece),)
         ]
-        self._is_weight = [state.buffers[piece.buffer].param_is_weight for piece in plan.pieces]
+        self._is_weight = [state.of(piece).param_is_weight for piece in plan.pieces]
         groups: list[dict[str, Any]] = [{**group, "params": []} for group in param_groups]
         for shard, piece in zip(self.shards, plan.pieces, strict=True):
             groups[group_of_parameter[piece.parameter]]["params"].append(shard)
@@ -173,15 +177,19 @@ class MainParams(torch.optim.Optimizer):
         self._point_at_weights()
 
     def move_to(self, device: torch.device | str) -> None:
-        """Move all state to a device, in new memory even if it is there; see :meth:`attach`."""
+        """Move all state to a device, in new memory even if it is there; see :meth:`attach`.
+
+        What is in host memory for good stays there.
+        """
         states = self._states()
         for flat in self._flats:
-            self._gather(flat, states, torch.device(device))
+            if not flat.on_host:
+                self._gather(flat, states, torch.device(device))
 
     def take_weights(self) -> None:
         """Set the main parameters to the model's weights, after these were changed."""
         self._point_at_weights()
-        for held in self.attach().buffers:
+        for held in self.attach().everywhere:
             held.take_weights()
 
     def sort_shards(self, key: Callable[[Piece], Any]) -> None:
@@ -256,9 +264,9 @@ class MainParams(torch.optim.Optimizer):
         """Return a flat tensor: as it is if all views are in place, else put together anew."""
         views = self._views(flat, states)
         if not views:
-            return torch.zeros(flat.numel, dtype=flat.dtype, device=self._device)
+            return torch.zeros(flat.numel, dtype=flat.dtype, device=flat.device)
         first, size = views[0], flat.dtype.itemsize
-        if first is not None and first.device == self._device and first.dtype == flat.dtype:
+        if first is not None and first.device == flat.device and first.dtype == flat.dtype:
             storage = first.untyped_storage()
             base = storage.data_ptr()
             # Addresses within one living storage belong to it.
@@ -267,7 +275,7 @@ class MainParams(torch.optim.Optimizer):
                 for view, slot in zip(views, flat.slots, strict=True)
             ):
                 return first.as_strided((flat.numel,), (1,), 0)
-        return self._gather(flat, states, self._device)
+        return self._gather(flat, states, flat.device)
 
     @torch.no_grad()
     def _gather(self, flat: _Flat, states: list[dict[str, Tensor]], device: torch.device) -> Tensor:
@@ -297,17 +305,22 @@ class MainParams(torch.optim.Optimizer):
                 states[number][flat.key] = whole[slot].data
 
     def _rank_state(self, flat_tensors: list[Tensor]) -> RankState:
-        *of_buffers, exp_avg_sq_S, exp_avg_sq_E = flat_tensors
-        remaining = iter(zip(self._flats, of_buffers, strict=False))
-        buffers = []
-        for buffer, plan in zip(self._buffers, self._plan.buffers, strict=True):
+        *of_shares, exp_avg_sq_S = flat_tensors
+        remaining = iter(zip(self._flats, of_shares, strict=False))
+        buffers, on_host = [], {}
+        for share in self._shares:
             param = None
             flat, whole = next(remaining)
             if flat.key != EXP_AVG:
                 param = whole
                 _, whole = next(remaining)
-            buffers.append(BufferState(buffer, plan, param, whole))
-        return RankState(buffers, exp_avg_sq_S, exp_avg_sq_E)
+            _, exp_avg_sq_E = next(remaining)
+            held = BufferState(self._buffers[share.number], share, param, whole, exp_avg_sq_E)
+            if share.on_host:
+                on_host[share.number] = held
+            else:
+                buffers.append(held)
+        return RankState(buffers, exp_avg_sq_S, on_host)
 
     # Shards that are the model's weights.
 
@@ -346,33 +359,38 @@ class MainParams(torch.optim.Optimizer):
         )
 
 
-def _flats_of(plan: StepPlan, state: RankState) -> list[_Flat]:
+def _flats_of(plan: StepPlan, state: RankState, device: torch.device) -> list[_Flat]:
     """Describe the flat tensors, in the order of ``RankState.flat_tensors``."""
-    keys: list[tuple[str, Callable[[Piece], slice], int | None]] = []
-    for number, held in enumerate(state.buffers):
+    slots_of: list[tuple[str, Share | None, Callable[[Share | None, Piece], slice]]] = []
+    for held in state.everywhere:
         if held.param is not None:
-            keys.append((REMAINDERS if held.param_is_weight else _SHARD, _in_state, number))
-        keys.append((EXP_AVG, _in_state, number))
-    keys += [(EXP_AVG_SQ, _segments, None), (EXP_AVG_SQ, _elements, None)]
+            key = REMAINDERS if held.param_is_weight else _SHARD
+            slots_of.append((key, held.share, _in_state))
+        slots_of += [(EXP_AVG, held.share, _in_state), (EXP_AVG_SQ, held.share, _elements)]
+    slots_of.append((EXP_AVG_SQ, None, _segments))
+    pieces_of: dict[Share | None, list[int]] = {None: list(range(len(plan.pieces)))}
+    for number, piece in enumerate(plan.pieces):
+        pieces_of.setdefault(state.of(piece).share, []).append(number)
     flats = []
-    for (key, slot_of, buffer), whole in zip(keys, state.flat_tensors(), strict=True):
-        views = {
-            number: slot_of(piece)
-            for number, piece in enumerate(plan.pieces)
-            if buffer in (None, piece.buffer) and slot_of(piece).stop > slot_of(piece).start
-        }
+    for (key, share, slot_of), whole in zip(slots_of, state.flat_tensors(), strict=True):
+        views = {number: slot_of(share, plan.pieces[number]) for number in pieces_of.get(share, ())}
+        views = {number: slot for number, slot in views.items() if slot.stop > slot.start}
+        on_host = share is not None and share.on_host
+        where = HOST if on_host else device
         members, slots = tuple(views), tuple(views.values())
-        flats.append(_Flat(key, whole.numel(), whole.dtype, members, slots))
+        flats.append(_Flat(key, whole.numel(), whole.dtype, where, on_host, members, slots))
     return flats
 
 
-def _in_state(piece: Piece) -> slice:
-    return piece.window.in_state
+def _in_state(share: Share | None, piece: Piece) -> slice:
+    assert share is not None
+    return share.own(piece.window.in_state)
 
 
-def _segments(piece: Piece) -> slice:
+def _elements(share: Share | None, piece: Piece) -> slice:
+    assert share is not None
+    return share.own_elements(piece.elements)
+
+
+def _segments(_: Share | None, piece: Piece) -> slice:
     return piece.segments
-
-
-def _elements(piece: Piece) -> slice:
-    return piece.elements

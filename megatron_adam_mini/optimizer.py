@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from megatron_adam_mini.collectives import Collectives, DomainGroups
-from megatron_adam_mini.config import AdamMiniConfig, check_adam_values
+from megatron_adam_mini.config import AdamMiniConfig, OffloadConfig, check_adam_values
+from megatron_adam_mini.host_update import HostUpdate
 from megatron_adam_mini.kernels import (
     BufferTensors,
     SegmentVectors,
@@ -34,6 +35,7 @@ from megatron_adam_mini.kernels import (
 )
 from megatron_adam_mini.main_params import MainParams
 from megatron_adam_mini.plan.segment_table import SegmentTable
+from megatron_adam_mini.plan.shares import plan_shares
 from megatron_adam_mini.plan.step_plan import Piece, StepPlan
 from megatron_adam_mini.state import Buffer, BufferState, RankState
 from megatron_adam_mini.wide_sums import WideSums
@@ -130,6 +132,7 @@ class AdamMini:
             ``weight_decay``, ``eps``, ``betas`` are read there in every step.
         group_of_parameter: index of the group of each parameter of the plan.
         device: where the buffers are.
+        offload: what state lies in host memory.
 
     Raises:
         ValueError: a group's value is out of range.
@@ -153,6 +156,7 @@ class AdamMini:
         group_of_parameter: Sequence[int],
         *,
         device: torch.device,
+        offload: OffloadConfig | None = None,
     ) -> None:
         self.plan = plan
         self.config = config
@@ -167,18 +171,15 @@ class AdamMini:
         def floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        allocated = RankState(
-            [
-                BufferState.allocate(
-                    buffer,
-                    buffer_plan,
-                    exp_avg_dtype=_DTYPES[config.exp_avg_dtype],
-                    param_remainders=config.param_remainders,
-                )
-                for buffer, buffer_plan in zip(buffers, plan.buffers, strict=True)
-            ],
-            exp_avg_sq_S=floats(plan.num_segments),
-            exp_avg_sq_E=floats(plan.num_elementwise),
+        offload = offload or OffloadConfig()
+        shares = plan_shares(plan, offload.fraction)
+        allocated = RankState.allocate(
+            plan,
+            buffers,
+            shares,
+            device=device,
+            exp_avg_dtype=_DTYPES[config.exp_avg_dtype],
+            param_remainders=config.param_remainders,
         )
         self.main_params = MainParams(
             plan, allocated, param_groups, group_of_parameter, device=device
@@ -191,9 +192,8 @@ class AdamMini:
         inv_numel_S = (1.0 / plan.block_numel_S.astype(np.float64)).astype(np.float32)
         self._inv_numel_S = to_device(inv_numel_S)
         self._group_SR = to_device(groups_P[plan.parameter_SR])
-        self._origin_SR = (
-            to_device(plan.first_element_numbers()) if config.stochastic_rounding else None
-        )
+        origin_SR = plan.first_element_numbers() if config.stochastic_rounding else None
+        self._origin_SR = None if origin_SR is None else to_device(origin_SR)
         # Segments of uncut and of cut blocks; ``None``: all segments and none.
         self._uncut: Tensor | None = None
         self._cut: Tensor | None = None
@@ -206,6 +206,25 @@ class AdamMini:
         for group in self.main_params.param_groups:  # overrides may have values of their own
             check_adam_values(**{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")})
         self._betas()
+        self._host: HostUpdate | None = None
+        if shares[1]:
+            self._host = HostUpdate(
+                plan,
+                shares[1],
+                self.buffers,
+                offload,
+                config.backend,
+                group_SR=groups_P[plan.parameter_SR],
+                origin_SR=origin_SR,
+                device=device,
+                num_groups=len(param_groups),
+            )
+            self._state_bytes["host_staging"] = self._host.staging_bytes
+
+    @property
+    def on_host(self) -> bool:
+        """Whether state of this rank lies in host memory."""
+        return self._host is not None
 
     # The step.
 
@@ -326,6 +345,10 @@ class AdamMini:
         if not single_phase:
             # v <- beta2 v + (1 - beta2) grad_scale^2 s / numel;  step <- lr' / (sqrt(v') + eps)
             kernels.segment_step_size_(vectors, scalars, self._uncut)
+        if self._host is not None:
+            # The host updates cut blocks with the others, so their sums are waited for first.
+            self._advance_cut(vectors)
+            self._host.begin(state, self._step_size_S, scalars.grad_scale)
         for held in state.buffers:
             tensors, plan = self._tensors(held), held.plan
             # m <- beta1 m + (1 - beta1) grad_scale g;  p <- (1 - lr weight_decay) p - step m
@@ -334,14 +357,24 @@ class AdamMini:
             if len(plan.uncut):
                 update_(tensors, plan.uncut, vectors, scalars)
             # the same, with v per element
-            self._update_ranges(held, state, vectors)
+            self._update_ranges(held, vectors)
         # the same for cut blocks, once their sums are complete
+        if self._host is None:
+            self._advance_cut(vectors)
+        for held in state.buffers:
+            if len(held.plan.cut):
+                kernels.update_(self._tensors(held), held.plan.cut, vectors, scalars)
+        self._finish_on_host(state)
+
+    def _advance_cut(self, vectors: SegmentVectors) -> None:
         self.collectives.finish_(self._sum_sq_S)
         if self._cut is not None:
-            kernels.segment_step_size_(vectors, scalars, self._cut)
-            for held in state.buffers:
-                if len(held.plan.cut):
-                    kernels.update_(self._tensors(held), held.plan.cut, vectors, scalars)
+            self.kernels.segment_step_size_(vectors, self._scalars, self._cut)
+
+    def _finish_on_host(self, state: RankState) -> None:
+        if self._host is not None:
+            groups, step = self.main_params.param_groups, self.main_params.step_count + 1
+            self._host.finish(state, groups, betas=self._betas(), step=step)
 
     def _update_with(self, wide: WideSums, decision: Decision) -> None:
         """Take the same step from float64 sums, unless v or the gradients' factor would not fit.
@@ -375,11 +408,14 @@ class AdamMini:
         means = vectors._replace(sum_sq_SR=mean_sq_S, inv_numel_S=torch.ones_like(mean_sq_S))
         kernels.segment_step_size_(means, scalars)
         scalars.grad_scale.copy_(grad_scale)
+        if self._host is not None:
+            self._host.begin(state, self._step_size_S, scalars.grad_scale)
         for held in state.buffers:
             tensors, plan = self._tensors(held), held.plan
             for table in filter(len, (plan.uncut, plan.cut)):
                 kernels.update_(tensors, table, vectors, scalars)
-            self._update_ranges(held, state, vectors)
+            self._update_ranges(held, vectors)
+        self._finish_on_host(state)
 
     def finish(self, decision: Decision) -> Outcome:
         """Wait for the decision, and count the step unless it was skipped."""
@@ -388,11 +424,10 @@ class AdamMini:
             self.main_params.step_count += 1
         return outcome
 
-    def _update_ranges(self, held: BufferState, state: RankState, vectors: SegmentVectors) -> None:
+    def _update_ranges(self, held: BufferState, vectors: SegmentVectors) -> None:
         if len(held.plan.ranges):
-            elements = state.exp_avg_sq_E[held.plan.elements]
             self.kernels.update_elementwise_(
-                self._tensors(held), elements, held.plan.ranges, vectors, self._scalars
+                self._tensors(held), held.exp_avg_sq_E, held.plan.ranges, vectors, self._scalars
             )
 
     def _fill_scalars(self, grad_scale: float | Tensor) -> None:
@@ -475,5 +510,8 @@ class AdamMini:
         return int(count_D.sum())
 
     def state_bytes(self) -> dict[str, int]:
-        """Return the allocated bytes of this rank's optimizer state by kind."""
+        """Return the allocated bytes of this rank's optimizer state by kind.
+
+        ``host_...`` are in host memory, all others on the device.
+        """
         return dict(self._state_bytes)

@@ -9,7 +9,7 @@ Data flow: step plan -> **RankState** -> ``main_params`` (keeps it between steps
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -17,8 +17,12 @@ import torch
 from torch import Tensor
 
 from megatron_adam_mini.plan.buffer_plan import BufferPlan, Window
+from megatron_adam_mini.plan.shares import Share
 from megatron_adam_mini.plan.step_plan import Piece, StepPlan
 from megatron_adam_mini.rounding import join, split, to_weight
+
+#: Where state is that was offloaded.
+HOST = torch.device("cpu")
 
 #: Number of elements rounded or joined at a time.
 _STORE_NUMEL = 2**22
@@ -61,26 +65,29 @@ def check_remainders(dtypes: Iterable[torch.dtype]) -> None:
 
 @dataclass
 class BufferState:
-    """State of this rank's slices of one buffer, the slices one after the other.
+    """State of this rank's slices of one buffer, one after the other; or of one share of it.
 
-    A window (see ``plan.buffer_plan``) gives the position of elements in buffer and state.
+    A window (see ``plan.buffer_plan``) gives the position of elements in buffer and state. Without
+    offload, a share is all of it. Windows of one call lie in one share.
 
     Attributes:
         buffer: live gradients and weights.
-        plan: which slices, and where.
+        share: which positions of the state, and in which memory.
         param: float32 main parameters, shape ``(L,)``. Or int16: remainders, which complete
             bfloat16 weights (see ``rounding``). ``None``: the float32 model weights themselves.
         exp_avg: m, float32 or bfloat16, shape ``(L,)``.
+        exp_avg_sq_E: v of parameters that keep one per element, float32.
     """
 
     buffer: Buffer
-    plan: BufferPlan
+    share: Share
     param: Tensor | None
     exp_avg: Tensor
+    exp_avg_sq_E: Tensor
 
     @classmethod
     def allocate(
-        cls, buffer: Buffer, plan: BufferPlan, *, exp_avg_dtype: torch.dtype, param_remainders: bool
+        cls, buffer: Buffer, share: Share, *, exp_avg_dtype: torch.dtype, param_remainders: bool
     ) -> BufferState:
         """Allocate the state of a buffer, main parameters copied from the model weights.
 
@@ -88,11 +95,13 @@ class BufferState:
             ValueError: remainders are selected, and weights are neither bfloat16 nor float32.
         """
         weight = buffer.weight.detach()
+        device = HOST if share.on_host else weight.device
 
-        def zeros(dtype: torch.dtype) -> Tensor:
-            return torch.zeros(plan.state_numel, dtype=dtype, device=weight.device)
+        def zeros(dtype: torch.dtype, numel: int = share.numel) -> Tensor:
+            return torch.zeros(numel, dtype=dtype, device=device)
 
-        state = cls(buffer, plan, None, zeros(exp_avg_dtype))
+        num_elements = share.elements.stop - share.elements.start
+        state = cls(buffer, share, None, zeros(exp_avg_dtype), zeros(torch.float32, num_elements))
         if weight.dtype == torch.float32:
             return state
         if param_remainders:
@@ -101,6 +110,11 @@ class BufferState:
         if not param_remainders:  # which are zero where weights are all there is
             state.take_weights()
         return state
+
+    @property
+    def plan(self) -> BufferPlan:
+        """Which slices, and tables of what the share holds."""
+        return self.share.plan
 
     @property
     def owns_main_param(self) -> bool:
@@ -116,9 +130,14 @@ class BufferState:
         """Return the main parameters of a window, float32: a view, or joined from remainders."""
         if self.param is None:
             return self.buffer.weight[window.in_buffer].detach()
-        if self.param.dtype == torch.float32:
-            return self.param[window.in_state]
-        return join(self.buffer.weight[window.in_buffer], self.param[window.in_state])
+        param = self.param[self.share.own(window.in_state)]
+        if param.dtype == torch.float32:
+            return param
+        return join(self.buffer.weight[window.in_buffer].to(param.device), param)
+
+    def exp_avg_of(self, window: Window) -> Tensor:
+        """Return m of a window, a view."""
+        return self.exp_avg[self.share.own(window.in_state)]
 
     def norm(self, window: Window) -> Tensor:
         """Return the norm of the main parameters of a window, float32, shape ``()``."""
@@ -135,7 +154,7 @@ class BufferState:
         """Return ``param`` and ``exp_avg`` of a window as float32: views of float32 state."""
         return {
             "param": self.main_param(window),
-            "exp_avg": self.exp_avg[window.in_state].float(),
+            "exp_avg": self.exp_avg_of(window).float(),
         }
 
     def store(self, window: Window, values: dict[str, Tensor]) -> None:
@@ -149,6 +168,7 @@ class BufferState:
         for begin in range(0, window.numel, _STORE_NUMEL):
             part = slice(begin, min(begin + _STORE_NUMEL, window.numel))
             in_buffer, in_state = window.part(part.start, part.stop)
+            in_state = self.share.own(in_state)
             if self.exp_avg.dtype != torch.float32:
                 self.exp_avg[in_state] = to_weight(values["exp_avg"][part], self.exp_avg.dtype)
             if self.param is None:
@@ -162,11 +182,11 @@ class BufferState:
         """Set the model's weights to the rounded main parameters."""
         if self.param_is_weight:
             return
-        for slice_plan in self.plan.slices:
-            in_buffer, in_state = slice_plan.window
+        for _, _, window in self.share.windows:
             assert self.param is not None
             weight = self.buffer.weight
-            weight[in_buffer] = to_weight(self.param[in_state], weight.dtype)
+            param = self.param[self.share.own(window.in_state)]
+            weight[window.in_buffer] = to_weight(param, weight.dtype)
 
     def take_weights(self, windows: Iterable[Window] | None = None) -> None:
         """Set the main parameters to the model's weights, after these were changed.
@@ -177,12 +197,13 @@ class BufferState:
         if self.param is None:
             return
         if windows is None:
-            windows = [slice_plan.window for slice_plan in self.plan.slices]
-        for in_buffer, in_state in windows:
-            if self.param.dtype == torch.int16:
-                self.param[in_state] = 0
+            windows = [window for _, _, window in self.share.windows]
+        for window in windows:
+            param = self.param[self.share.own(window.in_state)]
+            if param.dtype == torch.int16:
+                param.zero_()
             else:
-                self.param[in_state].copy_(self.buffer.weight[in_buffer].detach())
+                param.copy_(self.buffer.weight[window.in_buffer].detach())
 
     def shares_memory(self, values: Tensor) -> bool:
         """Return whether values are a view of the state or of the model's weights."""
@@ -191,10 +212,11 @@ class BufferState:
         return any(tensor.untyped_storage().data_ptr() == storage for tensor in kept)
 
     def bytes_by_kind(self) -> dict[str, int]:
-        """Return allocated bytes of ``main_param`` and ``exp_avg``."""
+        """Return allocated bytes of ``main_param``, ``exp_avg`` and ``exp_avg_sq``."""
         return {
             "main_param": 0 if self.param is None else self.param.nbytes,
             "exp_avg": self.exp_avg.nbytes,
+            "exp_avg_sq": self.exp_avg_sq_E.nbytes,
         }
 
 
@@ -202,21 +224,60 @@ class RankState(NamedTuple):
     """All state of one rank, as flat tensors.
 
     Attributes:
-        buffers: main parameters and m, one entry per buffer.
-        exp_avg_sq_S: v of each segment's block, float32.
-        exp_avg_sq_E: v of parameters that keep one per element, float32.
+        buffers: main parameters, m, and v per element in device memory, one entry per buffer.
+        exp_avg_sq_S: v of each segment's block, float32, in device memory.
+        on_host: the same as ``buffers`` in host memory, by index of the buffer.
     """
 
     buffers: list[BufferState]
     exp_avg_sq_S: Tensor
-    exp_avg_sq_E: Tensor
+    on_host: dict[int, BufferState]
+
+    @classmethod
+    def allocate(
+        cls,
+        plan: StepPlan,
+        buffers: Sequence[Buffer],
+        shares: tuple[list[Share], dict[int, Share]],
+        *,
+        device: torch.device,
+        exp_avg_dtype: torch.dtype,
+        param_remainders: bool,
+    ) -> RankState:
+        """Allocate all state of a rank; see :meth:`BufferState.allocate`."""
+
+        def state_of(share: Share) -> BufferState:
+            return BufferState.allocate(
+                buffers[share.number],
+                share,
+                exp_avg_dtype=exp_avg_dtype,
+                param_remainders=param_remainders,
+            )
+
+        on_device, on_host = shares
+        return cls(
+            [state_of(share) for share in on_device],
+            torch.zeros(plan.num_segments, dtype=torch.float32, device=device),
+            {number: state_of(share) for number, share in on_host.items()},
+        )
+
+    @property
+    def everywhere(self) -> list[BufferState]:
+        """State in device and in host memory."""
+        return [*self.buffers, *self.on_host.values()]
+
+    def of(self, piece: Piece) -> BufferState:
+        """Return the state that contains a piece."""
+        held = self.on_host.get(piece.buffer)
+        return held if held and held.share.holds(piece) else self.buffers[piece.buffer]
 
     def flat_tensors(self) -> list[Tensor]:
-        """Return what the optimizer has allocated: buffer after buffer, then v."""
+        """Return what the optimizer has allocated: share after share, then v of blocks."""
         found: list[Tensor] = []
-        for held in self.buffers:
+        for held in self.everywhere:
             found += [held.exp_avg] if held.param is None else [held.param, held.exp_avg]
-        return [*found, self.exp_avg_sq_S, self.exp_avg_sq_E]
+            found.append(held.exp_avg_sq_E)
+        return [*found, self.exp_avg_sq_S]
 
     def v_of_segments(self, piece: Piece) -> Tensor:
         """Return v of a piece's segments, a view of shape ``(segments of the piece,)``."""
@@ -224,16 +285,24 @@ class RankState(NamedTuple):
 
     def v_of_elements(self, piece: Piece) -> Tensor:
         """Return v of a piece that keeps one per element, a view; empty for other pieces."""
-        return self.exp_avg_sq_E[piece.elements]
+        held = self.of(piece)
+        return held.exp_avg_sq_E[held.share.own_elements(piece.elements)]
 
     def bytes_by_kind(self) -> dict[str, int]:
-        """Return allocated bytes of ``main_param``, ``exp_avg`` and ``exp_avg_sq``."""
-        kinds = [held.bytes_by_kind() for held in self.buffers]
-        return {
-            "main_param": sum(kind["main_param"] for kind in kinds),
-            "exp_avg": sum(kind["exp_avg"] for kind in kinds),
-            "exp_avg_sq": self.exp_avg_sq_S.nbytes + self.exp_avg_sq_E.nbytes,
+        """Return allocated bytes of ``main_param``, ``exp_avg`` and ``exp_avg_sq``.
+
+        They are those in device memory; names of what is in host memory begin with ``host_``.
+        """
+        found = {
+            "main_param": 0,
+            "exp_avg": 0,
+            "exp_avg_sq": self.exp_avg_sq_S.nbytes,
         }
+        for held in self.everywhere:
+            for kind, num_bytes in held.bytes_by_kind().items():
+                name = f"host_{kind}" if held.share.on_host else kind
+                found[name] = found.get(name, 0) + num_bytes
+        return found
 
 
 def v_per_element(plan: StepPlan, piece: Piece, v: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def slices_of(trainer: Trainer, *, grads_only: bool = False) -> list[Part]:
         param = params[piece.parameter]
         tensors = {"grad": inner.grad(piece)}
         if not grads_only:
-            state = held_state.buffers[piece.buffer]
+            state = held_state.of(piece)
             v = held_state.v_of_elements(piece)
             if not piece.is_elementwise:
                 first, last = inner.plan.segment_bounds(piece)

@@ -289,7 +289,7 @@ def test_parser_without_optimizer_choices_is_refused():
 COMMAND_LINES = {
     "use_megatron_fsdp": ["--use-megatron-fsdp"],
     "use_torch_fsdp2": ["--use-torch-fsdp2"],
-    "optimizer_cpu_offload": ["--optimizer-cpu-offload"],
+    "use_torch_optimizer_for_cpu_offload": ["--use-torch-optimizer-for-cpu-offload"],
     "use_precision_aware_optimizer": ["--use-precision-aware-optimizer"],
     "optimizer_cuda_graph": ["--optimizer-cuda-graph"],
     "overlap_param_gather_with_optimizer_step": ["--overlap-param-gather-with-optimizer-step"],
@@ -384,7 +384,7 @@ def test_refused_by_config():
         *CONFIG_ONLY,
         "use_megatron_fsdp",
         "fp8_param_gather",
-        "optimizer_cpu_offload",
+        "use_torch_optimizer_for_cpu_offload",
         "use_precision_aware_optimizer",
         "param_name_patterns_for_fp32_local_accumulation",
     }

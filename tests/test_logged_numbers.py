@@ -21,6 +21,7 @@ import torch
 
 from megatron_adam_mini import rounding, state
 from megatron_adam_mini.plan.buffer_plan import Window
+from megatron_adam_mini.plan.shares import Share
 from tests.gather import slices_of, whole_tensors
 from tests.megatron_job import Job, Trainer
 from tests.ranks import run_ranks, start_program
@@ -190,7 +191,8 @@ def test_norm_of_joined_main_parameters_is_taken_in_parts(monkeypatch: pytest.Mo
     weight, remainders = rounding.split(value)
     buffer: Any = SimpleNamespace(weight=weight)
     plan: Any = None
-    held = state.BufferState(buffer, plan, remainders, torch.empty(0))
+    share = Share(0, False, plan, slice(0, 100), slice(0, 0))
+    held = state.BufferState(buffer, share, remainders, torch.empty(0), torch.empty(0))
     joined: list[int] = []
 
     def join(*args: torch.Tensor) -> torch.Tensor:

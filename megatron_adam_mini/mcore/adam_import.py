@@ -187,7 +187,9 @@ def take_from_adam(
     wrong = [
         view.blocks_of(piece).info.name
         for piece, (state, _, values) in pieces
-        if state.owns_main_param and not is_rounded(view.inner.weight(piece), values["param"]).all()
+        for param in (values["param"],)
+        if state.owns_main_param
+        and not is_rounded(view.inner.weight(piece).to(param.device), param).all()
     ]
     count = torch.tensor([len(wrong)], dtype=torch.int64, device=view.inner.device)
     distributed.all_reduce(count)

@@ -13,6 +13,7 @@ from megatron_adam_mini.config import (
     BACKENDS,
     CHECKPOINT_FORMATS,
     AdamMiniConfig,
+    OffloadConfig,
     check_adam_values,
 )
 from megatron_adam_mini.mcore.preflight import (
@@ -106,6 +107,22 @@ def config_from_args(args: argparse.Namespace) -> AdamMiniConfig:
     )
 
 
+def offload_config(source: Any) -> OffloadConfig:
+    """Return what Megatron's arguments, or its ``OptimizerConfig``, say of CPU offload.
+
+    Raises:
+        ValueError: the fraction is not allowed.
+    """
+    if not source.optimizer_cpu_offload:
+        return OffloadConfig()
+    return OffloadConfig(
+        fraction=source.optimizer_offload_fraction,
+        overlap=source.overlap_cpu_optimizer_d2h_h2d,
+        pin_grads=source.pin_cpu_grads,
+        pin_weights=source.pin_cpu_params,
+    )
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Check what ``--optimizer adam_mini`` cannot be combined with, before Megatron's own checks.
 
@@ -132,7 +149,12 @@ def check_arguments(args: argparse.Namespace) -> None:
             fully_reshardable=args.dist_ckpt_optim_fully_reshardable,
         )
     if args.adam_mini_single_phase:
-        refuse_single_phase(args.clip_grad, loss_scaled=bool(args.fp16 or args.loss_scale))
+        refuse_single_phase(
+            args.clip_grad,
+            loss_scaled=bool(args.fp16 or args.loss_scale),
+            cpu_offload=args.optimizer_cpu_offload,
+        )
+    offload_config(args)
     check_adam_values(
         lr=args.lr,
         betas=(args.adam_beta1, args.adam_beta2),

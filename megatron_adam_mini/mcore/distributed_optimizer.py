@@ -203,12 +203,13 @@ class AdamMiniOptimizer(SavedState):
     def _lend_gradients(self) -> None:
         """Let ``.grad`` of the main shards be their gradients, still with the loss scale.
 
-        They are views of float32 gradients and copies of others. Shards that are 16-bit weights,
-        completed by remainders, cannot have float32 gradients, and have none.
+        They are views of float32 gradients, and copies of others and for shards on the host. Shards
+        that are 16-bit weights, completed by remainders, cannot have float32 gradients, and have
+        none.
         """
         for shard, piece in zip(self.optimizer.shards, self.inner.plan.pieces, strict=True):
             if shard.dtype == torch.float32:
-                shard.grad = self.inner.grad(piece).float()
+                shard.grad = self.inner.grad(piece).float().to(shard.device)
 
     def _take_gradients_back(self) -> None:
         for shard, piece in zip(self.optimizer.shards, self.inner.plan.pieces, strict=True):

@@ -95,7 +95,7 @@ class StateView:
 
     def state_of(self, piece: Piece) -> BufferState:
         """Return the state that contains a piece."""
-        return self.state.buffers[piece.buffer]
+        return self.state.of(piece)
 
     def domain_of(self, piece: Piece) -> DomainPart:
         """Return the domain that a piece belongs to."""
@@ -268,31 +268,32 @@ def bucket_shards(view: StateView, pending: PendingLoad | None) -> Shards:
         pending: the load that requests them; ``None``: to save them.
     """
     shards: Shards = {}
-    numbers: Counter[str] = Counter()
-    for state in view.state.buffers:
+    first_of, numbers = [], Counter[int]()
+    for plan in view.inner.plan.buffers:  # buckets are numbered within their domain
+        first_of.append(numbers[plan.domain])
+        numbers[plan.domain] += len(plan.slices)
+    for state in view.state.everywhere:
         assert isinstance(state.buffer, ShardedBuffer)
         domain = view.domains[state.plan.domain]
-        for index, slice_plan in enumerate(state.plan.slices):
-            begin = slice_plan.window.in_buffer.start - slice_plan.bucket.offset
+        for index, slice_plan, window in state.share.windows:
+            begin = window.in_buffer.start - slice_plan.bucket.offset
             numel = state.buffer.unpadded_numel(index)
-            length = min(begin + slice_plan.window.numel, numel) - begin
-            number = numbers[domain.name]
-            numbers[domain.name] += 1
-            if length > 0:
-                window = slice_plan.window.part(0, length)
-                floats_of = to_save if pending is None else pending.floats_of
-                values = floats_of(state, window)
-                for kind, flat in values.items():
-                    shards[f"{domain.name}_bucket_{kind}.{number}"] = {
-                        "0": ShardedTensor(
-                            key=f"{STATE_PREFIX}bucket.{kind}.{domain.key}.bucket_{number}",
-                            data=flat,
-                            dtype=flat.dtype,
-                            local_shape=(length,),
-                            global_shape=(numel,),
-                            global_offset=(begin,),
-                            axis_fragmentations=None,
-                            replica_id=(0, 0, view.replica or 0),
-                        )
-                    }
+            length = min(begin + window.numel, numel) - begin
+            if length <= 0:
+                continue
+            number = first_of[state.share.number] + index
+            floats_of = to_save if pending is None else pending.floats_of
+            for kind, flat in floats_of(state, window.part(0, length)).items():
+                # A slice that is on device and host has a part for each.
+                parts = shards.setdefault(f"{domain.name}_bucket_{kind}.{number}", {})
+                parts[str(len(parts))] = ShardedTensor(
+                    key=f"{STATE_PREFIX}bucket.{kind}.{domain.key}.bucket_{number}",
+                    data=flat,
+                    dtype=flat.dtype,
+                    local_shape=(length,),
+                    global_shape=(numel,),
+                    global_offset=(begin,),
+                    axis_fragmentations=None,
+                    replica_id=(0, 0, view.replica or 0),
+                )
     return shards

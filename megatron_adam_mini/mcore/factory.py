@@ -25,6 +25,7 @@ from megatron_adam_mini.collectives import DomainGroups
 from megatron_adam_mini.config import AdamMiniConfig, check_adam_values
 from megatron_adam_mini.kernels import select_backend
 from megatron_adam_mini.mcore import compat
+from megatron_adam_mini.mcore.arguments import offload_config
 from megatron_adam_mini.mcore.chained_optimizer import AdamMiniChainedOptimizer
 from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
 from megatron_adam_mini.mcore.metrics import observe
@@ -81,6 +82,7 @@ def build_optimizer(
         param_groups,
         [group_of[param] for param in planned.parameters],
         device=planned.device,
+        offload=offload_config(config),
     )
     manifest = _gather_manifest(planned, options, frozen_keys(model_chunks))
     optimizer = AdamMiniOptimizer(
@@ -202,7 +204,9 @@ def _check_options(
             config.clip_grad,
             loss_scaled=bool(config.loss_scale or config.fp16),
             skip_threshold=compat.grad_norm_skip_threshold(config),
+            cpu_offload=config.optimizer_cpu_offload,
         )
+    offload_config(config)
     if options.manifest and distributed.get_rank() == 0:
         _check_writable(options.manifest)
 

@@ -74,7 +74,7 @@ def start_new_pieces(view: StateView, pending: PendingLoad) -> None:
         piece = view.inner.plan.pieces[number]
         held = view.state_of(piece)
         held.take_weights([piece.window])
-        held.exp_avg[piece.window.in_state].zero_()
+        held.exp_avg_of(piece.window).zero_()
         view.state.v_of_segments(piece).zero_()
         view.state.v_of_elements(piece).zero_()
 

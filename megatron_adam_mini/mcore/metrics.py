@@ -63,14 +63,16 @@ def wrap_params_norm(original: Callable[..., Any]) -> Callable[..., Any]:
     """Return Megatron's ``calc_params_l2_norm``, right also where its way to main parameters fails.
 
     With remainders there are no main parameters to read, and the weights of other ranks are old
-    where their gather overlaps the next forward pass.
+    where their gather overlaps the next forward pass. Megatron reads them in device memory only.
     """
 
     @functools.wraps(original)
     def calc_params_l2_norm(*args: Any, **kwargs: Any) -> Any:
         optimizer = _observed() if _observed is not None else None
         if optimizer is None or not (
-            optimizer.inner.config.param_remainders or _num_copies(optimizer) > 1
+            optimizer.inner.config.param_remainders
+            or optimizer.inner.on_host
+            or _num_copies(optimizer) > 1
         ):
             return original(*args, **kwargs)
         with _norms_as_main_params(optimizer):
@@ -91,9 +93,9 @@ def _norms_as_main_params(optimizer: AdamMiniOptimizer) -> Iterator[None]:
     factor = _num_copies(optimizer) ** -0.5
     norms: dict[Any, Tensor] = {}
     with optimizer.optimizer.left_where_it_is():
-        buffers = optimizer.optimizer.attach().buffers
+        state = optimizer.optimizer.attach()
         for piece in pieces:
-            norm = buffers[piece.buffer].norm(piece.window).view(1)
+            norm = state.of(piece).norm(piece.window).view(1).to(optimizer.inner.device)
             norms[parameters[piece.parameter]] = norm * factor
     is_sharded = bool(optimizer.ddp_config.use_distributed_optimizer)
     changed = [vars(param) for param in parameters if param.dtype != torch.float32]
@@ -131,13 +133,17 @@ def wrap_state_memory(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _saved_bytes(optimizer: AdamMiniOptimizer) -> int:
-    """Return how many bytes less this rank's state takes than Adam's, which is all float32."""
+    """Return how many bytes less this rank's state takes than Adam's, which is all float32.
+
+    On the device: what lies in host memory takes nothing there.
+    """
     adam = sum(
         piece.window.numel * (8 if param.dtype == torch.float32 else 12)
         for piece in optimizer.inner.plan.pieces
         for param in (optimizer.model_params[piece.parameter],)
     )
-    return adam - sum(optimizer.state_bytes().values())
+    own = optimizer.state_bytes().items()
+    return adam - sum(num_bytes for kind, num_bytes in own if not kind.startswith("host_"))
 
 
 def _write(optimizer: AdamMiniOptimizer, iteration: int) -> None:

@@ -154,20 +154,20 @@ def scatter(
     for number, bucket in _buckets(view):
         group, first = groups[of_buffer[number]], firsts[of_buffer[number]]
         whole = values_of(number, bucket) if first else {}
-        state = view.state.buffers[number]
-        window = state.plan.slices[bucket].window
+        window = view.inner.plan.buffers[number].slices[bucket].window
         mine = {
             kind: _scattered(whole.get(kind), group, window.numel, view.inner.device)
             for kind in KINDS
         }
-        floats = state.as_float32(window)
         for index, piece in _pieces(view, number, bucket):
             here = _in_slice(piece, window.in_buffer.start)
             pending.elements[index] = mine["exp_avg_sq"][here]
             if index not in pending.new:
+                state = view.state_of(piece)
+                floats = state.as_float32(piece.window)
                 for kind, into in floats.items():
-                    into[here] = mine[kind][here]
-        state.store(window, floats)
+                    into.copy_(mine[kind][here])
+                state.store(piece.window, floats)
     _set_v(view, pending)
 
 
@@ -205,12 +205,11 @@ def _in_slice(piece: Piece, start: int) -> slice:
 
 def _slice_values(view: StateView, number: int, bucket: int) -> dict[str, Tensor]:
     """Return this rank's slice of a bucket: float32, gaps between parameters zero."""
-    state = view.state.buffers[number]
-    window = state.plan.slices[bucket].window
+    window = view.inner.plan.buffers[number].slices[bucket].window
     values = {kind: torch.zeros(window.numel, device=view.inner.device) for kind in KINDS}
     for _, piece in _pieces(view, number, bucket):
         here = _in_slice(piece, window.in_buffer.start)
-        for kind, floats in state.as_float32(piece.window).items():
+        for kind, floats in view.state_of(piece).as_float32(piece.window).items():
             values[kind][here] = floats
         stored = view.state.v_of_elements if piece.is_elementwise else view.state.v_of_segments
         values["exp_avg_sq"][here] = v_per_element(view.inner.plan, piece, stored(piece))

@@ -27,10 +27,10 @@ _REFUSED = {
         "it assigns whole parameters to ranks, while Adam-mini shards flat buckets",
         "use --use-distributed-optimizer",
     ),
-    "optimizer_cpu_offload": (
-        "--optimizer-cpu-offload",
-        "the state lives on the device, mirrored with the gradient buckets",
-        "drop the flag",
+    "use_torch_optimizer_for_cpu_offload": (
+        "--use-torch-optimizer-for-cpu-offload",
+        "it selects torch's Adam",
+        "drop the flag: --optimizer-cpu-offload updates with Adam-mini's own kernels",
     ),
     "use_precision_aware_optimizer": (
         "--use-precision-aware-optimizer",
@@ -156,18 +156,29 @@ def refuse_buckets(*, distributed_optimizer: bool, fully_reshardable: bool = Fal
 
 
 def refuse_single_phase(
-    clip_grad: float, *, loss_scaled: bool, skip_threshold: float = math.inf
+    clip_grad: float,
+    *,
+    loss_scaled: bool,
+    skip_threshold: float = math.inf,
+    cpu_offload: bool = False,
 ) -> None:
-    """Check that nothing in the step needs the gradient norm first.
+    """Check that nothing in the step needs sums or the gradient norm first.
 
     Args:
         clip_grad: norm to clip to; 0 or less: none.
         loss_scaled: whether gradients are scaled, and non-finite ones expected.
         skip_threshold: norm above which steps are skipped; only configs have it.
+        cpu_offload: whether state lies in host memory.
 
     Raises:
         ValueError: something does; names it.
     """
+    if cpu_offload:
+        raise ValueError(
+            "--adam-mini-single-phase takes sums and updates in one pass over the gradients, but "
+            "with --optimizer-cpu-offload the device takes the sums and the host updates. Remedy: "
+            "drop one of them."
+        )
     waits = {
         f"--clip-grad {clip_grad}": clip_grad > 0.0,
         "a loss scale (--fp16 or --loss-scale)": loss_scaled,

@@ -184,11 +184,13 @@ def _wrap_validate(defaults: dict[str, Any], original: Callable[..., Any]) -> Ca
             refuse_stray_options(args, defaults)
             return original(args, *rest, **kwargs)
         check_arguments(args)
+        # Megatron offloads its own Adam only, and only with Transformer Engine's options.
+        offload, args.optimizer_cpu_offload = args.optimizer_cpu_offload, False
         args.optimizer = "adam"
         try:
             return original(args, *rest, **kwargs)
         finally:
-            args.optimizer = OPTIMIZER
+            args.optimizer, args.optimizer_cpu_offload = OPTIMIZER, offload
 
     return validate_args
 

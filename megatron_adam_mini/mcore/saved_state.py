@@ -302,7 +302,7 @@ class SavedState(DistributedNames):
         )
         state = self.optimizer.attach()
         for piece in self.inner.plan.pieces:
-            held = state.buffers[piece.buffer]
+            held = state.of(piece)
             values = held.as_float32(piece.window)
             weight = weights[self.model_params[piece.parameter]].reshape(-1)
             values["param"].copy_(weight[piece.begin : piece.end])
@@ -315,7 +315,7 @@ class SavedState(DistributedNames):
     @torch.no_grad()
     def _copy_main_params_to_model_params(self) -> None:
         """Set this rank's weights to the rounded main parameters; gathers nothing."""
-        for held in self.optimizer.attach().buffers:
+        for held in self.optimizer.attach().everywhere:
             held.write_weights()
 
     @torch.no_grad()

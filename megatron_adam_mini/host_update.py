@@ -1,0 +1,242 @@
+"""The update of what is in host memory: chunk by chunk on the CPU, while the device does the rest.
+
+Imports torch, ``plan``, ``state`` and ``kernels``. Data flow: step sizes, gradients ->
+**HostUpdate** -> main parameters and m on the host, model weights on the device.
+
+For each chunk: gradients (and weights that are main parameters, or parts of them) are copied to the
+host, the kernels of the CPU update the state there, new weights are copied back. There are two
+places for chunks, so one is copied while the other is computed. Sums, norm and v of blocks stay on
+the device. ``docs/offload.md`` says what crosses the bus.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_adam_mini.config import OffloadConfig
+from megatron_adam_mini.kernels import (
+    BufferTensors,
+    SegmentVectors,
+    StepScalars,
+    select_backend,
+)
+from megatron_adam_mini.plan.chunks import Chunk, Parts, plan_chunks
+from megatron_adam_mini.plan.shares import Share
+from megatron_adam_mini.plan.step_plan import StepPlan
+from megatron_adam_mini.state import HOST, Buffer, BufferState, RankState
+
+#: Elements of a chunk: copying it takes a fraction of a millisecond, many times what starting does.
+CHUNK_NUMEL = 2**22
+
+
+@dataclass
+class _Place:
+    """Host memory for one chunk.
+
+    Attributes:
+        grad, weight: for each dtype, a tensor of the length of the longest chunk.
+        filled, emptied: when copies to the host, and from it, are done.
+    """
+
+    grad: dict[torch.dtype, Tensor]
+    weight: dict[torch.dtype, Tensor]
+    filled: torch.cuda.Event
+    emptied: torch.cuda.Event
+
+
+class HostUpdate:
+    """Updates the shares of a rank that are in host memory.
+
+    A step calls :meth:`begin` once the step sizes of all blocks are known, then starts what the
+    device has to do, then calls :meth:`finish`.
+
+    Args:
+        plan: all integers of the rank.
+        shares: in host memory, by index of the buffer.
+        buffers: live tensors of the plan's buffers.
+        options: which memory is pinned, and whether copies overlap.
+        backend: name of the device's kernels.
+        group_SR: parameter group of each segment and range.
+        origin_SR: for stochastic rounding, see ``SegmentVectors``; or ``None``.
+        device: where the buffers are.
+        num_groups: number of parameter groups.
+    """
+
+    def __init__(
+        self,
+        plan: StepPlan,
+        shares: dict[int, Share],
+        buffers: Sequence[Buffer],
+        options: OffloadConfig,
+        backend: str,
+        *,
+        group_SR: np.ndarray[Any, Any],
+        origin_SR: np.ndarray[Any, Any] | None,
+        device: torch.device,
+        num_groups: int,
+    ) -> None:
+        # The device's kernels, if they run on a CPU, too: then all bits are as without offload.
+        self._kernels = select_backend("auto" if backend == "triton" else backend, HOST)
+        self._scalars = StepScalars(num_groups, HOST)
+        self._buffers = buffers
+        planned = plan_chunks(shares.values(), plan.pieces, CHUNK_NUMEL)
+        self._chunks = planned.chunks
+
+        on_gpu = device.type == "cuda"
+        self._sent = torch.zeros(len(planned.segments.source) + 1, device=device)
+        self._received = torch.zeros(len(self._sent), pin_memory=on_gpu)
+        self._source = torch.from_numpy(planned.segments.source).to(device)
+        self._vectors_S = _vectors(planned.segments, group_SR, origin_SR, self._received[:-1])
+        self._vectors_R = _vectors(planned.ranges, group_SR, origin_SR, self._received[:0])
+
+        self._places = [
+            _Place(
+                self._tensors("grad", pin=options.pin_grads and on_gpu),
+                self._tensors("weight", pin=options.pin_weights and on_gpu),
+                _event(),
+                _event(),
+            )
+            for _ in range(2)
+        ]
+        self._down = _stream() if options.overlap else None
+        self._up = _stream() if options.overlap else None
+        self._arrived = _event()
+
+    def _tensors(self, name: str, *, pin: bool) -> dict[torch.dtype, Tensor]:
+        numel: dict[torch.dtype, int] = {}
+        for chunk in self._chunks:
+            dtype = getattr(self._buffers[chunk.share.number], name).dtype
+            end = chunk.windows[-1].in_state.stop
+            numel[dtype] = max(numel.get(dtype, 0), end)
+        return {d: torch.zeros(n, dtype=d, pin_memory=pin) for d, n in numel.items()}
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of host memory that copies need."""
+        places = [t for p in self._places for held in (p.grad, p.weight) for t in held.values()]
+        return sum(tensor.nbytes for tensor in (*places, self._received))
+
+    def begin(self, state: RankState, step_size_S: Tensor, grad_scale: Tensor) -> None:
+        """Start to copy step sizes, and the first gradients; does not wait for the device.
+
+        Args:
+            state: of the rank.
+            step_size_S: of all segments of the rank.
+            grad_scale: float32, on the device.
+        """
+        torch.index_select(step_size_S, 0, self._source, out=self._sent[:-1])
+        self._sent[-1:].copy_(grad_scale)
+        if self._down is not None:
+            self._down.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._down):
+            self._received.copy_(self._sent, non_blocking=True)
+            self._arrived.record()
+        self._fill(0, state)
+
+    def finish(
+        self,
+        state: RankState,
+        groups: Sequence[Mapping[str, Any]],
+        *,
+        betas: tuple[float, float],
+        step: int,
+    ) -> None:
+        """Update everything on the host; waits for step sizes and gradients, not for the device.
+
+        What the device does next, such as gathering weights, waits for the new ones.
+
+        Args:
+            state: of the rank, modified in place.
+            groups: parameter groups.
+            betas: of this step.
+            step: number of this step, counted from 1.
+        """
+        self._arrived.synchronize()
+        grad_scale = float(self._received[-1])
+        if not math.isfinite(grad_scale):
+            self._places[0].filled.synchronize()  # the caller may free the gradients now
+            return
+        self._scalars.fill(groups, betas=betas, step=step, grad_scale=grad_scale)
+        for number, chunk in enumerate(self._chunks):
+            if number + 1 < len(self._chunks):
+                self._fill(number + 1, state)
+            place = self._places[number % 2]
+            place.filled.synchronize()
+            self._update(chunk, place, state.on_host[chunk.share.number])
+            self._empty(chunk, place)
+        if self._up is not None:
+            torch.cuda.current_stream().wait_stream(self._up)
+
+    def _fill(self, number: int, state: RankState) -> None:
+        """Start to copy a chunk to its place on the host, once that is empty."""
+        chunk, place = self._chunks[number], self._places[number % 2]
+        buffer = self._buffers[chunk.share.number]
+        copies = [(buffer.grad, place.grad)]
+        if state.on_host[chunk.share.number].param_is_weight:
+            copies.append((buffer.weight.detach(), place.weight))
+        with torch.cuda.stream(self._down):
+            torch.cuda.current_stream().wait_event(place.emptied)
+            for source, into in copies:
+                for in_buffer, in_chunk in chunk.windows:
+                    into[source.dtype][in_chunk].copy_(source[in_buffer], non_blocking=True)
+            place.filled.record()
+
+    def _update(self, chunk: Chunk, place: _Place, held: BufferState) -> None:
+        buffer, kernels, scalars = held.buffer, self._kernels, self._scalars
+        grad, weight = place.grad[buffer.grad.dtype], place.weight[buffer.weight.dtype]
+        if held.param is None:
+            tensors = BufferTensors(weight, held.exp_avg, None, grad)
+        else:
+            tensors = BufferTensors(held.param, held.exp_avg, weight, grad)
+        if len(chunk.segments):
+            kernels.update_(tensors, chunk.segments, self._vectors_S, scalars)
+        if len(chunk.ranges):
+            elements = held.exp_avg_sq_E[chunk.elements]
+            kernels.update_elementwise_(tensors, elements, chunk.ranges, self._vectors_R, scalars)
+
+    def _empty(self, chunk: Chunk, place: _Place) -> None:
+        """Start to copy the new weights of a chunk to the device.
+
+        All that read the old ones is done: it came before the step sizes.
+        """
+        weight = self._buffers[chunk.share.number].weight.detach()
+        with torch.cuda.stream(self._up):
+            for in_buffer, in_chunk in chunk.windows:
+                weight[in_buffer].copy_(place.weight[weight.dtype][in_chunk], non_blocking=True)
+            place.emptied.record()
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+def _stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
+def _vectors(
+    parts: Parts,
+    group_SR: np.ndarray[Any, Any],
+    origin_SR: np.ndarray[Any, Any] | None,
+    step_size: Tensor,
+) -> SegmentVectors:
+    """Return what an update reads of the entries of parts; nothing reads the other vectors."""
+    origin = None
+    if origin_SR is not None:
+        numbers = (origin_SR[parts.source].astype(np.int64) + parts.offset) & 0xFFFFFFFF
+        origin = torch.from_numpy(numbers.astype(np.uint32).view(np.int32))
+    return SegmentVectors(
+        exp_avg_sq_S=step_size,
+        step_size_S=step_size,
+        sum_sq_SR=step_size,
+        inv_numel_S=step_size,
+        group_SR=torch.from_numpy(group_SR[parts.source]),
+        origin_SR=origin,
+    )
