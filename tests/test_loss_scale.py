@@ -54,6 +54,7 @@ def both(run: Run) -> list[Seen]:
     return mini
 
 
+@pytest.mark.support("gradient norm, zeros, skipped steps as Megatron's Adam", "test")
 @pytest.mark.parametrize("case", CASES)
 def test_skipped_steps_and_loss_scale_are_adams_also_after_a_resume(
     case: str, data: str, tmp_path: Path

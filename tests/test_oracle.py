@@ -385,6 +385,7 @@ PRECISIONS = {
         "bf16, float32 gradients": "bf16 with float32 main parameters",
         "bf16, bf16 gradients": "16-bit gradient buffers",
         "float32 and bf16*": "float32 modules in a 16-bit model",
+        "fp16*": "fp16 with loss scale",
     },
     "oracle",
 )

@@ -136,6 +136,7 @@ def run_one(job: Job, overrides: Callable[[Any, Trainer], Any]) -> dict[str, Any
     return found
 
 
+@pytest.mark.support("decoupled learning rate, muP, overrides", "oracle")
 @pytest.mark.parametrize("case", CASES)
 def test_each_parameter_has_adams_rates_and_takes_the_oracles_step(case: str) -> None:
     job, overrides, distinct = CASES[case]

@@ -82,6 +82,11 @@ PARAMS_NORM = Hook("megatron.training.training", "calc_params_l2_norm")
 STATE_MEMORY = Hook(
     "megatron.training.theoretical_memory_usage", "compute_weight_and_optimizer_memory"
 )
+#: Scale rows of Query and Key, one layer each. Public; all.
+CLIP_QK = (
+    Hook("megatron.core.transformer.attention", "clip_qk", "SelfAttention"),
+    Hook("megatron.core.transformer.multi_latent_attention", "clip_qk", "MLASelfAttention"),
+)
 #: Writes the logs. Public; all, with more arguments since 0.18.
 TRAINING_LOG = Hook("megatron.training.training", "training_log")
 

@@ -32,9 +32,11 @@ from megatron_adam_mini.mcore.metrics import observe
 from megatron_adam_mini.mcore.param_info import collect_parameters, frozen_keys
 from megatron_adam_mini.mcore.preflight import (
     refuse_buckets,
+    refuse_qk_clip,
     refuse_single_phase,
     refuse_unsupported,
 )
+from megatron_adam_mini.mcore.qk_clip import follow
 from megatron_adam_mini.mcore.slices import buffers_of, sharded_buffers, whole_parameters
 from megatron_adam_mini.optimizer import AdamMini
 from megatron_adam_mini.plan.manifest import BUCKETS, manifest_of, partition_fields
@@ -95,6 +97,7 @@ def build_optimizer(
         planned.domain_groups,
     )
     observe(optimizer)
+    follow(optimizer)
     _report(optimizer, options)
     return AdamMiniChainedOptimizer(optimizer)
 
@@ -197,6 +200,7 @@ def _check_options(
         weight_decay=config.weight_decay,
     )
     _check_distributed_optimizer(config, model_chunks)
+    refuse_qk_clip(model_chunks[0].config)
     if options.checkpoint_format == BUCKETS:
         refuse_buckets(distributed_optimizer=config.use_distributed_optimizer)
     if options.single_phase:

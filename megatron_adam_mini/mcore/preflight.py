@@ -77,11 +77,6 @@ _REFUSED = {
         "it clips the heads of multi-token prediction by a gradient norm of their own",
         "drop the flag",
     ),
-    "qk_clip": (
-        "--qk-clip",
-        "it edits main parameters as if they had the parameter's shape",
-        "drop the flag",
-    ),
 }
 
 
@@ -107,6 +102,27 @@ def refuse_unsupported(*sources: Any) -> None:
                 "--no-decoupled-weight-decay the decay would enter the gradient after its block "
                 "sums were taken. Remedy: drop the flag."
             )
+
+
+def refuse_qk_clip(config: Any) -> None:
+    """Check that a model's Query and Key rows can be clipped where they are.
+
+    Args:
+        config: of the model.
+
+    Raises:
+        NotImplementedError: a Key row serves heads of several tensor-parallel ranks.
+    """
+    if not getattr(config, "qk_clip", False) or getattr(config, "multi_latent_attention", False):
+        return
+    groups, tp_size = config.num_query_groups, config.tensor_model_parallel_size
+    if groups < tp_size:
+        raise NotImplementedError(
+            f"--optimizer adam_mini does not support --qk-clip with --num-query-groups {groups} "
+            f"and --tensor-model-parallel-size {tp_size}: several ranks share the rows of a Key, "
+            "and would scale them differently. Remedy: a tensor-parallel size of at most "
+            f"{groups}, or drop --qk-clip."
+        )
 
 
 def refuse_keywords(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Registration with Megatron: which of its functions are wrapped, and how to undo it.
 
 Imports ``compat``, which names the functions and their releases, and the wrappers' modules.
-Twelve functions are replaced, those of megatron.training only if it is installed:
+Fourteen functions are replaced, those of megatron.training only if it is installed:
 
 * the optimizer factory builds Adam-mini if the config names it;
 * a checkpoint that is saved says what its optimizer state is, and a load asks for what is there;
@@ -9,6 +9,7 @@ Twelve functions are replaced, those of megatron.training only if it is installe
   code;
 * a scheduler that loads a schedule, and is told to use the checkpoint's values, uses them for
   the groups of Adam-mini, too;
+* QK-clip of each of two kinds of attention scales Adam-mini's main parameters;
 * Adam-mini's flags are added to the parser;
 * Adam-mini's flags are validated, then Megatron validates all others as for Adam: for any other
   optimizer it would replace the distributed optimizer by the layer-wise one;
@@ -46,6 +47,7 @@ from megatron_adam_mini.mcore.metrics import (
     wrap_training_log,
 )
 from megatron_adam_mini.mcore.preflight import refuse_keywords
+from megatron_adam_mini.mcore.qk_clip import wrap_clip_qk
 
 
 class Registration:
@@ -115,6 +117,8 @@ def register() -> Registration:
     handle.replace(compat.CHECKPOINT_COMMON, wrap_load_common)
     handle.replace(compat.CHECKPOINT_CONTENT, wrap_load_content)
     handle.replace(compat.SCHEDULER_LOAD, _wrap_scheduler)
+    for hook in compat.CLIP_QK:
+        handle.replace(hook, wrap_clip_qk)
     if training is not None:
         defaults: dict[str, Any] = {}
         handle.replace(compat.ADD_ARGUMENTS, functools.partial(_wrap_add, defaults))
