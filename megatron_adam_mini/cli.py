@@ -190,13 +190,19 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _memory(args: argparse.Namespace) -> int:
-    from megatron_adam_mini.estimate.flags import model_of, parallel_of
+    from megatron_adam_mini.estimate.flags import model_of, offload_fraction_of, parallel_of
     from megatron_adam_mini.estimate.report import in_words, memory_report
 
     if args.every_rank and not args.json:
         raise ValueError("--every-rank is for programs to read; add --json.")
     options = partition_config(args, prefix=RUN_PREFIX)
-    report = memory_report(model_of(args), parallel_of(args), options, every_rank=args.every_rank)
+    report = memory_report(
+        model_of(args),
+        parallel_of(args),
+        options,
+        offload_fraction=offload_fraction_of(args),
+        every_rank=args.every_rank,
+    )
     _say(json.dumps(report) if args.json else in_words(report))
     return 0
 

@@ -167,6 +167,23 @@ def test_every_byte_of_a_real_run(case: str, capsys: Any) -> None:
         assert stage["optimizers"][form]["total"] == max(own)
 
 
+def test_every_byte_of_state_in_host_memory(capsys: Any) -> None:
+    job, world, form = RUNS["tied, biases, pp2-dp2"]
+    flags = ["--optimizer-cpu-offload", "--optimizer-offload-fraction", "0.4"]
+    offloaded = replace(
+        job,
+        adam_mini={**OPTIONS[form], "preset": "first"},
+        optimizer_args={"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.4},
+    )
+    ranks = [rank["bytes"] for rank in run_ranks(world, allocated, offloaded)]
+    assert all(rank.pop("host_staging") for rank in ranks)
+    report = run_cli(capsys, *flags_of(job, world), "--adam-mini-preset", "first", *flags)
+    assert report["every_rank"][form] == ranks
+    on_device = [sum(n for kind, n in rank.items() if "host" not in kind) for rank in ranks]
+    assert report["optimizers"][form]["largest_rank"]["total"] == max(on_device)
+    assert report["every_rank"]["adam"][0]["host_exp_avg"] == 0 < ranks[0]["host_exp_avg_sq"]
+
+
 def test_every_byte_of_megatrons_adam(capsys: Any) -> None:
     job, world, _ = RUNS["tied, biases, pp2-dp2"]
     ranks = run_ranks(world, allocated, replace(job, optimizer="adam"))

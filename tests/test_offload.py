@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from megatron_adam_mini.cpu_host import streams
-from megatron_adam_mini.plan.shares import host_start
 from tests.gather import slices_of
 from tests.megatron_job import Job, Trainer, global_names
 from tests.ranks import run_ranks
@@ -56,6 +55,7 @@ JOBS = {
         replace(JOB, tp=1, grad_fp32=False, float32_modules=("final_layernorm",)),
         2,
     ),
+    "experts, EP2": (replace(JOB, tp=1, experts=4, ep=2), 2),
     "replicated state": (replace(JOB, distributed_optimizer=False, overlap=False), 2),
 }
 
@@ -339,10 +339,3 @@ def test_refused_on_all_ranks(case: str) -> None:
     for kind, message in run_ranks(2, error_of, offloaded(job, fraction)):
         assert kind == "ValueError"
         assert text in message
-
-
-def test_the_last_pieces_are_on_the_host() -> None:
-    assert [host_start([5, 1, 4], f) for f in (0.0, 0.1, 0.4, 0.41, 0.5, 0.51, 1.0)] == [
-        3, 2, 2, 1, 1, 0, 0,
-    ]  # fmt: skip
-    assert host_start([], 0.5) == 0

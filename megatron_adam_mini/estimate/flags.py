@@ -1,6 +1,6 @@
 """Command line -> model and layout: Megatron's own flags, derived from the two dataclasses.
 
-Imports ``models`` and ``parallel``.
+Imports ``config``, ``models`` and ``parallel``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
+from megatron_adam_mini.config import OffloadConfig
 from megatron_adam_mini.estimate.models import MODELS, Model
 from megatron_adam_mini.estimate.parallel import Parallel, flag
 
@@ -31,6 +32,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="all ranks, instead of --data-parallel-size",
     )
     _add_fields(group, Parallel)
+    group = parser.add_argument_group("state in host memory (flags of Megatron)")
+    group.add_argument("--optimizer-cpu-offload", action="store_true")
+    group.add_argument("--optimizer-offload-fraction", type=float, default=1.0, metavar="PART")
 
 
 def model_of(args: argparse.Namespace) -> Model:
@@ -81,6 +85,17 @@ def parallel_of(args: argparse.Namespace) -> Parallel:
             )
         given["data_parallel_size"] = world_size // rest
     return Parallel(**given)
+
+
+def offload_fraction_of(args: argparse.Namespace) -> float:
+    """Return which part of the state the flags keep in host memory.
+
+    Raises:
+        ValueError: it is not in [0, 1].
+    """
+    if not args.optimizer_cpu_offload:
+        return 0.0
+    return OffloadConfig(fraction=args.optimizer_offload_fraction).fraction
 
 
 def vars_of(description: Model | Parallel) -> dict[str, Any]:

@@ -20,12 +20,15 @@ import numpy as np
 from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.estimate.buckets import plan_stage, stage_blocks
 from megatron_adam_mini.estimate.models import Model
+from megatron_adam_mini.estimate.offload import host_size
 from megatron_adam_mini.estimate.parallel import Parallel, stage_layers
 from megatron_adam_mini.estimate.stages import stage_parameters
 from megatron_adam_mini.plan.layout import BufferLayout, slice_size, state_starts
 from megatron_adam_mini.plan.partition import IntArray, ParameterBlocks, unmatched_patterns
 
 KINDS = ("weights", "gradients", "main_param", "exp_avg", "exp_avg_sq")
+#: The same in host memory, as ``state_bytes()`` of the optimizer names it.
+HOST_KINDS = ("host_main_param", "host_exp_avg", "host_exp_avg_sq")
 _WEIGHT_BYTES = 2  # bf16 or fp16
 
 
@@ -74,6 +77,8 @@ class StageMemory:
         elements: elements of parameters in its slices, by rank of the stage.
         second_moments: Adam-mini's numbers of v, by rank of the stage.
         state_numel: elements of Adam-mini's m, padding included, by rank of the stage.
+        host_numel, host_second_moments: what of ``state_numel`` and ``second_moments`` lies in host
+            memory.
     """
 
     num_parameters: int
@@ -82,21 +87,30 @@ class StageMemory:
     elements: IntArray
     second_moments: IntArray
     state_numel: IntArray
+    host_numel: IntArray
+    host_second_moments: IntArray
 
     def bytes_of(self, form: StateFormat) -> dict[str, IntArray]:
-        """Return bytes by kind, see :data:`KINDS`, and rank of the stage."""
-        mirrored = self.state_numel if form.blocks else self.elements
+        """Return bytes by kind, see :data:`KINDS` and :data:`HOST_KINDS`, and rank of the stage."""
+        on_host = self.host_numel if form.blocks else np.zeros_like(self.elements)
+        v_on_host = self.host_second_moments if form.blocks else on_host
+        mirrored = self.state_numel - on_host if form.blocks else self.elements
+        second_moments = self.second_moments - v_on_host if form.blocks else self.elements
         return {
             "weights": np.full_like(self.elements, _WEIGHT_BYTES * self.buffer_numel),
             "gradients": np.full_like(self.elements, self.gradient_bytes * self.buffer_numel),
             "main_param": form.main_param * mirrored,
             "exp_avg": form.exp_avg * mirrored,
-            "exp_avg_sq": form.exp_avg_sq * (self.second_moments if form.blocks else self.elements),
+            "exp_avg_sq": form.exp_avg_sq * second_moments,
+            "host_main_param": form.main_param * on_host,
+            "host_exp_avg": form.exp_avg * on_host,
+            "host_exp_avg_sq": form.exp_avg_sq * v_on_host,
         }
 
     def total_of(self, form: StateFormat) -> IntArray:
-        """Return all bytes by rank of the stage."""
-        return np.sum(list(self.bytes_of(form).values()), axis=0, dtype=np.int64)
+        """Return all bytes on the device by rank of the stage."""
+        kinds = self.bytes_of(form)
+        return np.sum([kinds[kind] for kind in KINDS], axis=0, dtype=np.int64)
 
 
 class Planner:
@@ -133,17 +147,24 @@ class Planner:
         alone = stage_parameters(self.model, Parallel(), pp_rank=0)
         return sum(info.numel for chunk in alone for info in chunk)
 
-    def stages(self, parallel: Parallel) -> list[StageMemory]:
+    def stages(self, parallel: Parallel, *, offload_fraction: float = 0.0) -> list[StageMemory]:
         """Return the memory of every pipeline stage.
 
         Args:
             parallel: may differ from the planner's own only in the number of data-parallel ranks.
+            offload_fraction: of Adam-mini's state, in host memory.
         """
         known: dict[Hashable, IntArray] = {}
-        return [self._stage(parallel, stage, known) for stage in range(parallel.pp)]
+        return [
+            self._stage(parallel, stage, known, offload_fraction) for stage in range(parallel.pp)
+        ]
 
     def _stage(
-        self, parallel: Parallel, stage: int, known: dict[Hashable, IntArray]
+        self,
+        parallel: Parallel,
+        stage: int,
+        known: dict[Hashable, IntArray],
+        offload_fraction: float,
     ) -> StageMemory:
         """Return the memory of a stage; ``known`` caches results of equal work."""
         plan = plan_stage(self.model, parallel, self._stage_blocks(stage, 0, 0), pp_rank=stage)
@@ -155,7 +176,7 @@ class Planner:
                 own = plan_stage(self.model, parallel, chunks, pp_rank=stage)
                 chosen = own.expert if expert else own.dense
                 shards = parallel.expert_shards if expert else parallel.dense_shards
-                known[key] = _slice_sizes(chosen, own.parameters, shards)
+                known[key] = _slice_sizes(chosen, own.parameters, shards, offload_fraction)
             return known[key]
 
         dense = np.stack([sizes(tp, 0, False) for tp in range(parallel.tp)])
@@ -175,6 +196,8 @@ class Planner:
             elements=of_rank[:, 0],
             second_moments=of_rank[:, 1],
             state_numel=of_rank[:, 2],
+            host_numel=of_rank[:, 3],
+            host_second_moments=of_rank[:, 4],
         )
 
     def _stage_blocks(
@@ -215,13 +238,21 @@ class Planner:
 
 
 def _slice_sizes(
-    buffers: Sequence[BufferLayout], parameters: Sequence[ParameterBlocks], num_slices: int
+    buffers: Sequence[BufferLayout],
+    parameters: Sequence[ParameterBlocks],
+    num_slices: int,
+    offload_fraction: float,
 ) -> IntArray:
-    """Return the content of each rank's slices of some buffers, shape ``(slices, 3)``.
+    """Return the content of each rank's slices of some buffers, shape ``(slices, 5)``.
 
-    Columns: elements of parameters, numbers of v, elements of m.
+    Columns: elements of parameters, numbers of v, elements of m; elements of m and numbers of v in
+    host memory.
     """
-    found = np.zeros((num_slices, 3), dtype=np.int64)
+    found = np.zeros((num_slices, 5), dtype=np.int64)
+    if offload_fraction > 0.0:
+        found[:, 3:] = [
+            host_size(buffers, parameters, rank, offload_fraction) for rank in range(num_slices)
+        ]
     for buffer in buffers:
         found[:, 2] += state_starts(buffer, np.arange(num_slices))[1]
         for bucket in buffer.buckets:
@@ -232,7 +263,7 @@ def _slice_sizes(
 
 
 def largest_rank(stages: Sequence[StageMemory], form: StateFormat) -> dict[str, Any]:
-    """Return the rank that holds most, and its bytes by kind and in total."""
+    """Return the rank that holds most on its device, and its bytes by kind and in total there."""
     best: dict[str, Any] = {}
     first = 0
     for number, stage in enumerate(stages):
@@ -243,7 +274,7 @@ def largest_rank(stages: Sequence[StageMemory], form: StateFormat) -> dict[str, 
             best = {
                 "stage": number,
                 "rank": first + rank,
-                **{kind: int(kinds[kind][rank]) for kind in KINDS},
+                **{kind: int(kinds[kind][rank]) for kind in (*KINDS, *HOST_KINDS)},
                 "total": int(totals[rank]),
             }
         first += len(totals)

@@ -6,7 +6,8 @@ Data flow: ``roles`` (name -> what it is) -> ``parameter_info`` (facts about a p
 ``partition`` (blocks of one second moment) -> ``manifest`` (the same for users and checkpoints);
 ``partition`` -> ``layout`` (where blocks lie in a rank's slices) -> ``reduction`` (which sums cross
 ranks) -> ``segment_table`` (what kernels walk) -> ``buffer_plan`` (slices, state and tables of one
-buffer) -> ``step_plan`` (all of it for one rank).
+buffer) -> ``step_plan`` (all of it for one rank) -> ``shares`` (what lies in which memory) ->
+``chunks`` (what the host updates at once).
 
 Words, here and in the whole package:
 
@@ -21,6 +22,8 @@ slice          one of the equal parts of a bucket; every data-parallel rank owns
 segment        what a slice holds of a row segment; each has one entry in the rank's vectors
 element range  what a slice holds of a parameter with one second moment per element
 piece          what a slice holds of a parameter
+share          the state of some pieces of a buffer in one memory: the device's, or the host's
+chunk          part of a share on the host that is updated at once
 window         position of a run of elements in the buffer, and in the state
 cut block      block with segments on several ranks; the others are uncut
 spread block   block of several row segments, or with rows on several tensor-parallel ranks
