@@ -17,7 +17,7 @@ Shape suffixes: see the docstring of ``plan``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,6 +65,18 @@ class Outcome(NamedTuple):
     updated: bool
     grad_norm: float | None
     found_inf: bool
+
+
+class EarlyBuffers(NamedTuple):
+    """Buffers whose weights are wanted before those of all others.
+
+    Attributes:
+        numbers: of the buffers in the plan.
+        then: called once these are updated.
+    """
+
+    numbers: frozenset[int]
+    then: Callable[[], None]
 
 
 class Decision:
@@ -318,14 +330,16 @@ class AdamMini:
         grad_scale = grad_scale.masked_fill(skip, math.nan)
         return Decision(torch.stack([grad_scale, norm_sq, found_inf.double()]), wide)
 
-    def update(self, decision: Decision) -> None:
+    def update(self, decision: Decision, early: EarlyBuffers | None = None) -> None:
         """Advance v, m, main parameters and model weights by one step; local to the rank.
 
         Cut blocks come last: their sums may still be in flight. :meth:`finish` counts the step.
 
         Args:
             decision: if its scale is not finite, nothing changes; a GPU checks this itself, so
-                the host does not wait for it.
+                the host does not wait for it, unless there are early buffers.
+            early: buffers to update before all others, and what to call in between. It is called
+                only if the step is taken.
 
         Equations, with g the scaled gradient and b its block::
 
@@ -336,6 +350,7 @@ class AdamMini:
         """
         if decision.wide is not None:
             self._update_with(decision.wide, decision)
+            self._call(early, decision)
             return
         scalars, kernels = self._scalars, self.kernels
         self._fill_scalars(decision.grad_scale)
@@ -349,22 +364,19 @@ class AdamMini:
             # The host updates cut blocks with the others, so their sums are waited for first.
             self._advance_cut(vectors)
             self._host.begin(state, self._step_size_S, scalars.grad_scale)
-        for held in state.buffers:
-            tensors, plan = self._tensors(held), held.plan
-            # m <- beta1 m + (1 - beta1) grad_scale g;  p <- (1 - lr weight_decay) p - step m
-            # (in one pass: s, v and step of each segment before it)
-            update_ = kernels.update_in_one_pass_ if single_phase else kernels.update_
-            if len(plan.uncut):
-                update_(tensors, plan.uncut, vectors, scalars)
-            # the same, with v per element
-            self._update_ranges(held, vectors)
+        first, rest = _split(state.buffers, early)
+        self._update_uncut(first, vectors)
         # the same for cut blocks, once their sums are complete
         if self._host is None:
             self._advance_cut(vectors)
-        for held in state.buffers:
-            if len(held.plan.cut):
-                kernels.update_(self._tensors(held), held.plan.cut, vectors, scalars)
-        self._finish_on_host(state)
+        self._update_cut(first, vectors)
+        if self._host is None:
+            self._call(early, decision)
+        self._update_uncut(rest, vectors)
+        self._update_cut(rest, vectors)
+        if self._host is not None:
+            self._finish_on_host(state)
+            self._call(early, decision)  # the host may own a part of the early buffers
 
     def _advance_cut(self, vectors: SegmentVectors) -> None:
         self.collectives.finish_(self._sum_sq_S)
@@ -375,6 +387,11 @@ class AdamMini:
         if self._host is not None:
             groups, step = self.main_params.param_groups, self.main_params.step_count + 1
             self._host.finish(state, groups, betas=self._betas(), step=step)
+
+    @staticmethod
+    def _call(early: EarlyBuffers | None, decision: Decision) -> None:
+        if early is not None and decision.read().updated:
+            early.then()
 
     def _update_with(self, wide: WideSums, decision: Decision) -> None:
         """Take the same step from float64 sums, unless v or the gradients' factor would not fit.
@@ -423,6 +440,22 @@ class AdamMini:
         if outcome.updated:
             self.main_params.step_count += 1
         return outcome
+
+    def _update_uncut(self, buffers: Sequence[BufferState], vectors: SegmentVectors) -> None:
+        # m <- beta1 m + (1 - beta1) grad_scale g;  p <- (1 - lr weight_decay) p - step m
+        # (in one pass: s, v and step of each segment before it)
+        in_one_pass = self.config.single_phase
+        update_ = self.kernels.update_in_one_pass_ if in_one_pass else self.kernels.update_
+        for held in buffers:
+            if len(held.plan.uncut):
+                update_(self._tensors(held), held.plan.uncut, vectors, self._scalars)
+            # the same, with v per element
+            self._update_ranges(held, vectors)
+
+    def _update_cut(self, buffers: Sequence[BufferState], vectors: SegmentVectors) -> None:
+        for held in buffers:
+            if len(held.plan.cut):
+                self.kernels.update_(self._tensors(held), held.plan.cut, vectors, self._scalars)
 
     def _update_ranges(self, held: BufferState, vectors: SegmentVectors) -> None:
         if len(held.plan.ranges):
@@ -515,3 +548,15 @@ class AdamMini:
         ``host_...`` are in host memory, all others on the device.
         """
         return dict(self._state_bytes)
+
+
+def _split(
+    buffers: Sequence[BufferState], early: EarlyBuffers | None
+) -> tuple[list[BufferState], list[BufferState]]:
+    """Return the early buffers and the others; without early ones, all come first."""
+    if early is None:
+        return list(buffers), []
+    parts: tuple[list[BufferState], list[BufferState]] = ([], [])
+    for number, held in enumerate(buffers):
+        parts[number not in early.numbers].append(held)
+    return parts

@@ -71,6 +71,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], tuple[Feature, ...]]] = {
             Feature("expert tensor parallelism", LAYOUT),
             Feature("several distributed-optimizer instances", LAYOUT),
             Feature("bucket options of DDP", LAYOUT),
+            Feature("parameter gather within the step", KERNEL),
             Feature("heads, rows and norms cut by any boundary", LAYOUT),
         ),
     ),

@@ -292,7 +292,6 @@ COMMAND_LINES = {
     "use_torch_optimizer_for_cpu_offload": ["--use-torch-optimizer-for-cpu-offload"],
     "use_precision_aware_optimizer": ["--use-precision-aware-optimizer"],
     "optimizer_cuda_graph": ["--optimizer-cuda-graph"],
-    "overlap_param_gather_with_optimizer_step": ["--overlap-param-gather-with-optimizer-step"],
     "fp8_param_gather": ["--fp8-param-gather"],
     "fp4_param_gather": ["--fp4-param-gather"],
     "reuse_grad_buf_for_mxfp8_param_ag": ["--reuse-grad-buf-for-mxfp8-param-ag"],

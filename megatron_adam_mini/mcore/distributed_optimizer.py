@@ -15,7 +15,8 @@ from torch import Tensor, distributed
 
 from megatron_adam_mini.mcore import compat
 from megatron_adam_mini.mcore.saved_state import SavedState
-from megatron_adam_mini.optimizer import Decision, Outcome
+from megatron_adam_mini.mcore.slices import numbers_of_chunk
+from megatron_adam_mini.optimizer import Decision, EarlyBuffers, Outcome
 from megatron_adam_mini.wide_sums import WideSums
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,9 @@ class AdamMiniOptimizer(SavedState):
         self._decision: Decision | None = None
         self._clip_grad = 0.0
         self._warned: set[str] = set()
+        self._early: EarlyBuffers | None = None
+        if self.config.overlap_param_gather_with_optimizer_step:
+            self._early = self._first_chunk()
 
     @torch.no_grad()
     def step(self) -> tuple[bool, float | None, int | None]:
@@ -223,11 +227,23 @@ class AdamMiniOptimizer(SavedState):
     def _update(self, decision: Decision) -> None:
         """Update state and weights; start their all-gather unless the forward pass does that."""
         with self._timer("optimizer-inner-step"):
-            self.inner.update(decision)
+            self.inner.update(decision, self._early)
         if self.ddp_config.use_distributed_optimizer and not (self.ddp_config.overlap_param_gather):
             with self._timer("params-all-gather"):
                 for chunk in self.model_chunks:
                     chunk.start_param_sync()
+
+    def _first_chunk(self) -> EarlyBuffers:
+        """Return the buffers of the first model chunk, whose all-gather starts within the step.
+
+        As Megatron's own optimizers, it tells the chunk that nobody else has to start it.
+        """
+        chunk = self.model_chunks[0]
+        chunk.overlap_param_gather_with_optimizer_step = True
+        return EarlyBuffers(
+            numbers_of_chunk(self.inner.buffers, chunk),
+            lambda: chunk.start_param_sync(force_dispatch=True),
+        )
 
     def _tell_scaler(self, outcome: Outcome) -> None:
         if self.grad_scaler is not None:

@@ -201,6 +201,8 @@ def _check_options(
     )
     _check_distributed_optimizer(config, model_chunks)
     refuse_qk_clip(model_chunks[0].config)
+    if config.overlap_param_gather_with_optimizer_step:
+        _check_early_gather(model_chunks)
     if options.checkpoint_format == BUCKETS:
         refuse_buckets(distributed_optimizer=config.use_distributed_optimizer)
     if options.single_phase:
@@ -224,6 +226,18 @@ def _check_distributed_optimizer(config: OptimizerConfig, model_chunks: Sequence
                 f"use_distributed_optimizer is {config.use_distributed_optimizer} in "
                 f"OptimizerConfig but {wrapped} in DistributedDataParallelConfig; give both the "
                 "same value."
+            )
+
+
+def _check_early_gather(model_chunks: Sequence[Any]) -> None:
+    """Refuse to start the gather of the first chunk within the step if nobody waits for it."""
+    config = model_chunks[0].ddp_config
+    for name in ("use_distributed_optimizer", "overlap_param_gather"):
+        if not getattr(config, name):
+            raise ValueError(
+                f"--overlap-param-gather-with-optimizer-step needs {name}=True in "
+                "DistributedDataParallelConfig, got False. Remedy: --use-distributed-optimizer "
+                "and --overlap-param-gather, or drop the flag."
             )
 
 

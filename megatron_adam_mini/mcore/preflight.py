@@ -42,11 +42,6 @@ _REFUSED = {
         "the step reads the gradient norm on the host",
         "drop the flag",
     ),
-    "overlap_param_gather_with_optimizer_step": (
-        "--overlap-param-gather-with-optimizer-step",
-        "it is not supported yet",
-        "use --overlap-param-gather alone",
-    ),
     "fp8_param_gather": (
         "--fp8-param-gather",
         "quantized parameters are not supported yet",

@@ -92,6 +92,16 @@ def buffers_of(model_chunks: Sequence[Any], *, expert: bool) -> list[Any]:
     ]
 
 
+def numbers_of_chunk(buffers: Sequence[Buffer], chunk: Any) -> frozenset[int]:
+    """Return which of some sharded buffers belong to a model chunk, experts' included."""
+    of_chunk = {id(buffer) for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)}
+    return frozenset(
+        number
+        for number, buffer in enumerate(buffers)
+        if isinstance(buffer, ShardedBuffer) and id(buffer.buffer) in of_chunk
+    )
+
+
 def sharded_buffers(
     buffers: Sequence[Any], index_of: Mapping[Parameter, int], dp_size: int
 ) -> tuple[list[BufferLayout], list[Buffer]]:
