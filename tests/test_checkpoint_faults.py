@@ -78,6 +78,7 @@ def flip_bits(folder: Path) -> str:
     return chunk.path.name
 
 
+@pytest.mark.support("damaged or malicious checkpoints are refused", "test")
 @pytest.mark.parametrize("damage", [truncate, remove, empty, flip_bits])
 def test_damaged_shard_file_is_named_on_all_ranks(damage: Any, saved: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(saved, tmp_path / "copy")
@@ -200,6 +201,7 @@ def load_rng_too(job: Job, folder: str, checked: bool) -> list[str]:
     return errors
 
 
+@pytest.mark.support("damaged or malicious checkpoints are refused", "test")
 @pytest.mark.parametrize("put", [in_metadata, in_common_state, in_another_object])
 def test_code_in_a_checkpoint_is_refused_before_it_runs(
     put: Any, saved: Path, tmp_path: Path

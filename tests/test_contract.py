@@ -906,6 +906,7 @@ def test_every_check_passes_to_the_last() -> None:
     assert [found.get("not reached") for found in outcomes_of_ranks()] == [None, None]
 
 
+@pytest.mark.support("every method and attribute of Megatron's optimizers", "test")
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_what_the_document_says_is_so(row: Row) -> None:
     checked = {name for checks in CHECKS.values() for name in checks}

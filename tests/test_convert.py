@@ -84,6 +84,14 @@ def layers_of(key: str, value: Tensor) -> list[tuple[str, Tensor]]:
     ]
 
 
+@pytest.mark.support(
+    {
+        "adam": "GPT, Llama: GQA, SwiGLU or GELU, biases",
+        "adam-tp2": "tensor parallelism",
+        "plain": "data parallelism, replicated state",
+    },
+    "conversion",
+)
 @pytest.mark.parametrize("name", ["adam", "adam-tp2", "plain", "adam-experts"])
 def test_adam_to_adam_mini_keeps_masters_and_m_and_averages_v(name, checkpoints, tmp_path):
     assert main(["convert", "--to", "adam-mini", str(checkpoints[name]), str(tmp_path / "x")]) == 0
@@ -402,6 +410,7 @@ def enlarged(source: Path, destination: Path, rows: int) -> Path:
     return destination
 
 
+@pytest.mark.support("inspect, verify and convert without a cluster", "test")
 def test_it_answers_quickly_without_megatron(checkpoints):
     code = (
         "import sys\n"

@@ -180,6 +180,7 @@ def compare(ours: dict[str, Any], public: dict[str, Any], exact: bool = False) -
                 assert a["state"][number][key] == value, key
 
 
+@pytest.mark.support("conversion from and to the public adam_mini", "test")
 def test_the_public_optimizer_takes_megatrons_next_step(template, tmp_path):
     content = public_file(template, tmp_path / "file.pt")
     model, optimizer = public_pair()
@@ -193,6 +194,7 @@ def test_the_public_optimizer_takes_megatrons_next_step(template, tmp_path):
     compare(public_file(result, tmp_path / "next.pt"), after)
 
 
+@pytest.mark.support("conversion from and to the public adam_mini", "test")
 def test_megatron_takes_the_public_optimizers_next_step(template, tmp_path):
     model, optimizer = public_pair()
     for step in range(JOB.steps):

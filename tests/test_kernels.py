@@ -712,6 +712,7 @@ def test_where_the_state_lies_changes_no_bit(kernels, name, storage, correct_squ
     )
 
 
+@pytest.mark.support("CPU kernels: instruction sets, threads", "test")
 @pytest.mark.parametrize("storage", STORAGE)
 def test_instruction_sets_and_threads_change_no_bit(storage):
     layout, num = layout_of("in parts"), 50_000

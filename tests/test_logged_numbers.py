@@ -133,6 +133,7 @@ def whole_norm(ranks: list[Any], key: str, job: Job) -> tuple[float, int]:
     return math.sqrt(squares), sum(int((value == 0).sum()) for value in whole.values())
 
 
+@pytest.mark.support("what Megatron logs", "test")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_number_is_adams_or_true(layout: str) -> None:
     job, world, names = LAYOUTS[layout]

@@ -147,6 +147,7 @@ def run_cli(capsys: Any, *flags: str) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.support("memory of each rank before a run", "test")
 @pytest.mark.parametrize("case", RUNS)
 def test_every_byte_of_a_real_run(case: str, capsys: Any) -> None:
     job, world, form = RUNS[case]

@@ -41,6 +41,7 @@ def train(job: Job) -> dict[str, Any]:
     }
 
 
+@pytest.mark.support("16-bit remainders", "oracle")
 def test_remainders_train_bit_for_bit_as_float32_main_parameters() -> None:
     stored = run_ranks(8, train, SHARDED)
     completed = run_ranks(8, train, replace(SHARDED, adam_mini=REMAINDERS))
@@ -215,6 +216,7 @@ def test_uncut_blocks_are_updated_while_cut_ones_are_on_the_way() -> None:
 # Single phase.
 
 
+@pytest.mark.support("single phase", "oracle")
 def test_single_phase_equals_two_phases_without_clipping() -> None:
     """Cut rows, biases and tensor-parallel ones included; only long rows add in another order."""
     job = replace(SHARDED, clip_grad=0.0)

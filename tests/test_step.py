@@ -62,6 +62,7 @@ NORM_LAYOUTS = {
 }
 
 
+@pytest.mark.support("gradient norm, zeros, skipped steps as Megatron's Adam", "test")
 @pytest.mark.parametrize("case", NORM_LAYOUTS)
 def test_grad_norm_and_zeros_equal_megatrons_own(case: str) -> None:
     job, world = NORM_LAYOUTS[case]
@@ -146,6 +147,7 @@ def poisoned_run(job: Job, value: float) -> list[Any]:
     return record
 
 
+@pytest.mark.support("gradient norm, zeros, skipped steps as Megatron's Adam", "test")
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("kind", ["fp16, dynamic loss scale", "bf16, constant loss scale"])
 def test_non_finite_gradients_skip_the_step_as_megatrons_adam_does(kind: str, value: float) -> None:
@@ -209,11 +211,35 @@ def bits_per_step(job: Job) -> list[str]:
     return bits
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_overlap_on_equals_overlap_off_bit_for_bit(bf16: bool) -> None:
-    job = Job(tp=2, pp=2, bf16=bf16)
-    assert run_ranks(8, bits_per_step, job) == run_ranks(
-        8, bits_per_step, replace(job, overlap=True)
+OVERLAPS = {
+    "tp2-pp2-dp2": (Job(tp=2, pp=2), 8),
+    "bf16, tp2-pp2-dp2": (Job(tp=2, pp=2, bf16=True), 8),
+    "cp2-dp2": (Job(cp=2), 4),
+    "virtual stages": (Job(layers=4, pp=2, vpp=2), 4),
+    "several instances": (Job(instances=2), 4),
+    "replicated state": (Job(distributed_optimizer=False), 2),
+}
+
+
+@pytest.mark.support(
+    {
+        "tp2-*": "tensor parallelism",
+        "*-pp2-*": "pipeline parallelism",
+        "tp2-pp2-dp2": "data parallelism, distributed optimizer",
+        "replicated state": "data parallelism, replicated state",
+        "cp2*": "context parallelism",
+        "virtual stages": "virtual pipeline stages",
+        "several instances": "several distributed-optimizer instances",
+        "tp2-pp2*": "float32",
+        "bf16*": "bf16 with float32 main parameters",
+    },
+    "overlap",
+)
+@pytest.mark.parametrize("case", OVERLAPS)
+def test_overlap_on_equals_overlap_off_bit_for_bit(case: str) -> None:
+    job, world = OVERLAPS[case]
+    assert run_ranks(world, bits_per_step, job) == run_ranks(
+        world, bits_per_step, replace(job, overlap=True)
     )
 
 

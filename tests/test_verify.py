@@ -60,6 +60,7 @@ def chunk_of(folder: Path, key: str) -> StoredChunk:
     return Checkpoint(folder).tensors[key].chunks[0]
 
 
+@pytest.mark.support("inspect, verify and convert without a cluster", "test")
 def test_a_good_checkpoint_is_good(folder, capsys):
     assert problems(folder, capsys) == []
     assert problems(rewritten(folder, lambda _, value: value), capsys) == []
