@@ -10,6 +10,7 @@ same on a CPU, slowly.
 from __future__ import annotations
 
 import functools
+import json
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -416,6 +417,42 @@ class VisionTransformer(Family):
         return (features - wanted.view(features.shape)).square()
 
 
+class Heterogeneous(Family):
+    """Llama-Nemotron: heads, widths and kinds of layers differ; see ``HETEROGENEOUS``."""
+
+    # Of 8 heads of size 8, two share a Key and a Value in layer 0, all of them in layer 1.
+    heads: ClassVar = {
+        f"layers.{layer}.self_attention.linear_qkv.weight": (
+            *[(8, True)] * (queries + 1),
+            *[(1, True)] * 8,
+        )
+        for layer, queries in ((0, 2), (1, 8))
+    }
+
+    def config_class(self) -> Any:
+        from megatron.core.transformer.heterogeneous import heterogeneous_config
+
+        return heterogeneous_config.HeterogeneousTransformerConfig
+
+    def build(self, config: Any, job: Job, **stage: Any) -> Any:
+        from megatron.core.models.gpt import GPTModel
+        from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import (
+            get_gpt_heterogeneous_layer_spec,
+        )
+
+        return GPTModel(
+            config=config,
+            transformer_layer_spec=get_gpt_heterogeneous_layer_spec(
+                config, vp_stage=stage["vp_stage"]
+            ),
+            vocab_size=job.vocab,
+            max_sequence_length=job.sequence,
+            share_embeddings_and_output_weights=job.tied,
+            position_embedding_type="rope",
+            **stage,
+        )
+
+
 FAMILIES: dict[str, Family] = {
     "latent": LatentAttention(),
     "hybrid": Hybrid(),
@@ -423,6 +460,7 @@ FAMILIES: dict[str, Family] = {
     "bert": Bert(),
     "t5": T5(),
     "vision": VisionTransformer(),
+    "heterogeneous": Heterogeneous(),
 }
 
 LATENT = {
@@ -450,4 +488,26 @@ DELTA = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "deterministic_mode": True,
+}
+#: Groups and widths of their own, linear layers in place of attention or MLP, and none at all.
+HETEROGENEOUS = {
+    "heterogeneous_layers_config_encoded_json": json.dumps(
+        {
+            "block_configs": [
+                {"attention": {"num_query_groups": 4}, "mlp": {"ffn_hidden_size": 96}},
+                {
+                    "attention": {"num_query_groups": 1},
+                    "mlp": {"ffn_hidden_size": None, "replace_with_linear": True},
+                },
+                {
+                    "attention": {"num_query_groups": None, "replace_with_linear": True},
+                    "mlp": {"ffn_hidden_size": None, "no_op": True},
+                },
+                {
+                    "attention": {"num_query_groups": None, "no_op": True},
+                    "mlp": {"ffn_hidden_size": 48},
+                },
+            ]
+        }
+    )
 }
