@@ -65,6 +65,8 @@ def load_each(job: Job, folders: list[str]) -> list[tuple[list[Part], int]]:
     return found
 
 
+@pytest.mark.support("data parallelism, distributed optimizer", "conversion")
+@pytest.mark.support("start from Megatron's Adam, in every format", "test")
 @pytest.mark.parametrize("case", CASES)
 def test_adam_mini_starts_from_every_format_at_every_size(case: str, tmp_path: Path) -> None:
     adam_job, worlds, formats = CASES[case]

@@ -247,6 +247,7 @@ def in_all_orders(job: Job, folder: str) -> dict[str, bool]:
 LOW_PRECISION = {"param_remainders": True, "exp_avg_dtype": "bf16"}
 
 
+@pytest.mark.support("checkpoints as frameworks save and load them", "test")
 @pytest.mark.parametrize(
     ("job", "world"),
     [(JOB, 4), (replace(JOB, tp=1, adam_mini=LOW_PRECISION), 2)],

@@ -351,6 +351,7 @@ KINDS["replicated"] = KINDS["masters"]
 CASES = [(name, mode) for name, (_, modes, _) in SEQUENCES.items() for mode in modes]
 
 
+@pytest.mark.support("state moved away, reset, reloaded by RL frameworks", "test")
 @pytest.mark.parametrize(("name", "mode"), CASES)
 def test_an_excursion_frees_its_memory_and_changes_no_bit(name: str, mode: str) -> None:
     ranks = run_ranks(2, excursion, MODES[mode], name)
@@ -738,6 +739,7 @@ def resume(job: Job, format: type[SkyRL], folder: Path) -> str:
     return train(trainer, range(2, 4))
 
 
+@pytest.mark.support("checkpoints as frameworks save and load them", "test")
 @pytest.mark.parametrize("format", [SkyRL, Roll, Verl])
 def test_checkpoints_with_metadata_that_say_nothing_of_the_optimizer(
     format: type[SkyRL], tmp_path: Path

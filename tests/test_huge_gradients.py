@@ -164,6 +164,7 @@ LAYOUTS = {
 }  # fmt: skip
 
 
+@pytest.mark.support("gradients beyond float32's squares", "oracle")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_steps_equal_the_oracle(layout: str) -> None:
     job, world = LAYOUTS[layout]

@@ -97,6 +97,7 @@ def of(seen: Seen, name: str) -> tuple[list[float], list[float]]:
 OTHERS = "--lr 5e-3 --min-lr 5e-4 --weight-decay 0.2 --lr-warmup-iters 3 --lr-decay-iters 10"
 
 
+@pytest.mark.support("resume with other flags", "test")
 @pytest.mark.parametrize("source", ["mini", "adam"])
 def test_another_schedule_is_in_force_when_it_overrides(
     data: str, source: str, request: pytest.FixtureRequest
@@ -378,6 +379,7 @@ def load_after_steps(job: Job, folder: str) -> Any:
     return slices_of(trainer), trainer.optimizer.inner.main_params.step_count
 
 
+@pytest.mark.support("frozen parameters, LoRA", "reshard")
 def test_a_frozen_parameter_starts_under_another_layout_and_in_moved_state(tmp_path: Path) -> None:
     thawed = "decoder.layers.1.mlp.linear_fc1.weight"  # on one of the stages
     saved_job = Job(pp=2, bf16=True, frozen=(thawed,), bucket_size=1, steps=2)

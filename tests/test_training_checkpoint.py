@@ -139,6 +139,12 @@ MIXED = replace(
 )
 
 
+@pytest.mark.support("fp16 with loss scale", "reshard")
+@pytest.mark.support("fp16 with loss scale", "conversion")
+@pytest.mark.support("tied embeddings", "reshard")
+@pytest.mark.support("tied embeddings", "conversion")
+@pytest.mark.support("attention output gate", "reshard")
+@pytest.mark.support("attention output gate", "conversion")
 def test_replicated_to_sharded_state_and_back_through_adam(tmp_path: Path) -> None:
     """Without the distributed optimizer at TP 2 x PP 2, with it at DP 3, without it at TP 2."""
     wide = replace(MIXED, tp=2, pp=2, padded_vocab=128, distributed_optimizer=False)
@@ -216,6 +222,7 @@ def test_adam_without_the_distributed_optimizer_starts_a_run_with_it(tmp_path: P
     compare_with_adam(adam, adam_job, [(r["state"],) for r in loaded], job)
 
 
+@pytest.mark.support("checkpoint format torch, and its conversion", "test")
 def test_format_torch_and_its_conversion_to_torch_dist_and_back(tmp_path: Path) -> None:
     job = replace(BASE, tp=2, pp=2)
     narrow = replace(BASE, steps=job.steps)

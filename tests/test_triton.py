@@ -76,6 +76,7 @@ REGISTERS = {
 }
 
 
+@pytest.mark.support("Triton kernels in the interpreter, never on a GPU", "test")
 def test_interpreted():
     """The parity tests pass; see triton_parity.py."""
     result = subprocess.run(
