@@ -221,6 +221,14 @@ def test_bad_values_are_refused_before_megatron_validates(tmp_path):
         ("--exp-avg-dtype", "fp16"): ("ValueError", "exp_avg_dtype='fp16' is not known; allowed"),
         ("--exp-avg-sq-dtype", "bf16"): ("NotImplementedError", "--exp-avg-sq-dtype bf16: allowed"),
         ("--main-params-dtype", "fp16"): ("NotImplementedError", "Remedy: drop the flag; what"),
+        ("--use-precision-aware-optimizer", "--main-params-dtype", "fp16"): (
+            "NotImplementedError",
+            "--main-params-dtype fp16: allowed is fp32",
+        ),
+        ("--use-precision-aware-optimizer", "--exp-avg-dtype", "fp8"): (
+            "ValueError",
+            "exp_avg_dtype='fp8' is not known; allowed: fp32, bf16",
+        ),
         ("--adam-mini-param-remainders", "--fp16"): ("ValueError", "needs --bf16"),
         ("--adam-mini-rules", missing): ("ValueError", f"{missing!r} cannot be read"),
         ("--save", "x", "--ckpt-format", "fsdp_dtensor"): (
@@ -290,7 +298,6 @@ COMMAND_LINES = {
     "use_megatron_fsdp": ["--use-megatron-fsdp"],
     "use_torch_fsdp2": ["--use-torch-fsdp2"],
     "use_torch_optimizer_for_cpu_offload": ["--use-torch-optimizer-for-cpu-offload"],
-    "use_precision_aware_optimizer": ["--use-precision-aware-optimizer"],
     "optimizer_cuda_graph": ["--optimizer-cuda-graph"],
     "fp8_param_gather": ["--fp8-param-gather"],
     "fp4_param_gather": ["--fp4-param-gather"],
@@ -391,7 +398,6 @@ def test_refused_by_config():
         "use_megatron_fsdp",
         "fp8_param_gather",
         "use_torch_optimizer_for_cpu_offload",
-        "use_precision_aware_optimizer",
         "param_name_patterns_for_fp32_local_accumulation",
     }
 

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import megatron_adam_mini
 from megatron_adam_mini.optimizer import Decision
 from tests.gather import slices_of
 from tests.megatron_job import Job, Trainer, global_names
@@ -253,3 +254,73 @@ def test_single_phase_is_refused_where_something_waits_for_the_norm() -> None:
         for reason, text in zip(reasons, found, strict=True):
             assert reason in text
             assert "Remedy: drop --adam-mini-single-phase" in text
+
+
+RECIPE = {
+    "use_precision_aware_optimizer": True,
+    "main_grads_dtype": torch.bfloat16,
+    "exp_avg_dtype": torch.bfloat16,
+    "exp_avg_sq_dtype": torch.bfloat16,
+}
+
+
+def registered(job: Job) -> dict[str, Any]:
+    """Register before the config is made, which then may have Megatron's fields."""
+    megatron_adam_mini.register()
+    return train(job)
+
+
+def renamed(job: Job) -> dict[str, Any]:
+    """Rename the optimizer of a finished config, as a user of a recipe does, and train."""
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    trainer = Trainer(replace(job, optimizer_args={}))
+    config = trainer.optimizer.config
+    for name, value in job.optimizer_args.items():
+        setattr(config, name, value)
+    config.adam_mini = None
+    trainer.optimizer = get_megatron_optimizer(config, trainer.chunks)
+    for group in trainer.optimizer.param_groups:
+        group["weight_decay"] = job.weight_decay * group["wd_mult"]
+    for step in range(job.steps):
+        assert trainer.step(step)[0]
+    assert config.use_precision_aware_optimizer, "the user's config is left alone"
+    return {"digest": digest(global_names(trainer.chunks).values())}
+
+
+def test_precision_aware_configs_store_what_transformer_engine_would() -> None:
+    job = Job(bf16=True, grad_fp32=False, bucket_size=3000, steps=2)
+    by_options = run_ranks(2, train, replace(job, adam_mini=BF16_M | REMAINDERS))
+    by_config = run_ranks(2, registered, replace(job, optimizer_args=RECIPE))
+    by_name = run_ranks(2, renamed, replace(job, optimizer_args=RECIPE))
+    for expected, found, other in zip(by_options, by_config, by_name, strict=True):
+        assert found["digest"] == other["digest"] == expected["digest"]
+        assert found["bytes"] == expected["bytes"]
+    masters = replace(job, optimizer_args=RECIPE | {"store_param_remainders": False})
+    for found, expected in zip(run_ranks(2, registered, masters), by_options, strict=True):
+        assert found["digest"] == expected["digest"]
+        assert found["bytes"]["main_param"] == 2 * expected["bytes"]["main_param"]
+
+
+def config_error(values: dict[str, Any]) -> str:
+    megatron_adam_mini.register()
+    try:
+        Trainer(Job(bf16=True, optimizer_args=values))
+    except (ValueError, NotImplementedError, AssertionError) as error:
+        return str(error)
+    return ""
+
+
+def test_other_main_parameters_and_m_are_refused() -> None:
+    def found(**values: Any) -> str:
+        return run_ranks(1, config_error, values)[0]
+
+    aware = {"use_precision_aware_optimizer": True}
+    assert "--main-params-dtype fp16: allowed is fp32" in found(
+        **aware, main_params_dtype=torch.float16
+    )
+    assert "exp_avg_dtype='fp16' is not known; allowed: fp32, bf16" in found(
+        **aware, exp_avg_dtype=torch.float16
+    )
+    assert "--exp-avg-sq-dtype bf16: allowed is fp32" in found(exp_avg_sq_dtype=torch.bfloat16)
+    assert found(exp_avg_dtype=torch.bfloat16) == ""

@@ -1,6 +1,7 @@
 """Adam-mini's launch flags, next to Megatron's own.
 
-Imports ``config``, ``partition_flags`` and ``preflight``; Megatron's parser is passed in.
+Imports ``config``, ``partition_flags``, ``low_precision`` and ``preflight``; Megatron's parser is
+passed in.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from megatron_adam_mini.config import (
     OffloadConfig,
     check_adam_values,
 )
+from megatron_adam_mini.mcore.low_precision import dtype_name, storage_options
 from megatron_adam_mini.mcore.preflight import (
     refuse_buckets,
     refuse_single_phase,
@@ -92,11 +94,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def config_from_args(args: argparse.Namespace) -> AdamMiniConfig:
-    """Return the options that the flags select; invalid values raise ``ValueError``."""
-    return replace(
+    """Return the options that the flags select.
+
+    Raises:
+        ValueError: a value is not allowed.
+        NotImplementedError: state cannot be stored as asked.
+    """
+    options = replace(
         partition_config(args, prefix=RUN_PREFIX),
         backend=args.adam_mini_backend,
-        exp_avg_dtype=_dtype_name(args.exp_avg_dtype),
+        exp_avg_dtype=dtype_name(args.exp_avg_dtype),
         stochastic_rounding=args.adam_mini_stochastic_rounding,
         param_remainders=args.adam_mini_param_remainders,
         single_phase=args.adam_mini_single_phase,
@@ -105,6 +112,7 @@ def config_from_args(args: argparse.Namespace) -> AdamMiniConfig:
         checkpoint_format=args.adam_mini_checkpoint_format,
         check_files=args.adam_mini_check_files,
     )
+    return storage_options(args, options)
 
 
 def offload_config(source: Any) -> OffloadConfig:
@@ -131,13 +139,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         NotImplementedError: a combination is not supported.
     """
     refuse_unsupported(args)
-    for name in ("main_params_dtype", "main_grads_dtype", "exp_avg_sq_dtype"):
-        if _dtype_name(getattr(args, name)) != "fp32":
-            raise NotImplementedError(
-                f"--optimizer adam_mini does not support --{name.replace('_', '-')} "
-                f"{_dtype_name(getattr(args, name))}: allowed is fp32. Remedy: drop the flag; what "
-                "saves memory here is --exp-avg-dtype bf16 and --adam-mini-param-remainders."
-            )
     if config_from_args(args).param_remainders and not args.bf16:
         raise ValueError(
             "--adam-mini-param-remainders needs --bf16: 16 bits complete a bfloat16 weight to its "
@@ -175,12 +176,6 @@ def check_arguments(args: argparse.Namespace) -> None:
             "--optimizer adam_mini does not support --non-persistent-ckpt-type yet. Remedy: drop "
             "the flag."
         )
-
-
-def _dtype_name(dtype: Any) -> str:
-    """Return Megatron's name of a dtype, which its arguments hold as text or as torch dtype."""
-    names = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
-    return names.get(str(dtype), str(dtype))
 
 
 def refuse_stray_options(args: argparse.Namespace, options: dict[str, tuple[str, Any]]) -> None:

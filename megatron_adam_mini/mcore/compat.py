@@ -82,10 +82,12 @@ PARAMS_NORM = Hook("megatron.training.training", "calc_params_l2_norm")
 STATE_MEMORY = Hook(
     "megatron.training.theoretical_memory_usage", "compute_weight_and_optimizer_memory"
 )
+#: Checks the optimizer's config. All; up to 0.17 configs of Adam have a class below it.
+CONFIG_CHECK = Hook("megatron.core.optimizer.optimizer_config", "__post_init__", "OptimizerConfig")
 #: Scale rows of Query and Key, one layer each. Public; all.
-CLIP_QK = (
-    Hook("megatron.core.transformer.attention", "clip_qk", "SelfAttention"),
-    Hook("megatron.core.transformer.multi_latent_attention", "clip_qk", "MLASelfAttention"),
+CLIP_QK = Hook("megatron.core.transformer.attention", "clip_qk", "SelfAttention")
+CLIP_LATENT_QK = Hook(
+    "megatron.core.transformer.multi_latent_attention", "clip_qk", "MLASelfAttention"
 )
 #: Writes the logs. Public; all, with more arguments since 0.18.
 TRAINING_LOG = Hook("megatron.training.training", "training_log")

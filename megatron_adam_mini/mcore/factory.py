@@ -28,6 +28,7 @@ from megatron_adam_mini.mcore import compat
 from megatron_adam_mini.mcore.arguments import offload_config
 from megatron_adam_mini.mcore.chained_optimizer import AdamMiniChainedOptimizer
 from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
+from megatron_adam_mini.mcore.low_precision import ignored_dtype, plain_config, storage_options
 from megatron_adam_mini.mcore.metrics import observe
 from megatron_adam_mini.mcore.param_info import collect_parameters, frozen_keys
 from megatron_adam_mini.mcore.preflight import (
@@ -68,11 +69,12 @@ def build_optimizer(
         TypeError: a chunk is not wrapped in ``DistributedDataParallel``.
         RuntimeError: ranks disagree on the plan, or another rank failed.
     """
-    options: AdamMiniConfig = getattr(config, "adam_mini", None) or AdamMiniConfig()
+    given: AdamMiniConfig = getattr(config, "adam_mini", None) or AdamMiniConfig()
     planned = agree_on_plan(
-        lambda: _plan(config, options, model_chunks, pg_collection),
-        patterns=[pattern for pattern, _ in options.overrides()],
+        lambda: _plan(config, given, model_chunks, pg_collection),
+        patterns=[pattern for pattern, _ in given.overrides()],
     )
+    options = planned.options
     # Megatron's own grouping gathers from all ranks, so it comes after the check.
     param_groups = _param_groups(model_chunks, config, config_overrides)
     group_of = {p: i for i, group in enumerate(param_groups) for p in group["params"]}
@@ -89,7 +91,7 @@ def build_optimizer(
     manifest = _gather_manifest(planned, options, frozen_keys(model_chunks))
     optimizer = AdamMiniOptimizer(
         inner,
-        config,
+        plain_config(config),
         model_chunks,
         planned.parameters,
         manifest,
@@ -98,7 +100,7 @@ def build_optimizer(
     )
     observe(optimizer)
     follow(optimizer)
-    _report(optimizer, options)
+    _report(optimizer, options, ignored_dtype(config))
     return AdamMiniChainedOptimizer(optimizer)
 
 
@@ -107,6 +109,7 @@ class _Planned:
     """What one rank has planned before the first collective.
 
     Attributes:
+        options: Adam-mini's, with what Megatron's config asks for.
         plan: all integers of the step.
         parameters: the model's parameters, in the plan's numbering.
         buffers: live tensors of the plan's buffers.
@@ -115,6 +118,7 @@ class _Planned:
         device: where the buffers are.
     """
 
+    options: AdamMiniConfig
     plan: StepPlan
     parameters: list[Parameter]
     buffers: list[Buffer]
@@ -131,6 +135,7 @@ def _plan(
 ) -> tuple[_Planned, PlanRecord]:
     """Plan this rank's step, without communication; see :func:`build_optimizer` for errors."""
     _check_chunks(model_chunks)
+    options = storage_options(config, options)
     _check_options(config, options, model_chunks)
     device = torch.device(torch.cuda.current_device())
     backend = select_backend(options.backend, device).NAME
@@ -159,7 +164,7 @@ def _plan(
     )
     buffers = [buffer for _, live, _ in domains for buffer in live]
     domain_groups = [of_domain for _, _, of_domain in domains]
-    return _Planned(plan, list(infos), buffers, groups, domain_groups, device), record
+    return _Planned(options, plan, list(infos), buffers, groups, domain_groups, device), record
 
 
 def _domain_names(model_chunks: Sequence[Any]) -> list[str]:
@@ -334,9 +339,17 @@ def _gathered[T](value: T, group: ProcessGroup) -> list[T]:
     return found
 
 
-def _report(optimizer: AdamMiniOptimizer, options: AdamMiniConfig) -> None:
+def _report(
+    optimizer: AdamMiniOptimizer, options: AdamMiniConfig, ignored_v_dtype: str | None
+) -> None:
     if distributed.get_rank() != 0:
         return
+    if ignored_v_dtype:
+        logger.warning(
+            "Adam-mini keeps v in float32, not in %s (exp_avg_sq_dtype): it is one number per "
+            "block, and takes next to nothing.",
+            ignored_v_dtype,
+        )
     manifest = optimizer.manifest
     by_rule: dict[tuple[str, str], list[int]] = {}
     for entry in manifest["parameters"]:

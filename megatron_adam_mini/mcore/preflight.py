@@ -32,11 +32,6 @@ _REFUSED = {
         "it selects torch's Adam",
         "drop the flag: --optimizer-cpu-offload updates with Adam-mini's own kernels",
     ),
-    "use_precision_aware_optimizer": (
-        "--use-precision-aware-optimizer",
-        "it selects Transformer Engine's Adam",
-        "--exp-avg-dtype bf16 and --adam-mini-param-remainders work without it",
-    ),
     "optimizer_cuda_graph": (
         "--optimizer-cuda-graph",
         "the step reads the gradient norm on the host",

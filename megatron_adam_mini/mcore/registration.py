@@ -1,7 +1,7 @@
 """Registration with Megatron: which of its functions are wrapped, and how to undo it.
 
 Imports ``compat``, which names the functions and their releases, and the wrappers' modules.
-Fourteen functions are replaced, those of megatron.training only if it is installed:
+Fifteen functions are replaced, those of megatron.training only if it is installed:
 
 * the optimizer factory builds Adam-mini if the config names it;
 * a checkpoint that is saved says what its optimizer state is, and a load asks for what is there;
@@ -9,6 +9,7 @@ Fourteen functions are replaced, those of megatron.training only if it is instal
   code;
 * a scheduler that loads a schedule, and is told to use the checkpoint's values, uses them for
   the groups of Adam-mini, too;
+* the optimizer's config may ask for fewer bits without Transformer Engine's Adam;
 * QK-clip of each of two kinds of attention scales Adam-mini's main parameters;
 * Adam-mini's flags are added to the parser;
 * Adam-mini's flags are validated, then Megatron validates all others as for Adam: for any other
@@ -26,8 +27,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from megatron_adam_mini.mcore import compat
 from megatron_adam_mini.mcore.arguments import (
     OPTIMIZER,
@@ -41,6 +40,7 @@ from megatron_adam_mini.mcore.compat import Hook
 from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
 from megatron_adam_mini.mcore.factory import build_optimizer
 from megatron_adam_mini.mcore.load_guard import wrap_load_common
+from megatron_adam_mini.mcore.low_precision import PLAIN, wrap_config_check
 from megatron_adam_mini.mcore.metrics import (
     wrap_params_norm,
     wrap_state_memory,
@@ -117,8 +117,9 @@ def register() -> Registration:
     handle.replace(compat.CHECKPOINT_COMMON, wrap_load_common)
     handle.replace(compat.CHECKPOINT_CONTENT, wrap_load_content)
     handle.replace(compat.SCHEDULER_LOAD, _wrap_scheduler)
-    for hook in compat.CLIP_QK:
-        handle.replace(hook, wrap_clip_qk)
+    handle.replace(compat.CONFIG_CHECK, functools.partial(wrap_config_check, optimizer=OPTIMIZER))
+    handle.replace(compat.CLIP_QK, wrap_clip_qk)
+    handle.replace(compat.CLIP_LATENT_QK, wrap_clip_qk)
     if training is not None:
         defaults: dict[str, Any] = {}
         handle.replace(compat.ADD_ARGUMENTS, functools.partial(_wrap_add, defaults))
@@ -204,8 +205,8 @@ def _wrap_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_megatron_optimizer_config(args: argparse.Namespace) -> Any:
         if args.optimizer != OPTIMIZER:
             return original(args)
-        # Megatron's config allows other dtypes with Transformer Engine's Adam only.
-        megatrons = argparse.Namespace(**vars(args) | {"exp_avg_dtype": torch.float32})
+        # Other dtypes are options of Adam-mini.
+        megatrons = argparse.Namespace(**vars(args) | PLAIN)
         config, overrides = original(megatrons)
         config.adam_mini = config_from_args(args)
         return config, overrides

@@ -1,0 +1,103 @@
+"""How Megatron's flags and config store state in fewer bits -> Adam-mini's options for it.
+
+Imports ``config``, torch and nothing of Megatron. ``use_precision_aware_optimizer`` selects
+Transformer Engine's Adam there. Here it selects what that one would have stored, so that a recipe
+needs another name of the optimizer and nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from megatron_adam_mini.config import AdamMiniConfig
+
+FLAG = "use_precision_aware_optimizer"
+DTYPES = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+#: What Megatron's config allows for all optimizers.
+PLAIN: dict[str, Any] = {FLAG: False, **dict.fromkeys(DTYPES, torch.float32)}
+
+
+def storage_options(source: Any, options: AdamMiniConfig) -> AdamMiniConfig:
+    """Return the options with what Megatron's flags or config ask for.
+
+    Gradients are read as they are in Megatron's buffers, whatever ``main_grads_dtype`` says, and v
+    stays float32, which takes next to nothing.
+
+    Args:
+        source: arguments, or ``OptimizerConfig``.
+        options: Adam-mini's own.
+
+    Raises:
+        NotImplementedError: main parameters would be of another type than float32; or another
+            dtype is given without the flag that Megatron wants for it.
+        ValueError: m cannot be stored like that.
+    """
+    aware = bool(getattr(source, FLAG, False))
+    for name in ("main_params_dtype", *(() if aware else ("main_grads_dtype", "exp_avg_sq_dtype"))):
+        dtype = dtype_name(getattr(source, name, "fp32"))
+        if dtype != "fp32":
+            raise NotImplementedError(
+                f"--optimizer adam_mini does not support --{name.replace('_', '-')} {dtype}: "
+                "allowed is fp32. Remedy: drop the flag; what saves memory here is "
+                "--exp-avg-dtype bf16 and --adam-mini-param-remainders."
+            )
+    asked: dict[str, Any] = {}
+    exp_avg_dtype = dtype_name(getattr(source, "exp_avg_dtype", "fp32"))
+    if exp_avg_dtype != "fp32":
+        asked["exp_avg_dtype"] = exp_avg_dtype
+    # With the state in host memory, Megatron wants the flag for other reasons, and keeps float32.
+    host = bool(getattr(source, "optimizer_cpu_offload", False))
+    if aware and source.bf16 and getattr(source, "store_param_remainders", True) and not host:
+        asked["param_remainders"] = True
+    return replace(options, **asked)
+
+
+def ignored_dtype(source: Any) -> str | None:
+    """Return the dtype that the config wants for v and does not get, ``None`` if it is float32."""
+    dtype = dtype_name(getattr(source, "exp_avg_sq_dtype", "fp32"))
+    return None if dtype == "fp32" else dtype
+
+
+def plain_config(config: Any) -> Any:
+    """Return the config as Megatron's own code may see it: without what is Adam-mini's now."""
+    if not getattr(config, FLAG, False):
+        return config
+    plain = copy.copy(config)
+    vars(plain).update(PLAIN)
+    plain.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = False  # made of the flag
+    return plain
+
+
+def wrap_config_check(original: Callable[..., Any], optimizer: str) -> Callable[..., Any]:
+    """Return the check of Megatron's config, which asks for Transformer Engine's Adam otherwise.
+
+    Args:
+        original: ``OptimizerConfig.__post_init__``.
+        optimizer: name of Adam-mini.
+    """
+
+    @functools.wraps(original)
+    def check(config: Any) -> Any:
+        if config.optimizer != optimizer:
+            return original(config)
+        storage_options(config, AdamMiniConfig())
+        given = {name: getattr(config, name) for name in PLAIN}
+        vars(config).update(PLAIN)
+        try:
+            return original(config)
+        finally:
+            vars(config).update(given)
+
+    return check
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return Megatron's name of a dtype, which its arguments hold as text or as torch dtype."""
+    names = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
+    return names.get(str(dtype), str(dtype))
