@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.megatron_job import Job
+from tests.models import LATENT
 from tests.ranks import run_ranks
 from tests.test_oracle import (
     BASE,
@@ -62,6 +63,16 @@ ORACLE: dict[str, tuple[Job, int]] = {
         replace(VIRTUAL, cp=2, instances=2),
         1,
     ),
+    "context parallel, experts": (replace(BASE, cp=2, experts=4, ep=2), 1),
+    "context parallel, experts, tp2": (replace(BASE, cp=2, experts=2, ep=2, tp=2, etp=1), 1),
+    "context parallel, experts, virtual stages, instances": (
+        replace(VIRTUAL, cp=2, experts=2, instances=2),
+        1,
+    ),
+    "context parallel, latent attention": (
+        replace(BASE, cp=2, groups=8, family="latent", qk_layernorm=True, config_args=LATENT),
+        1,
+    ),
     "padded buckets, averages in the collective": (
         replace(
             BASE,
@@ -81,6 +92,8 @@ ORACLE: dict[str, tuple[Job, int]] = {
         "virtual*": "virtual pipeline stages",
         "* instances": "several distributed-optimizer instances",
         "context parallel*": "context parallelism",
+        "*, experts*": "expert parallelism",
+        "*latent*": "multi-head latent attention",
         "padded buckets*": "bucket options of DDP",
     },
     "oracle",
@@ -91,10 +104,29 @@ def test_sharded_run_equals_unsharded_oracle(case: str) -> None:
     compare_runs(job, run_ranks(world_of(job, dp), sharded_run, job), unsharded(job))
 
 
-@pytest.mark.support("bucket options of DDP", "oracle")
-def test_bf16_gradients_that_are_summed_in_float32_equal_the_oracle() -> None:
-    sums = {"reduce_scatter_with_fp32_accumulation": True}
-    job = replace(BASE, bf16=True, grad_fp32=False, ddp_args=sums)
+OWN_GRADIENTS = {
+    "bf16 gradients, summed in float32": replace(
+        BASE,
+        bf16=True,
+        grad_fp32=False,
+        ddp_args={"reduce_scatter_with_fp32_accumulation": True},
+    ),
+    # Megatron takes the mean loss of the later tokens on each rank, though one has fewer of them.
+    "context parallel, multi-token prediction": replace(BASE, cp=2, mtp=1),
+}
+
+
+@pytest.mark.support(
+    {
+        "bf16*": "bucket options of DDP",
+        "context*": "context parallelism",
+        "*multi-token*": "multi-token prediction",
+    },
+    "oracle",
+)
+@pytest.mark.parametrize("case", OWN_GRADIENTS)
+def test_runs_equal_the_oracle_on_their_own_gradients(case: str) -> None:
+    job = OWN_GRADIENTS[case]
     ranks = run_ranks(2, sharded_run, job)
     check_replicas(ranks, job)
     check_same_gradients(ranks, job)
