@@ -169,6 +169,21 @@ PAIRS = [
 ]
 
 
+@pytest.mark.support(
+    {
+        "tp2-*": "tensor parallelism",
+        "*pp[24]-*": "pipeline parallelism",
+        "tp1-dp3": "data parallelism, distributed optimizer",
+        "*replicated state": "data parallelism, replicated state",
+        "*vpp2*": "virtual pipeline stages",
+        "*cp2": "context parallelism",
+        "*two instances": "several distributed-optimizer instances",
+        "tp4*": "heads, rows and norms cut by any boundary",
+        "tp1-dp1": "GPT, Llama: GQA, SwiGLU or GELU, biases",
+        "tp2-pp2-dp2": "bf16 with float32 main parameters",
+    },
+    "reshard",
+)
 @pytest.mark.parametrize("source", LAYOUTS)
 def test_saved_under_one_layout_loads_under_others(source: str, tmp_path: Path) -> None:
     saved_job, world = LAYOUTS[source]
@@ -186,6 +201,8 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.support({"bf16 m*": "m in bf16"}, "reshard")
+@pytest.mark.support({"bf16 m, remainders*": "16-bit remainders"}, "reshard")
 @pytest.mark.parametrize("checkpoint_format", CHECKPOINT_FORMATS)
 @pytest.mark.parametrize("source", MODES)
 def test_storage_of_the_state_may_change(
@@ -314,6 +331,7 @@ def test_the_manifest_has_the_keys_that_megatron_stores() -> None:
     }
 
 
+@pytest.mark.support("Transformer Engine's parameter names", "reshard")
 def test_the_implementation_of_the_layers_may_change(tmp_path: Path) -> None:
     """Local layers to fused norms and back, each under another layout."""
     local, fused = replace(BASE, tp=2), replace(BASE, fused_norms=True, pp=2)

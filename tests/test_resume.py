@@ -120,6 +120,7 @@ def straight(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.support("resume after a kill or a full disk", "test")
 def test_killed_while_it_saves_a_run_goes_on_bit_for_bit(
     straight: Path, dataset: Path, tmp_path: Path
 ) -> None:
@@ -134,6 +135,7 @@ def test_killed_while_it_saves_a_run_goes_on_bit_for_bit(
     assert_same(everything(straight / "iter_0000012"), everything(broken / "iter_0000012"))
 
 
+@pytest.mark.support("resume after a kill or a full disk", "test")
 def test_when_the_disk_is_full_a_run_ends_and_keeps_the_old_checkpoint(
     straight: Path, dataset: Path, tmp_path: Path
 ) -> None:
