@@ -62,6 +62,8 @@ def jobs(world_size: int, *, overlap: bool) -> dict[str, Any]:
 
     base = Job(steps=3, bf16=True, batch=16)
     small = {"param_remainders": True, "exp_avg_dtype": "bf16"}
+    half = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}
+    beside = half | {"overlap_cpu_optimizer_d2h_h2d": True}
     found = {
         "bf16": base,
         "remainders, bf16 m": replace(base, adam_mini=small),
@@ -76,6 +78,9 @@ def jobs(world_size: int, *, overlap: bool) -> dict[str, Any]:
         "value as block": replace(base, adam_mini={"value_as_block": True}),
         "single phase": replace(base, clip_grad=0.0, adam_mini={"single_phase": True}),
         "small buckets": replace(base, bucket_size=2000),
+        "half of the state on the host, one stream": replace(base, optimizer_args=half),
+        "half of the state on the host": replace(base, optimizer_args=beside),
+        "the same, remainders, bf16 m": replace(base, optimizer_args=beside, adam_mini=small),
     }
     if overlap:
         found["overlap"] = replace(base, overlap=True, bucket_size=2000)
@@ -181,6 +186,9 @@ def main() -> int:
     from megatron.core import parallel_state
     from megatron.core.distributed import param_and_grad_buffer
 
+    from megatron_adam_mini import host_update
+
+    host_update.CHUNK_NUMEL = 4096  # several chunks of these models
     overlap = options.backend == "nccl" or device.type == "cpu"
     if not overlap:
         param_and_grad_buffer._coalescing_manager = one_by_one
