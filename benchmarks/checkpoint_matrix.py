@@ -105,7 +105,7 @@ def poison(trainer: Trainer) -> None:
     if trainer.job.optimizer == "adam_mini":
         state = trainer.optimizer.inner.main_params.attach()
         tensors = state.flat_tensors()
-        tensors += [held.buffer.weight for held in state.buffers if held.param is None]
+        tensors += [held.buffer.weight for held in state.on_device if held.param is None]
     else:
         inner = trainer.optimizer.chained_optimizers[0].optimizer
         tensors = [param for group in inner.param_groups for param in group["params"]]

@@ -87,7 +87,7 @@ class MainParams(torch.optim.Optimizer):
         device: torch.device,
     ) -> None:
         self._plan = plan
-        self._buffers = [held.buffer for held in state.buffers]
+        self._buffers = [held.buffer for held in state.on_device]
         self._shares = [held.share for held in state.everywhere]
         self._flats = _flats_of(plan, state, device)
         self.shards = [

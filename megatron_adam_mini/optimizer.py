@@ -364,7 +364,7 @@ class AdamMini:
             # The host updates cut blocks with the others, so their sums are waited for first.
             self._advance_cut(vectors)
             self._host.begin(state, self._step_size_S, scalars.grad_scale)
-        first, rest = _split(state.buffers, early)
+        first, rest = _split(state.on_device, early)
         self._update_uncut(first, vectors)
         # the same for cut blocks, once their sums are complete
         if self._host is None:
@@ -427,7 +427,7 @@ class AdamMini:
         scalars.grad_scale.copy_(grad_scale)
         if self._host is not None:
             self._host.begin(state, self._step_size_S, scalars.grad_scale)
-        for held in state.buffers:
+        for held in state.on_device:
             tensors, plan = self._tensors(held), held.plan
             for table in filter(len, (plan.uncut, plan.cut)):
                 kernels.update_(tensors, table, vectors, scalars)

@@ -224,12 +224,12 @@ class RankState(NamedTuple):
     """All state of one rank, as flat tensors.
 
     Attributes:
-        buffers: main parameters, m, and v per element in device memory, one entry per buffer.
+        on_device: main parameters, m, and v per element in device memory, one entry per buffer.
         exp_avg_sq_S: v of each segment's block, float32, in device memory.
-        on_host: the same as ``buffers`` in host memory, by index of the buffer.
+        on_host: the same in host memory, by index of the buffer.
     """
 
-    buffers: list[BufferState]
+    on_device: list[BufferState]
     exp_avg_sq_S: Tensor
     on_host: dict[int, BufferState]
 
@@ -264,12 +264,12 @@ class RankState(NamedTuple):
     @property
     def everywhere(self) -> list[BufferState]:
         """State in device and in host memory."""
-        return [*self.buffers, *self.on_host.values()]
+        return [*self.on_device, *self.on_host.values()]
 
     def of(self, piece: Piece) -> BufferState:
         """Return the state that contains a piece."""
         held = self.on_host.get(piece.buffer)
-        return held if held and held.share.holds(piece) else self.buffers[piece.buffer]
+        return held if held and held.share.holds(piece) else self.on_device[piece.buffer]
 
     def flat_tensors(self) -> list[Tensor]:
         """Return what the optimizer has allocated: share after share, then v of blocks."""

@@ -42,6 +42,7 @@ JOB = Job(
 )  # fmt: skip
 SMALL = {"param_remainders": True, "exp_avg_dtype": "bf16", "stochastic_rounding": True}
 FP16 = {"initial_loss_scale": 2.0**8, "hysteresis": 1, "loss_scale_window": 2}
+EARLY = {"overlap_param_gather_with_optimizer_step": True}
 JOBS = {
     "TP2 x DP2, cut blocks": (JOB, 4),
     "DP2, one bucket, float32": (
@@ -56,6 +57,10 @@ JOBS = {
         2,
     ),
     "experts, EP2": (replace(JOB, tp=1, experts=4, ep=2), 2),
+    "the first of two chunks gathered early": (
+        replace(JOB, tp=1, pp=2, vpp=2, layers=4, optimizer_args=EARLY),
+        4,
+    ),
     "replicated state": (replace(JOB, distributed_optimizer=False, overlap=False), 2),
 }
 

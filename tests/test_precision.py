@@ -36,7 +36,7 @@ def train(job: Job) -> dict[str, Any]:
         "bytes": trainer.optimizer.state_bytes(),
         "stored": [
             (str(s.param.dtype), str(s.exp_avg.dtype), s.exp_avg.numel())
-            for s in trainer.optimizer.inner.main_params.attach().buffers
+            for s in trainer.optimizer.inner.main_params.attach().on_device
         ],
         "weights": {name: p.detach().float().clone() for name, p in weights.items()},
     }

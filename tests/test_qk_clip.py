@@ -34,6 +34,12 @@ LAYOUTS = {
         1,
     ),
     "replicated, tp2": (replace(JOB, tp=2, distributed_optimizer=False), 1),
+    "state on the host, dp2": (
+        replace(
+            JOB, optimizer_args={"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.7}
+        ),
+        2,
+    ),
     "virtual stages": (replace(JOB, layers=4, pp=2, vpp=2), 1),
     "fp16": (
         replace(JOB, bf16=False, fp16=True, optimizer_args={"initial_loss_scale": 64.0}),
@@ -73,7 +79,7 @@ def megatrons(job: Job) -> dict[str, Tensor]:
     """Return whole main parameters that Megatron has clipped, before any step."""
     plain = replace(
         job, tp=1, pp=1, vpp=None, instances=1, overlap=False, bucket_size=None, adam_mini={},
-        distributed_optimizer=False, optimizer="adam",
+        distributed_optimizer=False, optimizer="adam", optimizer_args={},
     )  # fmt: skip
     trainer = Trainer(plain)
     clip(trainer)
@@ -205,7 +211,7 @@ def latent_attention(job: Job, q_lora_rank: int | None) -> dict[str, Any]:
     inner, member = optimizer.inner, optimizer.member
     masters = {}
     for piece in inner.plan.pieces:
-        held = inner.main_params.attach().buffers[piece.buffer]
+        held = inner.main_params.attach().of(piece)
         name = names[member.model_params[piece.parameter]]
         masters[name] = (piece.begin, held.main_param(piece.window).clone())
     return {"masters": masters, "weights": weights, "before": before, "rank": rank}

@@ -457,11 +457,11 @@ def reloaded(job: Job) -> list[bool]:
     for param in trainer.optimizer.member.model_params:
         param.data.mul_(2)
     inner = trainer.optimizer.inner
-    states = inner.main_params.attach().buffers
+    state = inner.main_params.attach()
 
     def is_weight() -> bool:
         return all(
-            torch.equal(states[p.buffer].main_param(p.window), inner.weight(p).float())
+            torch.equal(state.of(p).main_param(p.window), inner.weight(p).float())
             for p in inner.plan.pieces
         )
 

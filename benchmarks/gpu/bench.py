@@ -169,7 +169,7 @@ def check(rig: Rig) -> None:
     v = torch.cat([state.exp_avg_sq_S, state.exp_avg_sq_E[: 2**24]])
     assert bool(v.isfinite().all())
     assert bool((v > 0).all())
-    assert bool(state.buffers[0].exp_avg.isfinite().all())
+    assert bool(state.on_device[0].exp_avg.isfinite().all())
 
 
 def time_torch(

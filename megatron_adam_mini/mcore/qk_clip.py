@@ -89,13 +89,14 @@ def scale_rows(optimizer: AdamMiniOptimizer, factors: dict[Parameter, Tensor]) -
         optimizer: of the parameters.
         factors: of each row of this rank's shard of a parameter, float32.
     """
-    buffers = optimizer.optimizer.attach().buffers
+    state = optimizer.optimizer.attach()
     for piece in optimizer.inner.plan.pieces:
         param = optimizer.model_params[piece.parameter]
         if param in factors:
-            held = buffers[piece.buffer]
+            held = state.of(piece)
             values = held.as_float32(piece.window)
-            _scale_(values["param"], factors[param], piece.begin, param.shape[1])
+            here = factors[param].to(values["param"].device)
+            _scale_(values["param"], here, piece.begin, param.shape[1])
             held.store(piece.window, values)
     for param, factors_of_rows in factors.items():
         if not param.requires_grad:  # no optimizer has it, nor is it gathered

@@ -309,7 +309,7 @@ class SavedState(DistributedNames):
             if held.param_is_weight:
                 held.store(piece.window, values)
         # Other weights stay as they are until the next step, as with Megatron's own optimizer.
-        if any(held.param_is_weight for held in state.buffers):
+        if any(held.param_is_weight for held in state.everywhere):
             self._sync_weights()
 
     @torch.no_grad()

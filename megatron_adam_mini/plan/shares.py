@@ -46,8 +46,17 @@ class Share:
         return piece.buffer == self.number and self.in_state.start <= start < self.in_state.stop
 
     def own(self, in_state: slice) -> slice:
-        """Return where positions of the buffer's state are in the tensors of the share."""
-        begin = self.in_state.start
+        """Return where positions of the buffer's state are in the tensors of the share.
+
+        Raises:
+            IndexError: they are of another share.
+        """
+        begin, end = self.in_state.start, self.in_state.stop
+        if not begin <= in_state.start <= in_state.stop <= end:
+            raise IndexError(
+                f"State [{in_state.start}, {in_state.stop}) of buffer {self.number} is not in the "
+                f"share [{begin}, {end}); RankState.of(piece) finds the one that has it."
+            )
         return slice(in_state.start - begin, in_state.stop - begin)
 
     def own_elements(self, elements: slice) -> slice:
