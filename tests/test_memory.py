@@ -392,9 +392,9 @@ def test_llama_2_7b_as_the_optimizer_allocates_it(form: str) -> None:
         weight=torch.empty(bucket.numel, dtype=torch.bfloat16, device=meta),
     )
     step_plan = plan_step(plan.parameters, [DomainLayout("dense", (buffer,))])
-    optimizer = AdamMini(
-        step_plan, options, [flat], [DomainGroups()], [{}], [0] * len(plan.parameters), device=meta
-    )
+    group = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    owners = [0] * len(plan.parameters)
+    optimizer = AdamMini(step_plan, options, [flat], [DomainGroups()], [group], owners, device=meta)
     found = optimizer.state_bytes()
     (stage,) = Planner(model, parallel, options).stages(parallel)
     assert found["main_param"] + found["exp_avg"] + found["exp_avg_sq"] == sum(
