@@ -160,7 +160,8 @@ class BufferState:
     def store(self, window: Window, values: dict[str, Tensor]) -> None:
         """Store what :meth:`as_float32` returned, after the caller has written to it.
 
-        Model weights are set to the rounded main parameters. State of lower precision is rounded
+        Without ``param``, main parameters that are model weights stay as they are. Model weights
+        are set to the rounded main parameters. State of lower precision is rounded
         to the nearest.
         """
         weight = self.buffer.weight
@@ -172,6 +173,8 @@ class BufferState:
             if self.exp_avg.dtype != torch.float32:
                 self.exp_avg[in_state] = to_weight(values["exp_avg"][part], self.exp_avg.dtype)
             if self.param is None:
+                if "param" in values:
+                    weight[in_buffer] = values["param"][part]
                 continue
             if self.param.dtype == torch.float32:
                 weight[in_buffer] = to_weight(values["param"][part], weight.dtype)

@@ -224,6 +224,25 @@ def test_storage_of_the_state_may_change(
         compare(expected, saved_job, loaded, job)
 
 
+def test_a_float32_model_gets_the_main_parameters_of_a_bfloat16_one(tmp_path: Path) -> None:
+    """Its weights are its main parameters, and those in the checkpoint are rounded."""
+    saved_job = replace(BASE, tp=2)
+    saved = run_ranks(4, train_and_save, saved_job, str(tmp_path))
+    job = replace(BASE, bf16=False)
+    loaded = run_ranks(2, load_and_show, job, str(tmp_path))
+    for key in STATE:
+        before = whole_tensors([r[0] for r in saved], key, saved_job)
+        for name, value in whole_tensors([r[0] for r in loaded], key, job).items():
+            assert torch.equal(before[name], value), f"{key} {name}"
+    assert_weights_are_masters(loaded, job)
+
+
+def assert_weights_are_masters(loaded: list[Any], job: Job) -> None:
+    weights = whole_tensors([r[1] for r in loaded], "weight", job)
+    for name, value in whole_tensors([r[0] for r in loaded], "param", job).items():
+        assert torch.equal(weights[name], value), name
+
+
 def rounded_m(parts: list[Part]) -> list[Part]:
     return [
         replace(

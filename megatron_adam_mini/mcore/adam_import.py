@@ -107,9 +107,8 @@ def prepare_load(view: StateView, entries: ModelEntries, adam_format: str) -> Pe
         return pending
     for number, piece in enumerate(view.inner.plan.pieces):
         state = view.state_of(piece)
-        flats = dict(pending.floats_of(state, piece.window))
-        if not state.owns_main_param:
-            del flats["param"]  # the model's weights are the main parameters
+        # Where the model's weights are the main parameters, Adam need not have stored them.
+        flats = dict(pending.floats_of(state, piece.window, weights=False))
         flats["exp_avg_sq"] = view.state.v_of_elements(piece)
         if not piece.is_elementwise:
             flats["exp_avg_sq"] = pending.elements[number] = torch.empty(

@@ -155,9 +155,22 @@ class PendingLoad:
     new: set[int] = field(default_factory=set)
     taken: int | None = None
 
-    def floats_of(self, state: BufferState, window: Window) -> dict[str, Tensor]:
-        """Return float32 tensors into which ``param`` and ``exp_avg`` of a window are read."""
+    def floats_of(
+        self, state: BufferState, window: Window, *, weights: bool = True
+    ) -> dict[str, Tensor]:
+        """Return float32 tensors into which ``param`` and ``exp_avg`` of a window are read.
+
+        Args:
+            state: state of the buffer.
+            window: part of it.
+            weights: whether to read main parameters that are the model's weights, too.
+        """
         values = state.as_float32(window)
+        if not state.owns_main_param:
+            # Before the optimizer, the model takes over its weights, which may have fewer bits.
+            main_param = values.pop("param")
+            if weights:
+                values["param"] = main_param.clone()
         self.floats.append((state, window, values))
         return values
 
