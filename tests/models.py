@@ -287,7 +287,7 @@ def state_space_scan(
         added = (dt[:, t, :, None] * x[:, t])[..., None] * b[:, t, :, None]
         hidden = hidden * decay + added
         outputs.append((hidden * c[:, t, :, None]).sum(-1) + D[:, None] * x[:, t])
-    return torch.stack(outputs, dim=1).flatten(2) * functional.silu(z)
+    return (torch.stack(outputs, dim=1).flatten(2) * functional.silu(z)).to(z.dtype)
 
 
 class GatedDelta(Family):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tests.gather import whole_tensors
 from tests.megatron_job import Job
 from tests.models import DELTA, HYBRID, LATENT
 from tests.ranks import run_ranks
+from tests.test_checkpoint import compare, load_and_show, train_and_save
 from tests.test_oracle import compare_runs, sharded_run, unsharded_run, world_of
 
 SMALL = Job(
@@ -58,12 +62,54 @@ def unsharded() -> Any:
     return run
 
 
+def job_of(case: str, layout: str, **changes: Any) -> Job:
+    """Return a model under a layout."""
+    tp = LAYOUTS[layout].get("tp", 1)
+    parallel = tp > 1 and case in SEQUENCE_PARALLEL
+    return replace(MODELS[case], tp=tp, sequence_parallel=parallel, **changes)
+
+
 @pytest.mark.support(SHOWN, "oracle")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", MODELS)
 def test_sharded_run_equals_unsharded_oracle(case: str, layout: str, unsharded: Any) -> None:
-    layout_args = dict(LAYOUTS[layout])
-    dp = layout_args.pop("dp")
-    job = replace(MODELS[case], **layout_args)
-    job = replace(job, sequence_parallel=job.tp > 1 and case in SEQUENCE_PARALLEL)
+    dp = LAYOUTS[layout]["dp"]
+    job = job_of(case, layout)
     compare_runs(job, run_ranks(world_of(job, dp), sharded_run, job), unsharded(case))
+
+
+@pytest.mark.support(SHOWN, "overlap")
+@pytest.mark.parametrize("case", MODELS)
+def test_overlap_changes_no_bit(case: str) -> None:
+    with_overlap, without = (
+        run_ranks(
+            4, sharded_run, job_of(case, "tp2-dp2", overlap=overlap, bucket_size=None, steps=2)
+        )
+        for overlap in (True, False)
+    )
+    job = job_of(case, "tp2-dp2")
+    for key in ("param", "exp_avg", "v"):
+        found, expected = (
+            whole_tensors([rank["final"] for rank in ranks], key, job)
+            for ranks in (with_overlap, without)
+        )
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            assert torch.equal(value, expected[name]), f"{key} {name}"
+
+
+#: Fused weights are stored in parts, so both ways differ; other weights are GPT's in this respect.
+RESHARDS = [(case, "tp2-dp2", "tp1-dp1") for case in MODELS] + [
+    (case, "tp1-dp1", "tp2-dp2") for case in ("Nemotron-H", "Qwen3-Next, dense")
+]
+
+
+@pytest.mark.support(SHOWN, "reshard")
+@pytest.mark.parametrize(("case", "source", "target"), RESHARDS)
+def test_checkpoints_reshard(case: str, source: str, target: str, tmp_path: Path) -> None:
+    saved_job, job = (job_of(case, layout, bf16=True, steps=1) for layout in (source, target))
+    saved = run_ranks(
+        world_of(saved_job, LAYOUTS[source]["dp"]), train_and_save, saved_job, str(tmp_path)
+    )
+    world = world_of(job, LAYOUTS[target]["dp"])
+    compare(saved, saved_job, run_ranks(world, load_and_show, job, str(tmp_path)), job)
