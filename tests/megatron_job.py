@@ -85,10 +85,9 @@ class Trainer:
         from megatron.core.distributed import DistributedDataParallelConfig as DDPConfig
         from megatron.core.distributed.finalize_model_grads import finalize_model_grads
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-        from megatron.core.transformer import TransformerConfig
 
         self.job = job
-        self.family = FAMILIES.get(job.family)
+        self.family = FAMILIES.get(job.family) or Family()
         parallel_state.initialize_model_parallel(
             job.tp,
             job.pp,
@@ -100,7 +99,7 @@ class Trainer:
         )
         model_parallel_cuda_manual_seed(7)
         dtype = torch.bfloat16 if job.bf16 else torch.float16 if job.fp16 else torch.float32
-        config_class = self.family.config_class() if self.family else TransformerConfig
+        config_class = self.family.config_class()
         self.config = config_class(
             num_layers=job.layers,
             hidden_size=job.hidden,
@@ -187,23 +186,27 @@ class Trainer:
         )
 
         job = self.job
-        if self.family:
-            return self.family.build(
-                self.config,
-                job,
-                pre_process=parallel_state.is_pipeline_first_stage(
-                    ignore_virtual=False, vp_stage=vp_stage
-                ),
-                post_process=parallel_state.is_pipeline_last_stage(
-                    ignore_virtual=False, vp_stage=vp_stage
-                ),
-                vp_stage=vp_stage,
-            )
-        spec: Any = get_gpt_layer_local_spec(qk_layernorm=job.qk_layernorm, normalization="RMSNorm")
+        stage = {
+            "pre_process": parallel_state.is_pipeline_first_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            "post_process": parallel_state.is_pipeline_last_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+        }
+        model = self.family.build(self.config, job, **stage)
+        if model is not None:
+            return model
+        spec: Any = get_gpt_layer_local_spec(
+            qk_layernorm=job.qk_layernorm,
+            multi_latent_attention=self.config.multi_latent_attention,
+            normalization="RMSNorm",
+        )
         if job.experts:
             spec = get_gpt_decoder_block_spec(
                 self.config, False, normalization="RMSNorm", vp_stage=vp_stage
             )
+        spec = self.family.layers(spec, self.config)
         if job.fused_norms:
             from tests.fused_norms import fused_norm_layer_spec
 
@@ -217,15 +220,10 @@ class Trainer:
             transformer_layer_spec=spec,
             vocab_size=job.padded_vocab or job.vocab,
             max_sequence_length=job.sequence,
-            pre_process=parallel_state.is_pipeline_first_stage(
-                ignore_virtual=False, vp_stage=vp_stage
-            ),
-            post_process=parallel_state.is_pipeline_last_stage(
-                ignore_virtual=False, vp_stage=vp_stage
-            ),
             share_embeddings_and_output_weights=job.tied,
             position_embedding_type="rope",
             vp_stage=vp_stage,
+            **stage,
         )
 
     def _build_optimizer(self) -> Any:
@@ -293,7 +291,7 @@ class Trainer:
             }
             group = parallel_state.get_context_parallel_group()
             batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
-            output = (self.family or Family()).losses(model, batch)
+            output = self.family.losses(model, batch)
 
             def loss_of(output: torch.Tensor) -> Any:
                 # Megatron multiplies a loss without a number of tokens by the size of the group.

@@ -39,8 +39,18 @@ class Family:
         return TransformerConfig
 
     def build(self, config: Any, job: Job, **stage: Any) -> Any:
-        """Return a model chunk; ``stage`` has pre_process, post_process and vp_stage."""
-        raise NotImplementedError
+        """Return a model chunk; ``None``: a GPT of the layers that ``layers`` returns.
+
+        Args:
+            config: of the model.
+            job: of the run.
+            stage: ``pre_process`` and ``post_process``.
+        """
+        return None
+
+    def layers(self, spec: Any, config: Any) -> Any:
+        """Return what a GPT's layers are made of, given Megatron's local ones."""
+        return spec
 
     def losses(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         """Run a chunk; return the losses of tokens, or what goes to the next stage."""
@@ -96,9 +106,7 @@ class LatentAttention(Family):
 
         return MLATransformerConfig
 
-    def build(self, config: Any, job: Job, **stage: Any) -> Any:
-        from megatron.core.models.gpt import GPTModel
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    def layers(self, spec: Any, config: Any) -> Any:
         from megatron.core.tensor_parallel import (
             gather_from_tensor_model_parallel_region,
             scatter_to_sequence_parallel_region,
@@ -128,20 +136,10 @@ class LatentAttention(Family):
                     rest = scatter_to_sequence_parallel_region(rest)
                 return query, rest
 
-        spec = get_gpt_layer_local_spec(
-            qk_layernorm=job.qk_layernorm, multi_latent_attention=True, normalization="RMSNorm"
-        )
-        spec.submodules.self_attention.submodules.core_attention = CoreAttention
-        spec.submodules.self_attention.module = Attention
-        return GPTModel(
-            config=config,
-            transformer_layer_spec=spec,
-            vocab_size=job.vocab,
-            max_sequence_length=job.sequence,
-            share_embeddings_and_output_weights=job.tied,
-            position_embedding_type="rope",
-            **stage,
-        )
+        for layer in getattr(spec, "layer_specs", [spec]):
+            layer.submodules.self_attention.module = Attention
+            layer.submodules.self_attention.submodules.core_attention = CoreAttention
+        return spec
 
 
 class Hybrid(Family):
@@ -297,16 +295,13 @@ class GatedDelta(Family):
     fused: ClassVar = {"in_proj.weight": (8, 8, 32, 32, 4, 4), "conv1d.weight": (8, 8, 32)}
     elementwise = ("conv1d.weight",)
 
-    def build(self, config: Any, job: Job, **stage: Any) -> Any:
-        from megatron.core.models.gpt import GPTModel
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    def layers(self, spec: Any, config: Any) -> Any:
         from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules, common
         from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
         from megatron.core.transformer import spec_utils, torch_norm
 
         common.HAVE_FLA = True
         common.l2norm = functools.partial(functional.normalize, dim=-1)
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
         spec.submodules.self_attention = spec_utils.ModuleSpec(
             module=GatedDeltaNet,
             submodules=GatedDeltaNetSubmodules(
@@ -315,14 +310,7 @@ class GatedDelta(Family):
                 out_proj=RowParallelLinear,
             ),
         )
-        return GPTModel(
-            config=config,
-            transformer_layer_spec=spec,
-            vocab_size=job.vocab,
-            max_sequence_length=job.sequence,
-            position_embedding_type="none",
-            **stage,
-        )
+        return spec
 
 
 class Bert(Family):
@@ -364,7 +352,6 @@ class T5(Family):
         from megatron.core.models.T5 import t5_spec
         from megatron.core.models.T5.t5_model import T5Model
 
-        stage.pop("vp_stage")
         return T5Model(
             config=config,
             encoder_config=config,
