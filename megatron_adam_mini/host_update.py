@@ -91,7 +91,7 @@ class HostUpdate:
 
         on_gpu = device.type == "cuda"
         self._sent = torch.zeros(len(planned.segments.source) + 1, device=device)
-        self._received = torch.zeros(len(self._sent), pin_memory=on_gpu)
+        self._received = torch.zeros(len(self._sent), device=HOST, pin_memory=on_gpu)
         self._source = torch.from_numpy(planned.segments.source).to(device)
         self._vectors_S = _vectors(planned.segments, group_SR, origin_SR, self._received[:-1])
         self._vectors_R = _vectors(planned.ranges, group_SR, origin_SR, self._received[:0])
@@ -115,7 +115,10 @@ class HostUpdate:
             dtype = getattr(self._buffers[chunk.share.number], name).dtype
             end = chunk.windows[-1].in_state.stop
             numel[dtype] = max(numel.get(dtype, 0), end)
-        return {d: torch.zeros(n, dtype=d, pin_memory=pin) for d, n in numel.items()}
+        return {
+            dtype: torch.zeros(length, dtype=dtype, device=HOST, pin_memory=pin)
+            for dtype, length in numel.items()
+        }
 
     @property
     def staging_bytes(self) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_adam_mini.estimate.offload import host_size
 from megatron_adam_mini.plan.chunks import plan_chunks
-from megatron_adam_mini.plan.shares import host_start, plan_shares
+from megatron_adam_mini.plan.shares import Share, host_start, plan_shares
 from tests.test_step_plan import plans
 
 FRACTIONS = st.sampled_from([0.0, 0.01, 0.3, 0.5, 0.9, 1.0])
@@ -19,6 +22,15 @@ def test_the_last_pieces_are_on_the_host() -> None:
         3, 2, 2, 1, 1, 0, 0,
     ]  # fmt: skip
     assert host_start([], 0.5) == 0
+
+
+def test_a_place_in_another_share_is_an_error() -> None:
+    plan: Any = None
+    share = Share(3, True, plan, slice(16, 32), slice(0, 0))
+    assert share.own(slice(20, 32)) == slice(4, 16)
+    for wrong in (slice(12, 20), slice(30, 33)):
+        with pytest.raises(IndexError, match=r"of buffer 3 is not in the share \[16, 32\)"):
+            share.own(wrong)
 
 
 @settings(max_examples=150, deadline=None)
