@@ -137,6 +137,7 @@ class Compiled:
 
     def compile(self):
         result = triton.compile(self.source, target=self.target, options=triton_gpu.OPTIONS)
+        self.ttir = result.asm["ttir"]
         self.ptx = result.asm["ptx"]
         self.cubin = result.asm["cubin"]
         usage = self.inspect("-res-usage")
@@ -157,6 +158,20 @@ class Compiled:
         """Return how often a thread loads (``ld``) or stores (``st``) how many bytes at once."""
         found = re.findall(kind + r"\.global[.\w:]*\.v(\d)\.b(\d+)", self.ptx)
         return Counter(int(count) * int(width) // 8 for count, width in found)
+
+    def accesses(self, argument):
+        """Return the loads and stores through a pointer, and all barriers, in their order."""
+        pointers, found = {f"%{argument}"}, []
+        for line in self.ttir.splitlines():
+            made = re.match(r"\s*(%\w+) = tt\.(?:splat|addptr|broadcast) (%\w+)", line)
+            used = re.search(r"\btt\.(load|store) (%\w+)", line)
+            if made and made[2] in pointers:
+                pointers.add(made[1])
+            elif used and used[2] in pointers:
+                found.append(used[1])
+            elif re.match(r"\s*(?:gpu|ttg)\.barrier\b", line):
+                found.append("barrier")
+        return found
 
     def expected_vectors(self, kind):
         """Return the same, if each stream is moved once (g of long rows: twice), in vectors."""
@@ -232,6 +247,20 @@ def test_compiled(capability, monkeypatch):
             assert wide >= found.expected_vectors(access)[16], kernel
     print(f"sm_{capability}: {len(compiled)} kernels, most registers {registers}")
     assert {kind: n for kind, n in registers.items() if n > REGISTERS[kind]} == {}
+
+
+def test_every_warp_reads_v_before_one_writes_it(monkeypatch):
+    """Warps that hold elements of one row each read its v and compute its step size; one of them
+    writes v. Without a barrier between them, a late warp would advance v twice."""
+    calls = [(update_in_one_pass, Case(name, *FEW_DTYPES[3])) for name in ("rows", "parts")]
+    kernels = set()
+    for launch in recorded(monkeypatch, calls):
+        found = Compiled(*launch, 90)
+        if found.arguments.get("exp_avg_sq") is None:
+            continue
+        kernels.add(found.kernel)
+        assert found.compile().accesses("exp_avg_sq") == ["load", "barrier", "store"], found.key
+    assert kernels == {"update_rows_kernel", "combine_kernel"}
 
 
 @pytest.mark.parametrize("vec", [1, 4, 8])

@@ -153,7 +153,7 @@ def time_case(
     }
     if device.type == "cuda":
         row["kernels"], row["launches"] = measure.kernels(rig.step)
-    if case.dp == 1 and not tiny:  # sums of cut blocks are not added up in fake groups
+    if case.dp == 1:  # sums of cut blocks are not added up in fake groups
         check(rig)
     return row, rig.shapes(rank)
 
@@ -166,9 +166,10 @@ def check(rig: Rig) -> None:
     assert outcome.updated, outcome
     assert outcome.grad_norm is not None, outcome
     assert outcome.grad_norm > 1.0, outcome
-    v = torch.cat([state.exp_avg_sq_S, state.exp_avg_sq_E[: 2**24]])
+    v = torch.cat([state.exp_avg_sq_S, *(s.exp_avg_sq_E[: 2**24] for s in state.on_device)])
     assert bool(v.isfinite().all())
-    assert bool((v > 0).all())
+    assert bool((v >= 0).all())
+    assert float((v > 0).double().mean()) > 0.999  # a few random gradients are zero
     assert bool(state.on_device[0].exp_avg.isfinite().all())
 
 

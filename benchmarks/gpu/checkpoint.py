@@ -31,13 +31,15 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--model", choices=MODELS, default="125m")
     parser.add_argument("--limit", type=float, default=75.0, help="seconds for each run")
+    names = ["adam_mini, small state", "adam_mini"]
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
     options = parser.parse_args()
     device = measure.device(options.device)
     record = measure.Record("checkpoint", device, model=options.model)
     with tempfile.TemporaryDirectory() as folder:
         data = make_dataset(Path(folder))
         common = flags(options.model, data, batch=4, micro_batch=4, steps=STEPS)
-        for name in ("adam_mini, small state", "adam_mini"):
+        for name in options.only:
             saved = str(Path(folder, "checkpoint"))
             arguments = [*common, *OPTIMIZERS[name]]
             arguments += ["--dist-ckpt-optim-fully-reshardable", "--save-interval", str(SAVED)]

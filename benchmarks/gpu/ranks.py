@@ -173,6 +173,15 @@ def assert_replicas_equal(trainer: Any) -> None:
         assert torch.equal(low, high), "replicas differ"
 
 
+def _mark_norms() -> None:
+    """Let torch's norms stand in for Transformer Engine's in sequence-parallel layers."""
+    from megatron.core.transformer import torch_norm
+
+    from megatron_adam_mini.cpu_host.megatron_imports import mark_torch_norms_as_sequence_parallel
+
+    mark_torch_norms_as_sequence_parallel(torch_norm)
+
+
 def main() -> int:
     """Run the jobs on this rank, and return the exit status."""
     options = parse()
@@ -189,6 +198,8 @@ def main() -> int:
     from megatron_adam_mini import host_update
 
     host_update.CHUNK_NUMEL = 4096  # several chunks of these models
+    if device.type == "cuda":
+        _mark_norms()
     overlap = options.backend == "nccl" or device.type == "cpu"
     if not overlap:
         param_and_grad_buffer._coalescing_manager = one_by_one

@@ -52,10 +52,12 @@ def _convert_splits_of_cpu_tensors(module: ModuleType) -> None:
     module.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu  # type: ignore[attr-defined]
 
 
-def _mark_torch_norms_as_sequence_parallel(module: ModuleType) -> None:
-    # The original refuses sequence parallelism because it cannot mark torch's norm. Only the mark
-    # on its parameters is missing: with it, Megatron sums their gradients over the tensor-parallel
-    # group.
+def mark_torch_norms_as_sequence_parallel(module: ModuleType) -> None:
+    """Let torch's norms work with sequence parallelism.
+
+    The original refuses it because it cannot mark torch's norm. Only the mark on its parameters is
+    missing: with it, Megatron sums their gradients over the tensor-parallel group.
+    """
     norm_class = module.WrappedTorchNorm
     original = norm_class.__new__
 
@@ -76,7 +78,7 @@ _CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "megatron.core.datasets.utils": _keep_built_dataset_helper,
     "megatron.core.transformer.dot_product_attention": attend_over_context,
     "megatron.core.transformer.moe.moe_utils": _convert_splits_of_cpu_tensors,
-    "megatron.core.transformer.torch_norm": _mark_torch_norms_as_sequence_parallel,
+    "megatron.core.transformer.torch_norm": mark_torch_norms_as_sequence_parallel,
 }
 
 

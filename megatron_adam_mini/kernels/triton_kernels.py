@@ -286,7 +286,10 @@ def _step_sizes(
     exp_avg_sq, step_size, total, inv_numel, group, hyper, corrections,
     at, mask, scale, beta2, one_minus_beta2,
 ):  # fmt: skip
-    """Advance v of the entries ``at`` under ``mask``, and return their step sizes and groups."""
+    """Advance v of the entries ``at`` under ``mask``, and return their step sizes and groups.
+
+    Several warps may hold an entry, and one of them writes it; all must have read v by then.
+    """
     group_at = tl.load(group + at, mask=mask, other=0)
     v, step = _advanced_v(
         tl.load(exp_avg_sq + at, mask=mask, other=0),
@@ -299,6 +302,7 @@ def _step_sizes(
         beta2,
         one_minus_beta2,
     )
+    tl.debug_barrier()
     tl.store(exp_avg_sq + at, v, mask=mask)
     tl.store(step_size + at, step, mask=mask)
     return step, group_at
