@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tests.gather import nearest_bfloat16, slices_of, weights_of, whole_tensors
-from tests.megatron_job import Job, Trainer, global_names
+from tests.megatron_job import Job, Trainer, global_names, whole_weight
 from tests.models import FAMILIES
 from tests.ranks import run_ranks
 from tests.reference import (
@@ -88,7 +88,7 @@ def decay_of(shape: tuple[int, ...], job: Job) -> float:
 def unsharded_run(job: Job) -> dict[str, Any]:
     """Train the whole model on one rank with the oracle as optimizer."""
     trainer = Trainer(replace(job, optimizer="sgd", distributed_optimizer=False, adam_mini={}))
-    params = global_names(trainer.chunks)
+    params = {n: p for n, p in global_names(trainer.chunks).items() if p.requires_grad}
     oracle = {
         n: WholeTensorAdamMini(p, labels_of(n, tuple(p.shape), job)) for n, p in params.items()
     }
@@ -201,6 +201,10 @@ def check_replicas(ranks: list[dict[str, Any]], job: Job) -> None:
     weights = whole_tensors([r["weights"] for r in ranks], "weight", job)
     masters = whole_tensors([r["final"] for r in ranks], "param", job)
     for name, weight in weights.items():
+        if name.startswith(job.frozen or ("-",)):
+            assert name not in masters
+            assert torch.equal(weight, whole_weight(name, tuple(weight.shape))), f"{name}: frozen"
+            continue
         master = masters[name]
         if job.bf16:
             same = torch.equal(weight, nearest_bfloat16(master)) or torch.equal(weight, master)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.megatron_job import Job
-from tests.models import LATENT
+from tests.models import HETEROGENEOUS, HYBRID, LATENT
 from tests.ranks import run_ranks
 from tests.test_oracle import (
     BASE,
@@ -24,6 +24,7 @@ from tests.test_oracle import (
     unsharded,
     world_of,
 )
+from tests.test_step import bits_per_step
 from tests.training_run import Run, Seen, make_dataset, train
 
 # Against the oracle.
@@ -73,6 +74,16 @@ ORACLE: dict[str, tuple[Job, int]] = {
         replace(BASE, cp=2, groups=8, family="latent", qk_layernorm=True, config_args=LATENT),
         1,
     ),
+    "a frozen stage, and layers with Transformer Engine's names": (
+        replace(
+            BASE,
+            pp=2,
+            tp=2,
+            fused_norms=True,
+            frozen=("decoder.layers.1", "decoder.final", "output_layer", "decoder.layers.0.mlp"),
+        ),
+        1,
+    ),
     "padded buckets, averages in the collective": (
         replace(
             BASE,
@@ -94,6 +105,8 @@ ORACLE: dict[str, tuple[Job, int]] = {
         "context parallel*": "context parallelism",
         "*, experts*": "expert parallelism",
         "*latent*": "multi-head latent attention",
+        "a frozen*": "frozen parameters, LoRA",
+        "*Transformer Engine's names": "Transformer Engine's parameter names",
         "padded buckets*": "bucket options of DDP",
     },
     "oracle",
@@ -130,6 +143,99 @@ def test_runs_equal_the_oracle_on_their_own_gradients(case: str) -> None:
     ranks = run_ranks(2, sharded_run, job)
     check_replicas(ranks, job)
     check_same_gradients(ranks, job)
+
+
+# With and without overlap.
+
+SMALL = Job(hidden=32, heads=4, ffn=48, vocab=64, batch=16)
+OVERLAPS = {
+    "sequence parallel, gate, wide heads, groups cut by tp, qk-layernorm, window": (
+        replace(
+            SMALL,
+            tp=2,
+            groups=1,
+            sequence_parallel=True,
+            gated_attention=True,
+            qk_layernorm=True,
+            config_args={"kv_channels": 12, "window_size": (2, 0)},
+        ),
+        4,
+    ),
+    "uneven stages, tied, frozen": (
+        replace(
+            SMALL,
+            pp=2,
+            layers=4,
+            tied=True,
+            frozen=("decoder.layers.1",),
+            pipeline_args={"num_layers_in_first_pipeline_stage": 1},
+        ),
+        4,
+    ),
+    "experts, multi-token prediction": (replace(SMALL, experts=4, ep=2, mtp=1), 4),
+    "experts, etp1": (replace(SMALL, experts=2, tp=2, ep=2, etp=1), 4),
+    "latent attention": (replace(SMALL, family="latent", config_args=LATENT), 2),
+    "hybrid": (
+        replace(SMALL, family="hybrid", layers=3, groups=2, swiglu=False, config_args=HYBRID),
+        2,
+    ),
+    "heterogeneous layers": (
+        replace(
+            SMALL, hidden=64, heads=8, layers=4, family="heterogeneous", config_args=HETEROGENEOUS
+        ),
+        2,
+    ),
+    "fp16, fp16 gradients, first": (
+        replace(
+            SMALL,
+            fp16=True,
+            grad_fp32=False,
+            adam_mini={"preset": "first"},
+            optimizer_args={"loss_scale": 64.0},
+        ),
+        2,
+    ),
+    "bf16, remainders, bf16 m": (
+        replace(SMALL, bf16=True, adam_mini={"param_remainders": True, "exp_avg_dtype": "bf16"}),
+        2,
+    ),
+    "buckets": (replace(SMALL, ddp_args={"pad_buckets_for_high_nccl_busbw": True}), 2),
+}
+
+
+@pytest.mark.support({"sequence parallel*": "sequence parallelism"}, "overlap")
+@pytest.mark.support({"*gate*": "attention output gate"}, "overlap")
+@pytest.mark.support({"*wide heads*": "head width other than hidden / heads"}, "overlap")
+@pytest.mark.support({"*qk-layernorm*": "qk-layernorm"}, "overlap")
+@pytest.mark.support({"*window": "sliding-window attention"}, "overlap")
+@pytest.mark.support(
+    {
+        "*groups cut by tp*": "fewer query groups than tensor-parallel ranks",
+        "uneven*": "uneven pipeline stages",
+        "*tied*": "tied embeddings",
+        "*frozen": "frozen parameters, LoRA",
+        "experts*": "mixture of experts",
+        "experts, multi*": "expert parallelism",
+        "experts, etp1": "expert tensor parallelism",
+        "*multi-token*": "multi-token prediction",
+        "latent*": "multi-head latent attention",
+        "hybrid": "Mamba, hybrid, gated delta",
+        "heterogeneous*": "heterogeneous layers",
+        "fp16*": "fp16 with loss scale",
+        "*fp16 gradients*": "16-bit gradient buffers",
+        "*first": "other partitions: first, tensor, value as block",
+        "*remainders*": "16-bit remainders",
+        "*bf16 m*": "m in bf16",
+        "buckets": "bucket options of DDP",
+    },
+    "overlap",
+)
+@pytest.mark.parametrize("case", OVERLAPS)
+def test_overlap_changes_no_bit(case: str) -> None:
+    job, world = OVERLAPS[case]
+    plain = run_ranks(world, bits_per_step, job)
+    assert plain == run_ranks(world, bits_per_step, replace(job, overlap=True))
+    assert len(set(plain[0])) == 4, "the state did not move"
 
 
 # Through the training loop.
