@@ -30,8 +30,9 @@ from megatron_adam_mini.optimizer import AdamMini
 from megatron_adam_mini.plan.layout import slice_size, state_starts
 from megatron_adam_mini.plan.parameter_info import ParameterInfo
 from megatron_adam_mini.plan.step_plan import DomainLayout, plan_step
-from tests.megatron_job import Job, Trainer
+from tests.megatron_job import MOE, Job, Trainer
 from tests.meta_megatron import ranks_of
+from tests.models import LATENT
 from tests.ranks import run_ranks
 
 # Real runs: one for each form of the state. Layouts are covered without memory, below.
@@ -67,6 +68,37 @@ RUNS = {
         4,
         "adam_mini_bf16_m",
     ),
+    "experts and a shared one, tp2-ep2-etp1": (
+        replace(
+            LLAMA,
+            tp=2,
+            ep=2,
+            etp=1,
+            experts=4,
+            config_args={"moe_shared_expert_intermediate_size": 32},
+        ),
+        4,
+        "adam_mini_remainders_bf16_m",
+    ),
+    "a dense stage, multi-token prediction, pp2-ep2": (
+        replace(
+            LLAMA,
+            pp=2,
+            ep=2,
+            experts=4,
+            mtp=1,
+            overlap=True,
+            bucket_size=3000,
+            config_args={"moe_layer_freq": [0, 1]},
+        ),
+        4,
+        "adam_mini",
+    ),
+    "latent attention, tp2-dp2": (
+        replace(LLAMA, tp=2, sequence_parallel=True, family="latent", config_args=LATENT),
+        4,
+        "adam_mini_remainders",
+    ),
     "virtual stages, odd dp, busbw padding, bf16 gradients": (
         replace(
             LLAMA,
@@ -87,7 +119,11 @@ def allocated(job: Job) -> dict[str, Any]:
     from megatron.core import parallel_state
 
     trainer = Trainer(job)
-    buffers = [buffer for chunk in trainer.chunks for buffer in chunk.buffers]
+    buffers = [
+        buffer
+        for chunk in trainer.chunks
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
+    ]
     found = {
         "bytes": {
             "weights": sum(buffer.param_data.nbytes for buffer in buffers),
@@ -134,6 +170,25 @@ def flags_of(job: Job, world: int) -> list[str]:
         "--adam-mini-value-as-block": job.adam_mini.get("value_as_block", False),
     }
     flags += [name for name, on in switches.items() if on]
+    if job.experts:
+        given = MOE | job.config_args
+        flags += ["--num-experts", job.experts, "--expert-model-parallel-size", job.ep]
+        flags += ["--moe-ffn-hidden-size", given["moe_ffn_hidden_size"]]
+        flags += ["--expert-tensor-parallel-size", job.etp or job.tp]
+        if "moe_layer_freq" in given:
+            flags += ["--moe-layer-freq", str(given["moe_layer_freq"])]
+        if "moe_shared_expert_intermediate_size" in given:
+            size = given["moe_shared_expert_intermediate_size"]
+            flags += ["--moe-shared-expert-intermediate-size", size]
+    if job.family == "latent":
+        flags = [flag for flag in flags if flag != "--group-query-attention"]
+        at = flags.index("--num-query-groups")
+        flags[at : at + 2] = ["--multi-latent-attention"]
+        for name in ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim"):
+            flags += [f"--{name.replace('_', '-')}", job.config_args[name]]
+        flags += ["--v-head-dim", job.config_args["v_head_dim"]]
+    if job.mtp:
+        flags += ["--mtp-num-layers", job.mtp]
     if job.bucket_size:
         flags += ["--ddp-bucket-size", job.bucket_size]
     if job.vpp:
@@ -232,6 +287,11 @@ ON_META = {
     "mixtral, ep4 etp2 pp2": f"{MIXTRAL} {TP} 2 {ETP} 2 {EP} 4 {PP} 2 {DP} 8",
     "deepseek": f"--model deepseek-v3-like {TP} 8 {PP} 16 {ETP} 1 {EP} 64 {DP} 16 {OVERLAP} "
     "--decoder-first-pipeline-num-layers 3 --decoder-last-pipeline-num-layers 2",
+    "prediction": f"{LLAMA_FLAGS} {PP} 2 {DP} 2 --mtp-num-layers 2",
+    "prediction, tied": f"{GPT_FLAGS} --position-embedding-type rope {TP} 2 {PP} 2 "
+    "--mtp-num-layers 1",
+    "prediction by experts, one stage": f"{LLAMA_FLAGS} {EP} 2 {DP} 2 --num-experts 4 "
+    "--mtp-num-layers 1",
     "llama": LLAMA_FLAGS,
     "llama, small buckets": f"{LLAMA_FLAGS} {TP} 2 {PP} 2 {DP} 2 {OVERLAP} --ddp-bucket-size 3000",
     "llama, number of buckets": f"{LLAMA_FLAGS} {DP} 3 {OVERLAP} --ddp-num-buckets 5",

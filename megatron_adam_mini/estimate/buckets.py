@@ -64,7 +64,9 @@ def plan_stage(
     """Put the parameters of each virtual stage of a rank into buckets."""
     parameters = [blocks for chunk in chunks for blocks in chunk]
     numel = sum(blocks.info.numel for blocks in parameters)
-    tied = not model.untie_embeddings_and_output_weights and parallel.pp > 1
+    tied = parallel.pp > 1 and (
+        not model.untie_embeddings_and_output_weights or model.mtp_num_layers is not None
+    )
     buffers: dict[bool, list[BufferLayout]] = {False: [], True: []}
     base = 0
     for number, chunk in enumerate(chunks):
@@ -124,7 +126,7 @@ def _fill(
         offset, end = offset + numel, 0
 
     for index, blocks in members:
-        # Both copies of a tied embedding get a bucket of their own.
+        # Both copies of an embedding get a bucket of their own.
         alone = tied and blocks.info.name == EMBEDDING
         if alone and placements:
             end = _padded(end, _ALIGNMENT)

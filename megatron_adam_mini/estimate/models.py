@@ -91,6 +91,7 @@ class Model:
     moe_shared_expert_intermediate_size: int | None = None
     moe_shared_expert_gate: bool = False
     moe_grouped_gemm: bool = False
+    mtp_num_layers: int | None = None
     transformer_impl: str = "transformer_engine"
 
     def __post_init__(self) -> None:

@@ -3,9 +3,6 @@
 Imports ``partition``, ``parallel`` and ``models``. The facts are those that ``mcore/param_info``
 finds in the real model: names, shapes, roles, tensor-parallel split (``tests/test_memory.py``
 compares them with a model that Megatron builds).
-
-Mixture-of-experts models can be described although the optimizer does not train them yet: a
-weight of an expert has the rule of its counterpart in a dense MLP.
 """
 
 from __future__ import annotations
@@ -98,8 +95,10 @@ class _Chunk:
     def add_all(self, layers: range, *, first: bool, last: bool) -> None:
         model = self.model
         embedding = (model.vocabulary(self.parallel.tp), model.hidden_size)
-        if first:
-            self._add(EMBEDDING, embedding, 0)
+        predicts = last and model.mtp_num_layers is not None
+        if first or predicts:
+            # Multi-token prediction embeds tokens on the last stage, with a copy of the weight.
+            self._add(EMBEDDING, embedding, 0, shared=not first)
             if model.position_embedding_type == "learned_absolute":
                 assert model.max_position_embeddings is not None
                 shape = (model.max_position_embeddings, model.hidden_size)
@@ -108,11 +107,25 @@ class _Chunk:
             self._layer(f"decoder.layers.{layer}.", model.expert_layers[layer])
         if last:
             self._norm("decoder.final_layernorm.", model.hidden_size)
+            for depth in range(model.mtp_num_layers or 0):
+                self._prediction(f"mtp.layers.{depth}.")
             if model.untie_embeddings_and_output_weights:
+                self._add("output_layer.weight", embedding, 0)
+            elif predicts and not first:
+                # The copy of the embedding is used instead, but the weight is there.
                 self._add("output_layer.weight", embedding, 0)
             elif not first:
                 # Megatron names the copy output_layer.weight; both are one parameter.
                 self._add(EMBEDDING, embedding, 0, shared=True)
+
+    def _prediction(self, name: str) -> None:
+        """Add one depth of multi-token prediction, whose layer is like the decoder's last one."""
+        hidden = self.model.hidden_size
+        self._norm(name + "enorm.", hidden)
+        self._norm(name + "hnorm.", hidden)
+        self._linear(name + "eh_proj.", (hidden, 2 * hidden), 0, bias=False)
+        self._layer(name + "mtp_model_layer.", self.model.expert_layers[-1])
+        self._norm(name + "final_layernorm.", hidden)
 
     def _layer(self, name: str, experts: bool) -> None:
         fused = self.engine  # norms are part of the next linear layer
