@@ -145,6 +145,7 @@ class AdamMini:
         group_of_parameter: index of the group of each parameter of the plan.
         device: where the buffers are.
         offload: what state lies in host memory.
+        decoupled_weight_decay: ``False``: the decay is added to gradients, which must be float32.
 
     Raises:
         ValueError: a group's value is out of range.
@@ -169,9 +170,12 @@ class AdamMini:
         *,
         device: torch.device,
         offload: OffloadConfig | None = None,
+        decoupled_weight_decay: bool = True,
     ) -> None:
         self.plan = plan
         self.config = config
+        self._decoupled = decoupled_weight_decay
+        self._group_of_parameter = tuple(group_of_parameter)
         self.buffers = tuple(buffers)
         self.device = device
         self.kernels = select_backend(config.backend, device)
@@ -347,13 +351,21 @@ class AdamMini:
             m   <- beta1 m + (1 - beta1) g
             p   <- p - lr * weight_decay * p
             p   <- p - lr / (1 - beta1^t) * m / (sqrt(v_b / (1 - beta2^t)) + eps)
+
+        With weight decay that is not decoupled, ``g <- g + weight_decay * p`` comes first, and the
+        third line is left out; the host then waits for the decision, and all ranks must call it.
         """
-        if decision.wide is not None:
+        grad_scale = decision.grad_scale
+        if not self._decoupled:
+            if not self._add_decay(decision):
+                return
+            grad_scale = 1.0
+        elif decision.wide is not None:
             self._update_with(decision.wide, decision)
             self._call(early, decision)
             return
         scalars, kernels = self._scalars, self.kernels
-        self._fill_scalars(decision.grad_scale)
+        self._fill_scalars(grad_scale)
         state = self.main_params.attach()
         vectors = self._vectors(state)
         single_phase = self.config.single_phase
@@ -378,6 +390,37 @@ class AdamMini:
             self._finish_on_host(state)
             self._call(early, decision)  # the host may own a part of the early buffers
 
+    def _add_decay(self, decision: Decision) -> bool:
+        """Scale gradients and add the decay to them (in place), and sum their squares again.
+
+        All ranks must call it. Collectives: those of :meth:`sum_squares` without the norm.
+
+        Returns:
+            Whether the step is taken.
+        """
+        self.collectives.finish_(self._sum_sq_S)  # sums without the decay, still in flight
+        if not decision.read().updated:
+            return False
+        if decision.wide is not None:
+            decision.skip("with weight decay in gradients, their squares must fit into float32", [])
+            return False
+        groups, state = self.main_params.param_groups, self.main_params.attach()
+        for piece in self.plan.pieces:
+            # g <- grad_scale g + weight_decay p
+            grad = self.grad(piece).mul_(decision.grad_scale)
+            decay = groups[self._group_of_parameter[piece.parameter]]["weight_decay"]
+            if decay:
+                param = state.of(piece).main_param(piece.window)
+                grad.add_(param.to(grad.device), alpha=decay)
+        for buffer, plan in zip(self.buffers, self.plan.buffers, strict=True):
+            self._sum(buffer, plan.segments)
+        self.collectives.start_(self._sum_sq_S)
+        return True
+
+    def _groups_for_kernels(self) -> list[dict[str, Any]]:
+        groups = self.main_params.param_groups
+        return groups if self._decoupled else [{**group, "weight_decay": 0.0} for group in groups]
+
     def _advance_cut(self, vectors: SegmentVectors) -> None:
         self.collectives.finish_(self._sum_sq_S)
         if self._cut is not None:
@@ -385,7 +428,7 @@ class AdamMini:
 
     def _finish_on_host(self, state: RankState) -> None:
         if self._host is not None:
-            groups, step = self.main_params.param_groups, self.main_params.step_count + 1
+            groups, step = self._groups_for_kernels(), self.main_params.step_count + 1
             self._host.finish(state, groups, betas=self._betas(), step=step)
 
     @staticmethod
@@ -465,7 +508,7 @@ class AdamMini:
 
     def _fill_scalars(self, grad_scale: float | Tensor) -> None:
         self._scalars.fill(
-            self.main_params.param_groups,
+            self._groups_for_kernels(),
             betas=self._betas(),
             step=self.main_params.step_count + 1,
             grad_scale=grad_scale,

@@ -295,7 +295,11 @@ REFUSALS = (
         "--ckpt-format torch_dist",
     ),
     ("--non-persistent-ckpt-type", "it is not supported yet", "drop the flag"),
-    ("--no-decoupled-weight-decay", "the decay would enter block sums", "drop the flag"),
+    (
+        "decoupled_weight_decay=False with 16-bit gradients",
+        "the decay is added to gradients, where 16 bits would lose it",
+        "--accumulate-allreduce-grads-in-fp32",
+    ),
 )
 
 REFUSED = """On every rank, before the first step, with reason and remedy (`test_arguments`):

@@ -374,10 +374,6 @@ def config_errors(attributes: Sequence[str]) -> dict[str, list[tuple[str, tuple[
             error = error_of(get_megatron_optimizer, config, trainer.chunks)
             found[attribute].append(("DistributedDataParallelConfig", error))
             setattr(ddp_config, attribute, usual)
-    changed = replace(config)
-    changed.decoupled_weight_decay = False
-    error = error_of(get_megatron_optimizer, changed, trainer.chunks)
-    found["decoupled_weight_decay"] = [("OptimizerConfig", error)]
     found["nothing"] = [("", error_of(get_megatron_optimizer, config, trainer.chunks))]
     return found
 
@@ -385,9 +381,6 @@ def config_errors(attributes: Sequence[str]) -> dict[str, list[tuple[str, tuple[
 def test_refused_by_config():
     found = only(run_ranks(1, config_errors, list(preflight._REFUSED)))
     assert found.pop("nothing") == [("", None)]
-    ((_, error),) = found.pop("decoupled_weight_decay")
-    assert error[0] == "NotImplementedError"
-    assert error[1].startswith("--optimizer adam_mini needs decoupled weight decay (AdamW)")
     for attribute, errors in found.items():
         for where, error in errors:
             assert error == refusal(attribute), where

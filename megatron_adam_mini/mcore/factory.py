@@ -33,6 +33,7 @@ from megatron_adam_mini.mcore.metrics import observe
 from megatron_adam_mini.mcore.param_info import collect_parameters, frozen_keys
 from megatron_adam_mini.mcore.preflight import (
     refuse_buckets,
+    refuse_coupled_decay,
     refuse_qk_clip,
     refuse_single_phase,
     refuse_unsupported,
@@ -87,6 +88,7 @@ def build_optimizer(
         [group_of[param] for param in planned.parameters],
         device=planned.device,
         offload=offload_config(config),
+        decoupled_weight_decay=config.decoupled_weight_decay,
     )
     manifest = _gather_manifest(planned, options, frozen_keys(model_chunks))
     optimizer = AdamMiniOptimizer(
@@ -156,13 +158,23 @@ def _plan(
     patterns = frozenset(pattern for pattern, _ in options.overrides())
     record = PlanRecord(
         # The partition, and options on which ranks must agree or they diverge or hang.
-        rules={**partition_fields(options), "backend": backend, **options.step_fields()},
+        rules={
+            **partition_fields(options),
+            "backend": backend,
+            **options.step_fields(),
+            "decoupled_weight_decay": config.decoupled_weight_decay,
+        },
         layouts={
             _sharing_ranks(domain.name, groups): plan.shared_part(domain) for domain in plan.domains
         },
         matched=patterns.difference(unmatched_patterns(names, options)),
     )
     buffers = [buffer for _, live, _ in domains for buffer in live]
+    if not config.decoupled_weight_decay:
+        refuse_coupled_decay(
+            float32_gradients=all(buffer.grad.dtype == torch.float32 for buffer in buffers),
+            single_phase=options.single_phase,
+        )
     domain_groups = [of_domain for _, _, of_domain in domains]
     return _Planned(options, plan, list(infos), buffers, groups, domain_groups, device), record
 

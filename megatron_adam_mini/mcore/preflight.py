@@ -86,12 +86,6 @@ def refuse_unsupported(*sources: Any) -> None:
                 raise NotImplementedError(
                     f"--optimizer adam_mini does not support {flag}: {reason}. Remedy: {remedy}."
                 )
-        if getattr(source, "decoupled_weight_decay", True) is False:
-            raise NotImplementedError(
-                "--optimizer adam_mini needs decoupled weight decay (AdamW); with "
-                "--no-decoupled-weight-decay the decay would enter the gradient after its block "
-                "sums were taken. Remedy: drop the flag."
-            )
 
 
 def refuse_qk_clip(config: Any) -> None:
@@ -135,6 +129,28 @@ def refuse_keywords(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
             f"--optimizer adam_mini does not support {', '.join(ignored)}, which it was given and "
             "does not know. Remedy: leave it out, or use a release of Megatron-Core that Adam-mini "
             "was tested with."
+        )
+
+
+def refuse_coupled_decay(*, float32_gradients: bool, single_phase: bool) -> None:
+    """Check that weight decay can be added to gradients.
+
+    Args:
+        float32_gradients: whether all gradients of the rank are float32.
+        single_phase: whether each is read once.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if single_phase:
+        raise ValueError(
+            "--adam-mini-single-phase reads each gradient once, but decoupled_weight_decay=False "
+            "changes it, and sums its squares again. Remedy: drop one of them."
+        )
+    if not float32_gradients:
+        raise ValueError(
+            "decoupled_weight_decay=False adds the decay to gradients in their buffer, where 16 "
+            "bits would lose it. Remedy: --accumulate-allreduce-grads-in-fp32, or keep it True."
         )
 
 
