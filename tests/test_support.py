@@ -31,12 +31,17 @@ def test_the_table_says_what_the_markers_say() -> None:
     assert found == support.table(claimed), "run python tools/support_table.py"
 
 
+def id_of(values: Any) -> str:
+    """Return pytest's name of a case whose values are texts."""
+    return "-".join(map(str, values)) if isinstance(values, tuple) else str(values)
+
+
 def test_every_pattern_of_cases_matches_one() -> None:
     for path in sorted((support.ROOT / "tests").glob("test_*.py")):
         module = importlib.import_module(f"tests.{path.stem}")
         for value in vars(module).values():
             marks = getattr(value, "pytestmark", []) if callable(value) else []
-            values = [map(str, mark.args[1]) for mark in marks if mark.name == "parametrize"]
+            values = [map(id_of, mark.args[1]) for mark in marks if mark.name == "parametrize"]
             cases = ["-".join(case) for case in product(*values)]
             for mark in marks:
                 for pattern, feature, _ in support.claims(mark) if mark.name == "support" else ():
