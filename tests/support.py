@@ -131,7 +131,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], tuple[Feature, ...]]] = {
             Feature("state moved away, reset, reloaded by RL frameworks"),
             Feature("memory of each rank before a run"),
             Feature("CPU kernels: instruction sets, threads"),
-            Feature("Triton kernels in the interpreter, never on a GPU"),
+            Feature("Triton kernels in the interpreter; on one H100 by tools/gpu_check.sh"),
         ),
     ),
 }

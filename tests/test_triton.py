@@ -76,7 +76,7 @@ REGISTERS = {
 }
 
 
-@pytest.mark.support("Triton kernels in the interpreter, never on a GPU", "test")
+@pytest.mark.support("Triton kernels in the interpreter; on one H100 by tools/gpu_check.sh", "test")
 def test_interpreted():
     """The parity tests pass; see triton_parity.py."""
     result = subprocess.run(

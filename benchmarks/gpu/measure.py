@@ -90,12 +90,13 @@ class Record:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self.values: dict[str, Any] = {
             "stage": stage,
-            "command": ["python", "-m", f"benchmarks.gpu.{stage}", *sys.argv[1:]],
+            "command": ["python", "-m", f"benchmarks.gpu.{Path(sys.argv[0]).stem}", *sys.argv[1:]],
             "began": now,
             "environment": environment(on),
             "facts": facts,
             "rows": [],
             "failures": [],
+            "ended": False,
         }
         self._write()
 
@@ -134,6 +135,7 @@ class Record:
     def close(self) -> int:
         """Print a summary, and return the exit status."""
         rows, failures = len(self.values["rows"]), len(self.values["failures"])
+        self.values["ended"] = True
         self._write()
         print(f"{self.values['stage']}: {rows} rows, {failures} failures", flush=True)
         return 1 if failures else 0

@@ -1,6 +1,6 @@
 """Make a dated result of the records of the other stages.
 
-    python -m benchmarks.gpu.report FOLDER [--no-file]
+    python -m benchmarks.gpu.report FOLDER [--note TEXT] [--no-file]
 
 FOLDER has the JSON files of one or several runs, on one device.
 """
@@ -58,13 +58,14 @@ def section(record: Mapping[str, Any]) -> str:
             losses = " ".join(f"{loss:.3f}" for loss in row["losses"])
             parts.append(f"* {row['optimizer']} {row.get('run', '')}: losses {losses}.")
     failures = record["failures"]
-    parts.append(f"Failures: {len(failures) or 'none'}.")
+    early = "" if record["ended"] else " Stopped at its time limit: the last rows are missing."
+    parts.append(f"Failures: {len(failures) or 'none'}.{early}")
     parts += [f"* `{text[:300]}`" for text in failures[:20]]
     return "\n\n".join(parts)
 
 
-def report(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return the whole result.
+def report(records: Sequence[Mapping[str, Any]], notes: Sequence[str] = ()) -> str:
+    """Return the whole result; ``notes`` are paragraphs about what no record tells.
 
     Raises:
         ValueError: the records are of several environments.
@@ -81,7 +82,7 @@ def report(records: Sequence[Mapping[str, Any]]) -> str:
         ", ".join(f"{k} {v}" for k, v in json.loads(text).items()) for text in sorted(environments)
     ]
     heading = f"# On a GPU, {day}\n\n" + "\n\n".join(f"Environment: {head}." for head in heads)
-    return "\n\n".join([heading, *(section(record) for record in records)]) + "\n"
+    return "\n\n".join([heading, *notes, *(section(record) for record in records)]) + "\n"
 
 
 def main() -> None:
@@ -89,11 +90,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--no-file", action="store_true", help="print only")
+    parser.add_argument("--note", action="append", default=[], help="paragraph below the heading")
     options = parser.parse_args()
     records = [json.loads(path.read_text()) for path in sorted(options.folder.glob("**/*.json"))]
     if not records:
         raise SystemExit(f"{options.folder} has no records; give the folder that $OUT named.")
-    text = report(sorted(records, key=lambda record: record["began"]))
+    text = report(sorted(records, key=lambda record: record["began"]), options.note)
     print(text)
     if not options.no_file:
         day = min(record["began"] for record in records)[:10]
