@@ -79,3 +79,23 @@ def test_skipped_steps_and_loss_scale_are_adams_also_after_a_resume(
     resumed, _ = both(replace(run, flags=f"{data} {flags} {BATCHES} --load {folder} --ckpt-step 4"))
     assert resumed.scaler == whole.scaler[4:]
     assert_same_state(resumed.end, whole.end)
+
+
+EXPERTS = (
+    "--num-experts 4 --expert-model-parallel-size 2 --moe-router-topk 2 "
+    "--moe-token-dispatcher-type alltoall --moe-router-load-balancing-type none"
+)
+
+
+def test_experts_are_skipped_with_all_others_and_share_the_loss_scale(data: str) -> None:
+    """Megatron's Adam has a scaler of its own for experts; where all are Inf, both do the same."""
+    run = Run(
+        f"{data} {DYNAMIC} {EXPERTS} {BATCHES}",
+        bf16=False,
+        non_finite=NON_FINITE,
+        non_finite_on=(0, 1),
+    )
+    seen, _ = both(run)
+    skipped = [number for number, (updated, *_) in enumerate(seen.scaler) if not updated]
+    assert tuple(skipped) == NON_FINITE
+    assert any("experts" in name for name in seen.steps[0])

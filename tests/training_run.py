@@ -232,7 +232,12 @@ def rates_of(chunks: list[Any], optimizer: Any, *keys: str) -> dict[str, tuple[f
     Default keys: learning rate and weight decay.
     """
     keys = keys or ("lr", "weight_decay")
-    shards = {id(shard): n for n, shard in _shards(chunks, optimizer.chained_optimizers[0]).items()}
+    # Megatron's Adam has a member of its own for experts.
+    shards = {
+        id(shard): name
+        for member in optimizer.chained_optimizers
+        for name, shard in _shards(chunks, member).items()
+    }
     return {
         shards[id(shard)]: tuple(group[key] for key in keys)
         for group in optimizer.param_groups

@@ -39,17 +39,17 @@ _REFUSED = {
     ),
     "fp8_param_gather": (
         "--fp8-param-gather",
-        "quantized parameters are not supported yet",
+        "its weights are quantized from main parameters after the step, which is not done yet",
         "drop the flag",
     ),
     "fp4_param_gather": (
         "--fp4-param-gather",
-        "quantized parameters are not supported yet",
+        "its weights are quantized from main parameters after the step, which is not done yet",
         "drop the flag",
     ),
     "reuse_grad_buf_for_mxfp8_param_ag": (
         "--reuse-grad-buf-for-mxfp8-param-ag",
-        "quantized parameters are not supported yet",
+        "its weights are quantized from main parameters after the step, which is not done yet",
         "drop the flag",
     ),
     "param_name_patterns_for_fp32_local_accumulation": (
