@@ -13,7 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.megatron_job import Job, Trainer, global_names, parts_of, split_rank, split_size
+from tests.megatron_job import (
+    Job,
+    Trainer,
+    global_names,
+    parts_of,
+    split_dim_of,
+    split_rank,
+    split_size,
+)
 
 
 @dataclass(frozen=True)
@@ -71,11 +79,11 @@ def _part(
 ) -> Part:
     from megatron.core import parallel_state
 
-    split = getattr(param, "tensor_model_parallel", False) and split_size(name, trainer.job) > 1
+    split = split_size(name, trainer.job) > 1
     return Part(
         name=name,
         shape=tuple(param.shape),
-        split_dim=param.partition_dim if split else None,
+        split_dim=split_dim_of(name, param) if split else None,
         tp_rank=split_rank(name),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         begin=begin,

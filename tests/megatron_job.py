@@ -389,6 +389,14 @@ def whole_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return 1.0 + 0.1 * noise if "norm" in name else 0.05 * noise
 
 
+def split_dim_of(name: str, param: torch.Tensor) -> int | None:
+    """Return the dimension that tensor parallelism splits."""
+    if name.endswith("softmax_offset"):
+        return 0  # one number for each head, which Megatron does not mark as split
+    split = getattr(param, "tensor_model_parallel", False)
+    return param.partition_dim if split else None  # type: ignore[attr-defined]
+
+
 def parts_of(name: str, rows: int, job: Job) -> list[int] | None:
     """Return the rows of each projection in a fused weight, which are split apart over ranks."""
     if job.swiglu and "linear_fc1" in name:
@@ -399,20 +407,21 @@ def parts_of(name: str, rows: int, job: Job) -> list[int] | None:
 
 def shard_of(name: str, whole: torch.Tensor, param: torch.Tensor, job: Job, rank: int) -> Any:
     """Return one tensor-parallel rank's part of a whole tensor (also of labels or of v)."""
-    size = split_size(name, job)
-    if not getattr(param, "tensor_model_parallel", False) or size == 1:
+    size, split_dim = split_size(name, job), split_dim_of(name, param)
+    if split_dim is None or size == 1:
         return whole
     parts = parts_of(name, len(whole), job)
     if parts is not None:
         return torch.cat([part.chunk(size)[rank] for part in whole.split(parts)])
-    return whole.chunk(size, dim=param.partition_dim)[rank]
+    return whole.chunk(size, dim=split_dim)[rank]
 
 
 def whole_shape(name: str, param: torch.Tensor, job: Job) -> tuple[int, ...]:
     """Return the shape of the whole parameter."""
     shape = list(param.shape)
-    if getattr(param, "tensor_model_parallel", False):
-        shape[param.partition_dim] *= split_size(name, job)
+    split_dim = split_dim_of(name, param)
+    if split_dim is not None:
+        shape[split_dim] *= split_size(name, job)
     return tuple(shape)
 
 

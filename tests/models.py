@@ -68,7 +68,7 @@ class Family:
         is_norm = "norm" in name or ".ln_p" in f".{name}"
         if len(shape) == 1 and is_norm and name.endswith("weight"):
             return torch.zeros(shape, dtype=torch.int64)
-        if len(shape) == 1 or name.endswith(self.elementwise or ("-",)):
+        if len(shape) == 1 or name.endswith((*self.elementwise, "router.weight")):
             return torch.arange(numel).reshape(shape)
         rows = _rows(shape[0], next((h for n, h in self.heads.items() if name.endswith(n)), ()))
         return rows.reshape(-1, *[1] * (len(shape) - 1)).expand(shape).contiguous()

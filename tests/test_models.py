@@ -32,6 +32,45 @@ MODELS = {
     "T5": replace(SMALL, family="t5", layers=1, swiglu=False, bias=True),
     "CLIP": replace(SMALL, family="vision", swiglu=False, bias=True),
 }
+EXPERTS = replace(SMALL, experts=4)
+#: The same with experts.
+EXPERT_MODELS = {
+    "Qwen3-MoE": replace(EXPERTS, groups=2, qk_layernorm=True, config_args={"kv_channels": 16}),
+    "DeepSeek-V3": replace(
+        EXPERTS,
+        family="latent",
+        qk_layernorm=True,
+        mtp=1,
+        config_args={
+            **LATENT,
+            "moe_layer_freq": [0, 1],
+            "moe_shared_expert_intermediate_size": 32,
+            "moe_router_score_function": "sigmoid",
+            "moe_router_enable_expert_bias": True,
+        },
+    ),
+    "GPT-OSS": replace(
+        EXPERTS,
+        # Megatron's local experts with biases cannot run backwards.
+        config_args={
+            "add_qkv_bias": True,
+            "softmax_type": "learnable",
+            "window_size": (4, 0),
+            "window_attn_skip_freq": 2,
+        },
+    ),
+    "Llama 4": replace(
+        EXPERTS,
+        groups=2,
+        config_args={
+            "qk_l2_norm": True,
+            "moe_layer_freq": [0, 1],
+            "moe_shared_expert_intermediate_size": 32,
+            "moe_router_topk": 1,
+            "moe_router_score_function": "sigmoid",
+        },
+    ),
+}
 LAYOUTS = {"tp1-dp1": {"dp": 1}, "tp2-dp2": {"tp": 2, "dp": 2}}
 #: Without it, Megatron does not sum the gradients of norms within these layers rightly over ranks.
 SEQUENCE_PARALLEL = ("DeepSeek, dense", "Qwen3-Next, dense")
@@ -46,6 +85,7 @@ SHOWN = {
     "T5*": "BERT, T5, vision",
     "CLIP*": "BERT, T5, vision",
 }
+EXPERTS_SHOWN = dict.fromkeys(EXPERT_MODELS, "mixture of experts")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +95,7 @@ def unsharded() -> Any:
 
     def run(case: str) -> Any:
         if case not in cache:
-            job = replace(MODELS[case], overlap=False, bucket_size=None)
+            job = replace((MODELS | EXPERT_MODELS)[case], overlap=False, bucket_size=None)
             cache[case] = run_ranks(1, unsharded_run, job)[0]
         return cache[case]
 
@@ -76,6 +116,13 @@ def test_sharded_run_equals_unsharded_oracle(case: str, layout: str, unsharded: 
     dp = LAYOUTS[layout]["dp"]
     job = job_of(case, layout)
     compare_runs(job, run_ranks(world_of(job, dp), sharded_run, job), unsharded(case))
+
+
+@pytest.mark.support(EXPERTS_SHOWN, "oracle")
+@pytest.mark.parametrize("case", EXPERT_MODELS)
+def test_a_model_with_experts_equals_the_unsharded_oracle(case: str, unsharded: Any) -> None:
+    job = replace(EXPERT_MODELS[case], tp=2, ep=2, etp=1)
+    compare_runs(job, run_ranks(4, sharded_run, job), unsharded(case))
 
 
 @pytest.mark.support(SHOWN, "overlap")

@@ -22,6 +22,7 @@ from megatron_adam_mini.mcore import compat
 from megatron_adam_mini.plan.parameter_info import HeadGeometry, ParameterInfo
 
 _WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
+_SOFTMAX_OFFSET = ".core_attention.softmax_offset"
 _LAYER = re.compile(r"layers\.\d+$")
 #: A local expert's number in the name of its parameter: SequentialMLP, grouped GEMM.
 _SEQUENTIAL = re.compile(r"(?<=\.experts\.local_experts\.)(\d+)(?=\.)")
@@ -88,18 +89,23 @@ def _describe(
         name = key = _WORD_EMBEDDINGS
     expert = not getattr(param, "allreduce", True)
     group = expert_tp_group if expert else tp_group
-    split = getattr(param, "tensor_model_parallel", False)
+    split_dim: int | None = None
+    if getattr(param, "tensor_model_parallel", False):
+        split_dim = int(param.partition_dim)  # type: ignore[attr-defined]
+    # Megatron splits these by heads and does not mark them, so that its norm misses those of all
+    # tensor-parallel ranks but the first. Ours must not depend on the layout.
+    unmarked = split_dim is None and name.endswith(_SOFTMAX_OFFSET)
     return ParameterInfo.of(
         name,
         tuple(param.shape),
         lambda role: HeadGeometry.of(config, role),
         key=key,
-        tp_dim=int(param.partition_dim) if split else None,  # type: ignore[attr-defined]
+        tp_dim=0 if unmarked else split_dim,
         tp_size=group.size(),
         tp_rank=group.rank(),
         expert=expert,
         in_norm=param_is_not_shared(param)
-        and compat.is_not_tp_duplicate(param, tp_group, expert_tp_group),
+        and (unmarked or compat.is_not_tp_duplicate(param, tp_group, expert_tp_group)),
     )
 
 
