@@ -142,6 +142,38 @@ class LatentAttention(Family):
         return spec
 
 
+class Adapters(Family):
+    """GPT with a low-rank adapter beside the fused Query, Key and Value, as Megatron-Bridge's."""
+
+    def layers(self, spec: Any, config: Any) -> Any:
+        from megatron.core.tensor_parallel import ColumnParallelLinear
+
+        class Adapter(torch.nn.Module):
+            def __init__(self, inner: int, outer: int, **options: Any) -> None:
+                super().__init__()
+                options |= {"bias": False}
+                self.linear_in = ColumnParallelLinear(
+                    inner, 4, **(options | {"gather_output": True})
+                )
+                self.linear_out = ColumnParallelLinear(4, outer, **options)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.linear_out(self.linear_in(x)[0])[0]
+
+        class Adapted(torch.nn.Module):
+            def __init__(self, inner: int, outer: int, **options: Any) -> None:
+                super().__init__()
+                self.to_wrap = ColumnParallelLinear(inner, outer, **options)
+                self.adapter = Adapter(inner, outer, **options)
+
+            def forward(self, x: Tensor) -> Any:
+                output, bias = self.to_wrap(x)
+                return output + self.adapter(x), bias
+
+        spec.submodules.self_attention.submodules.linear_qkv = Adapted
+        return spec
+
+
 class Hybrid(Family):
     """Nemotron-H: Mamba, attention and MLP layers in one stack."""
 
@@ -441,6 +473,7 @@ class Heterogeneous(Family):
 
 
 FAMILIES: dict[str, Family] = {
+    "adapters": Adapters(),
     "latent": LatentAttention(),
     "hybrid": Hybrid(),
     "delta": GatedDelta(),

@@ -125,6 +125,31 @@ def test_a_model_with_experts_equals_the_unsharded_oracle(case: str, unsharded: 
     compare_runs(job, run_ranks(4, sharded_run, job), unsharded(case))
 
 
+#: Only the adapter of the first layer trains.
+ADAPTERS = replace(
+    SMALL,
+    family="adapters",
+    frozen=(
+        *("embedding", "output_layer", "decoder.final_layernorm", "decoder.layers.1"),
+        *("decoder.layers.0.input_layernorm", "decoder.layers.0.pre_mlp_layernorm"),
+        *("decoder.layers.0.mlp", "decoder.layers.0.self_attention.linear_proj"),
+        "decoder.layers.0.self_attention.linear_qkv.to_wrap",
+    ),
+)
+
+
+@pytest.mark.support("frozen parameters, LoRA", "oracle")
+@pytest.mark.parametrize("distributed_optimizer", [True, False])
+def test_adapters_train_although_a_whole_stage_is_frozen(distributed_optimizer: bool) -> None:
+    job = replace(ADAPTERS, tp=2, pp=2, distributed_optimizer=distributed_optimizer)
+    ranks = run_ranks(world_of(job, 2), sharded_run, job)
+    compare_runs(job, ranks, run_ranks(1, unsharded_run, ADAPTERS)[0])
+    held = {name for rank in ranks for name in rank["names"]}
+    within = "decoder.layers.0.self_attention.linear_qkv.adapter"
+    assert held == {f"{within}.linear_in.weight", f"{within}.linear_out.weight"}
+    assert [bool(rank["names"]) for rank in ranks] == [True] * 4 + [False] * 4
+
+
 @pytest.mark.support(SHOWN, "overlap")
 @pytest.mark.parametrize("case", MODELS)
 def test_overlap_changes_no_bit(case: str) -> None:
