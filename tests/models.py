@@ -62,7 +62,7 @@ class Family:
         )
         return found
 
-    def labels(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def labels(self, name: str, shape: tuple[int, ...], value_as_block: bool = False) -> Tensor:
         """Return the oracle's blocks of a parameter under the preset ``paper``."""
         numel = torch.Size(shape).numel()
         is_norm = "norm" in name or ".ln_p" in f".{name}"
@@ -70,7 +70,8 @@ class Family:
             return torch.zeros(shape, dtype=torch.int64)
         if len(shape) == 1 or name.endswith((*self.elementwise, "router.weight")):
             return torch.arange(numel).reshape(shape)
-        rows = _rows(shape[0], next((h for n, h in self.heads.items() if name.endswith(n)), ()))
+        head = next((h for n, h in self.heads.items() if name.endswith(n)), ())
+        rows = _rows(shape[0], head, value_as_block)
         return rows.reshape(-1, *[1] * (len(shape) - 1)).expand(shape).contiguous()
 
     def parts(self, name: str) -> tuple[int, ...] | None:
@@ -78,17 +79,20 @@ class Family:
         return next((sizes for end, sizes in self.fused.items() if name.endswith(end)), None)
 
 
-def _rows(count: int, head: tuple[tuple[int, bool], ...]) -> Tensor:
+def _rows(count: int, head: tuple[tuple[int, bool], ...], value_as_block: bool) -> Tensor:
     """Return a label for each of ``count`` rows: heads one after the other, or each row its own."""
     if not head:
         return torch.arange(count)
     labels: list[int] = []
     while len(labels) < count:
         for rows, one_block in head:
-            start = labels[-1] + 1 if labels else 0
-            labels += [start] * rows if one_block else list(range(start, start + rows))
+            start = max(labels, default=0) + 1
+            if value_as_block and not one_block:
+                labels += [0] * rows
+            else:
+                labels += [start] * rows if one_block else list(range(start, start + rows))
     assert len(labels) == count
-    return torch.tensor(labels)
+    return torch.unique(torch.tensor(labels), return_inverse=True)[1]
 
 
 class LatentAttention(Family):
@@ -348,7 +352,7 @@ class GatedDelta(Family):
 class Bert(Family):
     """BERT: learned positions and token types, a head for words and one for pairs of sentences."""
 
-    heads: ClassVar = {"linear_qkv.weight": ((8, True), (8, True), *[(1, True)] * 8)}
+    heads: ClassVar = {"linear_qkv.weight": ((8, True), (8, True), (8, False))}
 
     def build(self, config: Any, job: Job, **stage: Any) -> Any:
         from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
@@ -375,9 +379,9 @@ class T5(Family):
     """T5: encoder, decoder, cross attention, relative positions."""
 
     heads: ClassVar = {
-        "linear_qkv.weight": ((8, True), (8, True), *[(1, True)] * 8),
+        "linear_qkv.weight": ((8, True), (8, True), (8, False)),
         "linear_q.weight": ((8, True),),
-        "linear_kv.weight": ((8, True), *[(1, True)] * 8),
+        "linear_kv.weight": ((8, True), (8, False)),
     }
 
     def build(self, config: Any, job: Job, **stage: Any) -> Any:
@@ -412,7 +416,7 @@ def image_of(tokens: Tensor) -> Tensor:
 class VisionTransformer(Family):
     """CLIP's vision model with a loss of its own."""
 
-    heads: ClassVar = {"linear_qkv.weight": ((8, True), (8, True), *[(1, True)] * 8)}
+    heads: ClassVar = {"linear_qkv.weight": ((8, True), (8, True), (8, False))}
     elementwise = ("class_token",)
 
     def build(self, config: Any, job: Job, **stage: Any) -> Any:

@@ -14,7 +14,14 @@ from tests.megatron_job import Job
 from tests.models import DELTA, HYBRID, LATENT
 from tests.ranks import run_ranks
 from tests.test_checkpoint import compare, load_and_show, train_and_save
-from tests.test_oracle import compare_runs, sharded_run, unsharded_run, world_of
+from tests.test_oracle import (
+    check_replicas,
+    check_same_gradients,
+    compare_runs,
+    sharded_run,
+    unsharded_run,
+    world_of,
+)
 
 SMALL = Job(
     hidden=32, heads=4, groups=4, ffn=48, vocab=64, overlap=True, bucket_size=2000, steps=4,
@@ -123,6 +130,14 @@ def test_sharded_run_equals_unsharded_oracle(case: str, layout: str, unsharded: 
 def test_a_model_with_experts_equals_the_unsharded_oracle(case: str, unsharded: Any) -> None:
     job = replace(EXPERT_MODELS[case], tp=2, ep=2, etp=1)
     compare_runs(job, run_ranks(4, sharded_run, job), unsharded(case))
+
+
+@pytest.mark.parametrize("case", ["DeepSeek, dense", "T5"])
+def test_value_as_block_equals_the_oracle_on_its_own_gradients(case: str) -> None:
+    job = job_of(case, "tp2-dp2", adam_mini={"value_as_block": True}, bf16=True)
+    ranks = run_ranks(4, sharded_run, job)
+    check_replicas(ranks, job)
+    check_same_gradients(ranks, job)
 
 
 #: Only the adapter of the first layer trains.

@@ -47,7 +47,7 @@ BETAS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
 def labels_of(name: str, shape: tuple[int, ...], job: Job) -> Tensor:
     """Return the oracle's blocks, written from the design's table of presets."""
     if job.family in FAMILIES:
-        return FAMILIES[job.family].labels(name, shape)
+        return FAMILIES[job.family].labels(name, shape, job.adam_mini.get("value_as_block", False))
     preset = job.adam_mini.get("preset", "paper")
     if len(shape) == 1 and "norm" not in name:
         return one_label(*shape) if preset == "tensor" else element_labels(*shape)
