@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,14 +85,33 @@ def find_mini_state(checkpoint: Checkpoint) -> MiniState:
     parameters = tuple(parameter_of(checkpoint, key) for key in ordered)
     for parameter in parameters:
         _check_shapes(checkpoint, parameter, parameter.key in rows)
+    rules = stored_rules(identity, {name_of(key, local=True): key for key in ordered})
     return MiniState(
         identity=identity,
-        rules=stored_rules(identity, {name_of(key, local=True): key for key in ordered}),
+        rules=rules | _rules_of_parts(rules, parameters),
         parameters=parameters,
         elementwise=frozenset(elements),
         step=int(checkpoint.optimizer["step"]),
         param_groups=list(checkpoint.optimizer["param_groups"]),
     )
+
+
+def whole_of(key: str) -> str:
+    """Return the key of the parameter that a stored part belongs to, ``in_proj.weight.z``."""
+    return key.rpartition(".")[0]
+
+
+def _rules_of_parts(
+    rules: dict[str, StoredRule], parameters: tuple[StoredParameter, ...]
+) -> dict[str, StoredRule]:
+    """Return the rules of parts that Megatron stores apart, such as the projections of Mamba."""
+    found = {}
+    for parameter in parameters:
+        rule = None if parameter.key in rules else rules.get(whole_of(parameter.key))
+        if rule is not None and rule.rule in ("row", "element"):
+            sizes = parameter.shape[:1] if rule.rule == "row" else parameter.shape
+            found[parameter.key] = StoredRule(rule.name, rule.rule, math.prod(sizes))
+    return found
 
 
 def stored_blocks(state: MiniState, parameter: StoredParameter, args: Any) -> ParameterBlocks:

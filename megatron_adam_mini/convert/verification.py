@@ -18,7 +18,12 @@ from megatron_adam_mini.checkpoint.chunks import ChunkReader, StoredChunk
 from megatron_adam_mini.checkpoint.errors import CorruptError, UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint, StoredTensor, tiling_problem
 from megatron_adam_mini.convert.adam_state import count_unsound
-from megatron_adam_mini.convert.mini_state import MiniState, find_mini_state, stored_blocks
+from megatron_adam_mini.convert.mini_state import (
+    MiniState,
+    find_mini_state,
+    stored_blocks,
+    whole_of,
+)
 from megatron_adam_mini.convert.parameters import StoredParameter, name_of, parameter_of
 from megatron_adam_mini.convert.progress import bytes_bar
 from megatron_adam_mini.plan.manifest import (
@@ -190,7 +195,8 @@ def _parameters_in_manifest(state: MiniState, findings: Findings) -> list[Stored
     for parameter in state.parameters:
         if parameter.key not in state.rules:
             findings.problems.append(f"{parameter.key} has state, but is not in the manifest.")
-    without_state = state.rules.keys() - {parameter.key for parameter in state.parameters}
+    keys = {parameter.key for parameter in state.parameters}
+    without_state = state.rules.keys() - keys - {whole_of(key) for key in keys}
     for name in sorted(state.rules[key].name for key in without_state):
         findings.problems.append(f"{name} is in the manifest, but has no state.")
     return [parameter for parameter in state.parameters if parameter.key in state.rules]
@@ -200,7 +206,8 @@ def _check_manifest(
     state: MiniState, parameters: list[StoredParameter], findings: Findings
 ) -> None:
     """Check that the options yield the rules; and names, shapes and rules, the hash."""
-    config, hashed = config_of(state.identity), []
+    config = config_of(state.identity)
+    hashed: dict[str, tuple[str, tuple[int, ...], str, str]] = {}
     for parameter in parameters:
         name, rule, _ = state.rules[parameter.key]
         role = role_of(name, len(parameter.shape))
@@ -221,8 +228,11 @@ def _check_manifest(
             )
         if (rule == "element") != (parameter.key in state.elementwise):
             findings.problems.append(f"{name}: rule {rule!r}, but v is stored otherwise.")
-        hashed.append((name, parameter.shape, role, rule))
-    own = manifest_hash(state.identity["partition"], hashed)
+        # Parts of one parameter share its name; together they have its rows.
+        rows = hashed[name][1][0] if name in hashed else 0
+        shape = (rows + parameter.shape[0], *parameter.shape[1:])
+        hashed[name] = (name, shape, role, rule)
+    own = manifest_hash(state.identity["partition"], hashed.values())
     if own != state.identity["manifest_hash"]:
         findings.problems.append(
             f"The manifest hash is {state.identity['manifest_hash']}, but names, shapes and rules "

@@ -289,9 +289,12 @@ def stored_prefixes(module: Module) -> Mapping[str, str]:
 
     ``submodules_config.sharded_state_dict_keys_map`` of transformer layers; all. Since 0.17 the
     layer for multi-token prediction calls its own layer otherwise than checkpoints of GPT do.
+    Mamba's mixer keeps the keys of a convolution that it no longer has as a module.
     """
     if getattr(module, "mtp_layer_pattern", "") is None:
         return {"mtp_model_layer.": "transformer_layer."}
+    if hasattr(module, "conv1d_weight"):  # Mamba's mixer
+        return {"conv1d_weight": "conv1d.weight", "conv1d_bias": "conv1d.bias"}
     submodules = getattr(module, "submodules_config", None)
     prefixes: Mapping[str, str] = getattr(submodules, "sharded_state_dict_keys_map", {})
     return prefixes
