@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from megatron_adam_mini.cpu_host import CPU_FLAGS, with_cpu_flags
+from tests.ranks import run_ranks
 
 SERVER = """
 import json, linecache, os, signal, sys, tempfile, traceback, warnings
@@ -390,3 +392,27 @@ def test_flags_of_the_user_stay(given: list[str]) -> None:
 def test_flags_that_need_cuda_are_refused(given: list[str]) -> None:
     with pytest.raises(ValueError, match=f"{given[0].split('=')[0]} .*does not work on the CPU"):
         with_cpu_flags(given)
+
+
+def gathered_at_once() -> list[list[float]]:
+    """Gather tensors of two dtypes in one coalesced call, as Megatron gathers its buckets."""
+    from torch import distributed
+
+    rank = distributed.get_rank()
+    inputs = [
+        torch.full((4,), rank + 1.0, dtype=torch.bfloat16),
+        torch.full((4,), 10.0 * (rank + 1)),
+        torch.full((2,), rank + 3.0, dtype=torch.bfloat16),
+    ]
+    outputs = [tensor.new_zeros(2 * len(tensor)) for tensor in inputs]
+    with distributed._coalescing_manager(None, async_ops=True) as pending:
+        for into, tensor in zip(outputs, inputs, strict=True):
+            distributed.all_gather_into_tensor(into, tensor, async_op=True)
+    pending.wait()
+    return [tensor.tolist() for tensor in outputs]
+
+
+def test_weights_of_several_dtypes_are_gathered_at_once() -> None:
+    """Gloo alone reads the bits of one dtype as another's."""
+    for found in run_ranks(2, gathered_at_once):
+        assert found == [[1.0] * 4 + [2.0] * 4, [10.0] * 4 + [20.0] * 4, [3.0] * 2 + [4.0] * 2]

@@ -366,6 +366,12 @@ PRECISIONS = {
         ),
         3,
     ),
+    "float32 and bf16 parameters, gathered at once": (
+        replace(
+            BASE, bf16=True, float32_modules=("final_layernorm",), overlap=False, bucket_size=None
+        ),
+        3,
+    ),
     "bf16, tied embeddings": (replace(BASE, bf16=True, tied=True, pp=2), 2),
     "fp16, fp16 gradients, a loss scale that grows": (
         replace(

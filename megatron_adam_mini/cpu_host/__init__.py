@@ -3,7 +3,7 @@
 Megatron-Core requires CUDA. ``enable`` replaces the functions of ``torch.cuda`` that it calls, so
 a run under any layout of tensor, pipeline and data parallelism can be started, debugged and tested
 on a machine without a GPU. It changes no computation: the same torch operations run on the same
-values, on the CPU.
+values, on the CPU (and gloo's all-gather of several dtypes at once is mended).
 
 What a CPU host cannot show: streams are always empty, so a race between communication and
 computation stays hidden; NCCL, Transformer Engine and FP8 do not run.
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_adam_mini.cpu_host import megatron_imports, tensor_device, torch_cuda
+from megatron_adam_mini.cpu_host import gloo, megatron_imports, tensor_device, torch_cuda
 from megatron_adam_mini.cpu_host.flags import CPU_FLAGS, with_cpu_flags
 
 __all__ = ["CPU_FLAGS", "enable", "is_enabled", "with_cpu_flags"]
@@ -71,6 +71,7 @@ def enable(force: bool = False) -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     torch.compile = _run_eagerly
+    gloo.install()
     torch_cuda.install()
     tensor_device.install()
     megatron_imports.install()
