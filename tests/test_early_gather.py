@@ -115,6 +115,23 @@ def test_the_flag_changes_no_bit_of_a_training_loop(tmp_path: Path) -> None:
             assert np.array_equal(weight, other.end["weights"][name]), name
 
 
+def loaded(job: Job) -> bool:
+    """Load while the gather of a step is in flight; return whether all weights are the loaded."""
+    trainer = Trainer(job)
+    trainer.step(0)
+    trainer.sync_params()
+    weights = digest(p for chunk in trainer.chunks for p in chunk.parameters())
+    member = trainer.optimizer.member
+    saved = member.get_parameter_state_dp_zero()
+    trainer.step(1)
+    member.load_parameter_state_from_dp_zero(saved)
+    return weights == digest(p for chunk in trainer.chunks for p in chunk.parameters())
+
+
+def test_a_load_right_after_a_step_reaches_the_weights_of_all_ranks() -> None:
+    assert run_ranks(4, loaded, replace(JOB, bf16=True, optimizer_args=EARLY)) == [True] * 4
+
+
 def build(job: Job) -> None:
     Trainer(job)
 

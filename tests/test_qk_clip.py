@@ -41,6 +41,16 @@ LAYOUTS = {
         2,
     ),
     "virtual stages": (replace(JOB, layers=4, pp=2, vpp=2), 1),
+    "virtual stages, a gather within the step": (
+        replace(
+            JOB,
+            layers=4,
+            pp=2,
+            vpp=2,
+            optimizer_args={"overlap_param_gather_with_optimizer_step": True},
+        ),
+        2,
+    ),
     "fp16": (
         replace(JOB, bf16=False, fp16=True, optimizer_args={"initial_loss_scale": 64.0}),
         2,

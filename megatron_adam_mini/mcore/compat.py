@@ -303,6 +303,26 @@ def stored_prefixes(module: Module) -> Mapping[str, str]:
 # Buffers and tables of the distributed optimizer.
 
 
+def bucket_groups(chunk: Any) -> list[Any]:
+    """Return all groups of buckets of a DDP-wrapped chunk; all."""
+    groups: list[Any] = [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]
+    return groups
+
+
+def finish_gather(bucket_group: Any) -> bool:
+    """Wait for the parameter gather of buckets that is in flight, if there is one.
+
+    ``param_gather_handle`` and ``param_gather_dispatched``; all.
+
+    Returns:
+        Whether the last one was started after the last backward pass, so that no forward pass
+        starts another one.
+    """
+    if bucket_group.param_gather_handle is not None:
+        bucket_group.start_param_sync(force_sync=True)
+    return bool(bucket_group.param_gather_dispatched)
+
+
 def gather_again(chunk: Any) -> None:
     """Let the next forward pass of a DDP-wrapped chunk start its parameter gather; since 0.19."""
     reset = getattr(chunk, "reset_param_sync_dispatch_state", None)

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from megatron_adam_mini.mcore import compat
 
 if TYPE_CHECKING:
     from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
@@ -83,12 +85,19 @@ def scale_rows(optimizer: AdamMiniOptimizer, factors: dict[Parameter, Tensor]) -
     """Scale rows of main parameters, and let the weights of all ranks follow.
 
     All data-parallel ranks must call it. Collectives: unless the next forward pass gathers the
-    weights anyway, a gather of each bucket group that has one of the parameters.
+    weights anyway, a gather of each bucket group that has one of the parameters; also of one
+    whose gather began within the step.
 
     Args:
         optimizer: of the parameters.
         factors: of each row of this rank's shard of a parameter, float32.
     """
+    overlap = optimizer.ddp_config.overlap_param_gather
+    gathered = [
+        group
+        for group in _bucket_groups(optimizer, factors)
+        if compat.finish_gather(group) or not overlap
+    ]
     state = optimizer.optimizer.attach()
     for piece in optimizer.inner.plan.pieces:
         param = optimizer.model_params[piece.parameter]
@@ -101,20 +110,20 @@ def scale_rows(optimizer: AdamMiniOptimizer, factors: dict[Parameter, Tensor]) -
     for param, factors_of_rows in factors.items():
         if not param.requires_grad:  # no optimizer has it, nor is it gathered
             param.mul_(factors_of_rows[:, None])
-    if optimizer.ddp_config.use_distributed_optimizer and not (
-        optimizer.ddp_config.overlap_param_gather
-    ):
-        _gather(optimizer, factors)
+    for group in gathered:
+        group.start_param_sync(force_sync=True)
 
 
-def _gather(optimizer: AdamMiniOptimizer, factors: dict[Parameter, Tensor]) -> None:
-    gathered: list[Any] = []
-    for chunk in optimizer.model_chunks:
-        for param in factors:
-            group = chunk.param_to_bucket_group.get(param)  # frozen ones have none
-            if group is not None and not any(group is other for other in gathered):
-                group.start_param_sync(force_sync=True)
-                gathered.append(group)
+def _bucket_groups(optimizer: AdamMiniOptimizer, params: Iterable[Parameter]) -> list[Any]:
+    """Return the groups of buckets that hold parameters; none without sharded state."""
+    if not optimizer.ddp_config.use_distributed_optimizer:
+        return []
+    found = [
+        chunk.param_to_bucket_group.get(param)  # frozen ones have none
+        for chunk in optimizer.model_chunks
+        for param in params
+    ]
+    return list({id(group): group for group in found if group is not None}.values())
 
 
 def _scale_(values: Tensor, factors: Tensor, begin: int, width: int) -> None:

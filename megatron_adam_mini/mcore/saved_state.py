@@ -90,7 +90,13 @@ class SavedState(DistributedNames):
             take_bounds(self.param_groups, self._saved_groups)
 
     def state_view(self) -> StateView:
-        """Return the parts that saving and loading use, with the state as it is now."""
+        """Return the parts that saving and loading use, with the state as it is now.
+
+        Gathers of weights that began within the step are over then: a load changes weights.
+        """
+        for chunk in self.model_chunks:
+            for group in compat.bucket_groups(chunk):
+                compat.finish_gather(group)
         return StateView(
             inner=self.inner,
             state=self.optimizer.attach(),
