@@ -453,7 +453,7 @@ class AdamMini:
         self.collectives.finish_(mean_sq_S)
         too_large = wide.too_large(mean_sq_S, grad_scale)
         count_D = torch.zeros(len(self.plan.domains), dtype=torch.int64, device=self.device)
-        count_D[:1] = too_large.sum()
+        count_D.fill_(too_large.sum())  # of experts and dense ones: their norm groups may differ
         self.collectives.add_over_model_(count_D)
         if count_D.sum() > 0:
             decision.skip(

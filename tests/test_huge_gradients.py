@@ -264,6 +264,28 @@ def test_sums_that_overflow_only_over_all_ranks() -> None:
         assert all(finite)
 
 
+def expert_overflow(job: Job) -> tuple[Any, bool]:
+    """Take a step in which only v of one expert does not fit; return whether weights changed."""
+    trainer = Trainer(job)
+    for name, param in global_names(trainer.chunks).items():
+        param.main_grad.fill_(1e20 if ".experts." in name and ".1." in name else 1e-3)
+    before = state_bits(trainer)
+    return trainer.optimizer.step(), state_bits(trainer) != before
+
+
+@pytest.mark.parametrize("distributed_optimizer", [True, False])
+def test_all_ranks_skip_the_step_if_v_of_one_expert_does_not_fit(
+    distributed_optimizer: bool,
+) -> None:
+    job = replace(
+        SMALL, experts=2, ep=2, bias=False, clip_grad=0.0,
+        distributed_optimizer=distributed_optimizer,
+    )  # fmt: skip
+    for (updated, norm, _), changed in run_ranks(2, expert_overflow, job):
+        assert (updated, changed) == (False, False)
+        assert norm > 1e20
+
+
 # Against Megatron's Adam.
 
 
