@@ -128,6 +128,20 @@ def test_a_skipped_step_changes_nothing() -> None:
     assert run_ranks(2, skipped, JOB) == [[False, True, True]] * 2
 
 
+def zeros(job: Job) -> Any:
+    return Trainer(job).step(0)[2]
+
+
+def test_zeros_are_counted_before_the_decay_enters() -> None:
+    logged = {"log_num_zeros_in_grad": True}
+    # Rows of the vocabulary that no token uses have no gradient.
+    job = replace(BASE, padded_vocab=256, weight_decay=0.5, optimizer_args=logged)
+    coupled = replace(job, optimizer_args=logged | COUPLED)
+    expected = run_ranks(2, zeros, job)
+    assert expected[0] >= 128 * job.hidden
+    assert run_ranks(2, zeros, coupled) == expected
+
+
 def refused(job: Job) -> str:
     with pytest.raises(ValueError, match="decoupled") as caught:
         Trainer(job)

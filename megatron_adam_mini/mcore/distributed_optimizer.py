@@ -62,6 +62,7 @@ class AdamMiniOptimizer(SavedState):
         """
         self._sums = self._decision = None
         decision = self._decide_at_once()
+        num_zeros = self._num_zeros()  # before the update: decay that is not decoupled enters them
         self._update(decision)
         if decision.in_doubt:
             decision = self._decide(*self._wide_sums())
@@ -72,10 +73,6 @@ class AdamMiniOptimizer(SavedState):
         self._report(decision)
         if outcome.found_inf:
             return False, None, None
-        num_zeros = None
-        if self.config.log_num_zeros_in_grad:
-            with self._timer("optimizer-count-zeros"):
-                num_zeros = self.count_zeros()
         if not outcome.updated and decision.problem is None:
             logger.info(
                 "skipping a step: grad_norm %s exceeds grad_norm_skip_threshold %s",
@@ -100,6 +97,12 @@ class AdamMiniOptimizer(SavedState):
             clip_grad=self.config.clip_grad,
             skip_threshold=compat.grad_norm_skip_threshold(self.config),
         )
+
+    def _num_zeros(self) -> int | None:
+        if not self.config.log_num_zeros_in_grad:
+            return None
+        with self._timer("optimizer-count-zeros"):
+            return self.count_zeros()
 
     def _wide_sums(self) -> tuple[Tensor, WideSums]:
         with self._timer(_SUMS_TIMER):
