@@ -21,7 +21,7 @@ class PlanRecord:
     """What one rank contributes to the check.
 
     Attributes:
-        rules: must be equal on all ranks: the partition options.
+        rules: must be equal on all ranks: the partition options, and others that a step depends on.
         layouts: parameters and buffers by the name of the ranks that hold the same ones, which
             must have the same layout: one line per parameter, in buffer order.
         matched: name patterns of the options that matched a parameter on this rank.

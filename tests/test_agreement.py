@@ -206,6 +206,19 @@ def check_records_of_different_length() -> None:
     check_agreement(PlanRecord({}, {"stage": layout}), patterns=())
 
 
+def build_with_experts_on_one_rank() -> None:
+    build(Job(pp=2, experts=2 if rank() == ODD else None, **(TINY | {"layers": 2})))
+
+
+def test_a_model_with_experts_on_one_stage_whose_config_lacks_them_on_the_other():
+    """Norms of experts and of dense parameters travel in one message, which would not match."""
+    for kind, text in errors_of(2, build_with_experts_on_one_rank):
+        assert kind == "RuntimeError"
+        assert re.search(
+            r'rank 0 has \{.*"domains": \["dense"\].*, rank 1 has .*\["dense", "expert"\]', text
+        )
+
+
 def build_with_failure(layout: dict[str, int], kind: type[Exception], culprits: list[int]) -> None:
     from megatron_adam_mini.mcore import factory
 

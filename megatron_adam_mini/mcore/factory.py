@@ -163,6 +163,7 @@ def _plan(
             "backend": backend,
             **options.step_fields(),
             "decoupled_weight_decay": config.decoupled_weight_decay,
+            "domains": [domain.name for domain in plan.domains],
         },
         layouts={
             _sharing_ranks(domain.name, groups): plan.shared_part(domain) for domain in plan.domains
