@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.megatron_job import Job
-from tests.models import HETEROGENEOUS, HYBRID, LATENT
+from tests.models import HETEROGENEOUS, LATENT
 from tests.ranks import run_ranks
 from tests.test_oracle import (
     BASE,
@@ -174,11 +174,6 @@ OVERLAPS = {
     ),
     "experts, multi-token prediction": (replace(SMALL, experts=4, ep=2, mtp=1), 4),
     "experts, etp1": (replace(SMALL, experts=2, tp=2, ep=2, etp=1), 4),
-    "latent attention": (replace(SMALL, family="latent", config_args=LATENT), 2),
-    "hybrid": (
-        replace(SMALL, family="hybrid", layers=3, groups=2, swiglu=False, config_args=HYBRID),
-        2,
-    ),
     "heterogeneous layers": (
         replace(
             SMALL, hidden=64, heads=8, layers=4, family="heterogeneous", config_args=HETEROGENEOUS
@@ -218,8 +213,6 @@ OVERLAPS = {
         "experts, multi*": "expert parallelism",
         "experts, etp1": "expert tensor parallelism",
         "*multi-token*": "multi-token prediction",
-        "latent*": "multi-head latent attention",
-        "hybrid": "Mamba, hybrid, gated delta",
         "heterogeneous*": "heterogeneous layers",
         "fp16*": "fp16 with loss scale",
         "*fp16 gradients*": "16-bit gradient buffers",
