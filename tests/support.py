@@ -294,6 +294,11 @@ REFUSALS = (
         "its state is saved by every rank in torch_dist checkpoints, or in format torch",
         "--ckpt-format torch_dist",
     ),
+    (
+        "--ckpt-format torch with another --expert-tensor-parallel-size",
+        "it has a file for each tensor-parallel rank",
+        "--ckpt-format torch_dist",
+    ),
     ("--non-persistent-ckpt-type", "it is not supported yet", "drop the flag"),
     (
         "decoupled_weight_decay=False with 16-bit gradients",

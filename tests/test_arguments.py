@@ -239,6 +239,13 @@ def test_bad_values_are_refused_before_megatron_validates(tmp_path):
             "NotImplementedError",
             "Remedy: --ckpt-format torch_dist, or --no-save-optim and --no-load-optim.",
         ),
+        (
+            *("--save", "x", "--ckpt-format", "torch", "--num-experts", "2"),
+            *("--tensor-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"),
+        ): (
+            "NotImplementedError",
+            "Remedy: --ckpt-format torch_dist, or --expert-tensor-parallel-size 2.",
+        ),
         ("--save", "x", "--non-persistent-ckpt-type", "global"): (
             "NotImplementedError",
             "does not support --non-persistent-ckpt-type yet. Remedy: drop the flag.",

@@ -20,6 +20,7 @@ from megatron_adam_mini.config import (
 from megatron_adam_mini.mcore.low_precision import dtype_name, storage_options
 from megatron_adam_mini.mcore.preflight import (
     refuse_buckets,
+    refuse_experts_in_format_torch,
     refuse_single_phase,
     refuse_unsupported,
 )
@@ -162,6 +163,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         eps=args.adam_eps,
         weight_decay=args.weight_decay,
     )
+    _check_checkpoints(args)
+
+
+def _check_checkpoints(args: argparse.Namespace) -> None:
+    """Check that the run can save and load the state as asked; errors as above."""
     saves = args.save and not args.no_save_optim
     loads = args.load and not (args.no_load_optim or args.finetune)
     if (saves or loads) and args.ckpt_format not in ("torch_dist", "torch"):
@@ -170,6 +176,12 @@ def check_arguments(args: argparse.Namespace) -> None:
             "is saved by every rank in torch_dist checkpoints, or per model-parallel part in "
             "format torch. Remedy: --ckpt-format torch_dist, or --no-save-optim and "
             "--no-load-optim."
+        )
+    experts = bool(args.num_experts and args.use_distributed_optimizer)
+    if (saves or loads) and args.ckpt_format == "torch" and experts:
+        tp_size = args.tensor_model_parallel_size
+        refuse_experts_in_format_torch(
+            tp_size=tp_size, expert_tp_size=args.expert_tensor_parallel_size or tp_size
         )
     if saves and args.non_persistent_ckpt_type is not None:
         raise NotImplementedError(

@@ -177,6 +177,24 @@ def refuse_buckets(*, distributed_optimizer: bool, fully_reshardable: bool = Fal
         )
 
 
+def refuse_experts_in_format_torch(*, tp_size: int, expert_tp_size: int) -> None:
+    """Check that checkpoints of format ``torch`` can hold experts.
+
+    Args:
+        tp_size: tensor-parallel ranks.
+        expert_tp_size: those of experts.
+
+    Raises:
+        NotImplementedError: they cannot.
+    """
+    if expert_tp_size != tp_size:
+        raise NotImplementedError(
+            "Checkpoints of format torch have a file for each tensor-parallel rank, but this "
+            f"run has {tp_size} of them and {expert_tp_size} for experts. Remedy: --ckpt-format "
+            f"torch_dist, or --expert-tensor-parallel-size {tp_size}."
+        )
+
+
 def refuse_single_phase(
     clip_grad: float,
     *,

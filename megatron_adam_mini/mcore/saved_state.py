@@ -20,6 +20,7 @@ from megatron_adam_mini.mcore.entries import DomainPart, StateView
 from megatron_adam_mini.mcore.model_space import ModelEntries
 from megatron_adam_mini.mcore.model_weights import weights_by_parameter
 from megatron_adam_mini.mcore.param_groups import take_bounds
+from megatron_adam_mini.mcore.preflight import refuse_experts_in_format_torch
 from megatron_adam_mini.mcore.state_part import StatePart, part_of
 from megatron_adam_mini.plan.step_plan import DENSE
 
@@ -203,12 +204,9 @@ class SavedState(DistributedNames):
 
     def _groups_to_gather(self, *, use_gloo: bool) -> list[ProcessGroup | None]:
         """Return the data-parallel group of each domain, Megatron's gloo groups if wanted."""
-        if self.expert_tp_group.size() != self.tp_group.size() and len(self.domain_groups) > 1:
-            raise NotImplementedError(
-                f"Checkpoints of format torch have a file for each tensor-parallel rank, but this "
-                f"run has {self.tp_group.size()} of them and {self.expert_tp_group.size()} for "
-                "experts. Remedy: --ckpt-format torch_dist, or --expert-tensor-parallel-size "
-                f"{self.tp_group.size()}."
+        if len(self.domain_groups) > 1:
+            refuse_experts_in_format_torch(
+                tp_size=self.tp_group.size(), expert_tp_size=self.expert_tp_group.size()
             )
         gloo = self._gloo_groups() if use_gloo else self._no_groups()
         return [
