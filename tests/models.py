@@ -465,9 +465,7 @@ class Heterogeneous(Family):
 
         return GPTModel(
             config=config,
-            transformer_layer_spec=get_gpt_heterogeneous_layer_spec(
-                config, vp_stage=stage["vp_stage"]
-            ),
+            transformer_layer_spec=get_gpt_heterogeneous_layer_spec(config),
             vocab_size=job.vocab,
             max_sequence_length=job.sequence,
             share_embeddings_and_output_weights=job.tied,
