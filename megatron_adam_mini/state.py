@@ -41,7 +41,14 @@ class Buffer(Protocol):
 
     @property
     def weight(self) -> Tensor:
-        """Model weights, ``(N,)``; float32 weights are their own main parameters."""
+        """Model weights, ``(N,)``; float32 weights are their own main parameters.
+
+        uint8: quantized weights, which others make of the main parameters after a step or load.
+        """
+        ...
+
+    def values(self, where: slice) -> Tensor:
+        """Return what the weights of a part of the buffer stand for."""
         ...
 
 
@@ -126,6 +133,11 @@ class BufferState:
         """Whether the model's weights are main parameters, or their upper halves."""
         return self.param is None or self.param.dtype == torch.int16
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the model's weights are quantized, which is not done here."""
+        return self.buffer.weight.dtype == torch.uint8
+
     def main_param(self, window: Window) -> Tensor:
         """Return the main parameters of a window, float32: a view, or joined from remainders."""
         if self.param is None:
@@ -161,8 +173,8 @@ class BufferState:
         """Store what :meth:`as_float32` returned, after the caller has written to it.
 
         Without ``param``, main parameters that are model weights stay as they are. Model weights
-        are set to the rounded main parameters. State of lower precision is rounded
-        to the nearest.
+        are set to the rounded main parameters, unless they are quantized. State of lower precision
+        is rounded to the nearest.
         """
         weight = self.buffer.weight
         # In parts: rounding takes several temporaries of the length of what it rounds.
@@ -177,13 +189,14 @@ class BufferState:
                     weight[in_buffer] = values["param"][part]
                 continue
             if self.param.dtype == torch.float32:
-                weight[in_buffer] = to_weight(values["param"][part], weight.dtype)
+                if not self.is_quantized:
+                    weight[in_buffer] = to_weight(values["param"][part], weight.dtype)
             else:
                 weight[in_buffer], self.param[in_state] = split(values["param"][part])
 
     def write_weights(self) -> None:
-        """Set the model's weights to the rounded main parameters."""
-        if self.param_is_weight:
+        """Set the model's weights to the rounded main parameters, unless they are quantized."""
+        if self.param_is_weight or self.is_quantized:
             return
         for _, _, window in self.share.windows:
             assert self.param is not None
@@ -206,7 +219,7 @@ class BufferState:
             if param.dtype == torch.int16:
                 param.zero_()
             else:
-                param.copy_(self.buffer.weight[window.in_buffer].detach())
+                param.copy_(self.buffer.values(window.in_buffer).detach())
 
     def shares_memory(self, values: Tensor) -> bool:
         """Return whether values are a view of the state or of the model's weights."""

@@ -46,6 +46,7 @@ class Job:
     bf16: bool = False
     fp16: bool = False
     grad_fp32: bool = True
+    fp8: str | None = None  # how weights are quantized, see fp8_weights.py
     bucket_size: int | None = None
     overlap: bool = False
     distributed_optimizer: bool = True
@@ -142,6 +143,7 @@ class Trainer:
             use_distributed_optimizer=job.distributed_optimizer,
             num_distributed_optimizer_instances=job.instances,
             bucket_size=job.bucket_size,
+            fp8_param_gather=job.fp8 is not None,
             **job.ddp_args,
         )
         self.chunks = []
@@ -153,6 +155,10 @@ class Trainer:
 
                 model = Float16Module(self.config, model)
                 _keep_float32(model, job, dtype)
+            if job.fp8:
+                from tests.fp8_weights import quantize_weights
+
+                quantize_weights(model, job.fp8)
             for name, param in global_names([model]).items():
                 param.requires_grad_(not name.startswith(job.frozen or ("-",)))
             self.chunks.append(

@@ -108,7 +108,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], tuple[Feature, ...]]] = {
             Feature("single phase", KERNEL),
             Feature("gradients beyond float32's squares", KERNEL),
             Feature("other partitions: first, tensor, value as block"),
-            Feature("FP8, MXFP8, NVFP4 parameters"),
+            Feature("FP8 parameters, with a stand-in for Transformer Engine's"),
             Feature("decoupled learning rate, muP, overrides"),
             Feature("qk-clip"),
             Feature("CPU offload"),
@@ -298,6 +298,15 @@ REFUSALS = (
         "--ckpt-format torch with another --expert-tensor-parallel-size",
         "it has a file for each tensor-parallel rank",
         "--ckpt-format torch_dist",
+    ),
+    *(
+        (f"{flag} with --fp8-param-gather", reason, "drop one of the two")
+        for flag, reason in preflight._REFUSED_WITH_FP8.values()
+    ),
+    (
+        "MXFP8 parameters",
+        "they are gathered in bfloat16 through the memory of the gradients",
+        "another --fp8-recipe, or no --fp8-param-gather",
     ),
     ("--non-persistent-ckpt-type", "it is not supported yet", "drop the flag"),
     (

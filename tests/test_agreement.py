@@ -411,14 +411,14 @@ FC1 = "'decoder.layers.0.mlp.linear_fc1.weight'"
         (
             "quantized",
             f"Parameter {FC1} is a QuantizedTensor of torch.float32; Adam-mini updates plain "
-            "float32, bfloat16 and float16 parameters. Train without quantized parameters (no "
-            "--fp8-param-gather, no --fp4-param-gather).",
+            "float32, bfloat16 and float16 parameters, and quantized ones that Megatron-Core knows "
+            "as Transformer Engine's. Train without quantized parameters.",
         ),
         (
             "dtype",
             f"Parameter {FC1} is a Tensor of torch.float64; Adam-mini updates plain float32, "
-            "bfloat16 and float16 parameters. Train without quantized parameters (no "
-            "--fp8-param-gather, no --fp4-param-gather).",
+            "bfloat16 and float16 parameters, and quantized ones that Megatron-Core knows as "
+            "Transformer Engine's. Train without quantized parameters.",
         ),
         (
             "norm group",

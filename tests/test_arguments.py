@@ -229,6 +229,14 @@ def test_bad_values_are_refused_before_megatron_validates(tmp_path):
             "ValueError",
             "exp_avg_dtype='fp8' is not known; allowed: fp32, bf16",
         ),
+        ("--fp8-param-gather", "--qk-clip"): (
+            "NotImplementedError",
+            "with --qk-clip: it scales rows of weights, layer by layer. Remedy: drop one of",
+        ),
+        ("--fp8-param-gather", "--adam-mini-param-remainders", "--bf16"): (
+            "NotImplementedError",
+            "they complete bfloat16 weights. Remedy: drop one of the two.",
+        ),
         ("--adam-mini-param-remainders", "--fp16"): ("ValueError", "needs --bf16"),
         ("--adam-mini-rules", missing): ("ValueError", f"{missing!r} cannot be read"),
         ("--save", "x", "--ckpt-format", "fsdp_dtensor"): (
@@ -306,7 +314,6 @@ COMMAND_LINES = {
     "use_torch_fsdp2": ["--use-torch-fsdp2"],
     "use_torch_optimizer_for_cpu_offload": ["--use-torch-optimizer-for-cpu-offload"],
     "optimizer_cuda_graph": ["--optimizer-cuda-graph"],
-    "fp8_param_gather": ["--fp8-param-gather"],
     "fp4_param_gather": ["--fp4-param-gather"],
     "reuse_grad_buf_for_mxfp8_param_ag": ["--reuse-grad-buf-for-mxfp8-param-ag"],
     "param_name_patterns_for_fp32_local_accumulation": [
@@ -396,7 +403,6 @@ def test_refused_by_config():
     assert {a for a, errors in found.items() if errors} >= {
         *CONFIG_ONLY,
         "use_megatron_fsdp",
-        "fp8_param_gather",
         "use_torch_optimizer_for_cpu_offload",
         "param_name_patterns_for_fp32_local_accumulation",
     }

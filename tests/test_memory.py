@@ -447,9 +447,9 @@ def test_llama_2_7b_as_the_optimizer_allocates_it(form: str) -> None:
     plan = plan_stage(model, parallel, stage_blocks(model, parallel, options, pp_rank=0), pp_rank=0)
     (buffer,) = plan.dense
     (bucket,) = buffer.buckets
+    weight = torch.empty(bucket.numel, dtype=torch.bfloat16, device=meta)
     flat = SimpleNamespace(
-        grad=torch.empty(bucket.numel, device=meta),
-        weight=torch.empty(bucket.numel, dtype=torch.bfloat16, device=meta),
+        grad=torch.empty(bucket.numel, device=meta), weight=weight, values=weight.__getitem__
     )
     step_plan = plan_step(plan.parameters, [DomainLayout("dense", (buffer,))])
     group = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}

@@ -58,6 +58,7 @@ FEW_DTYPES = [
     (GRADS[1], MOMENTS[1], STORAGE[2]),
     (GRADS[0], MOMENTS[2], STORAGE[3]),
     (GRADS[1], MOMENTS[2], STORAGE[3]),
+    (GRADS[0], MOMENTS[0], STORAGE[4]),
 ]
 
 #: Registers per thread of 256-thread programs, of 65,536 per multiprocessor: 48 leave room for
@@ -175,12 +176,14 @@ class Compiled:
 
     def expected_vectors(self, kind):
         """Return the same, if each stream is moved once (g of long rows: twice), in vectors."""
-        names = [] if self.kernel == "sum_kernel" else ["param", "exp_avg", "weight"]
+        names = [] if self.kernel == "sum_kernel" else ["param", "exp_avg"]
         if self.kernel == "update_elementwise_kernel":
             names.append("exp_avg_sq")
+        if names:  # quantized weights stay as they are
+            weight, joined = self.arguments["weight"], self.arguments["param"].dtype == torch.int16
+            written = weight is not None and weight.dtype != torch.uint8
+            names += ["weight"] if (joined if kind == "ld" else written) else []
         if kind == "ld":
-            if names and self.arguments["param"].dtype != torch.int16:
-                names.remove("weight")
             names += ["grad"] if self.once else ["grad", "grad"]
         per_thread = TILE_NUMEL // (32 * triton_gpu.OPTIONS["num_warps"]) // self.vec
         sizes = [self.arguments[n].element_size() for n in names if self.arguments[n] is not None]

@@ -43,12 +43,14 @@ LAYOUTS = WHOLE_VECTORS | SINGLE_ELEMENTS | {"none": ([], 10), "empty slice": ([
 GRADS = (torch.float32, torch.bfloat16)
 #: exp_avg's dtype, and whether it is rounded stochastically.
 MOMENTS = ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True))
-#: Dtypes of main parameters and of model weights; int16: remainders.
+#: Dtypes of main parameters and of model weights; int16: remainders; uint8:
+#: quantized weights, which kernels leave alone.
 STORAGE = (
     (torch.float32, None),
     (torch.float32, torch.bfloat16),
     (torch.float32, torch.float16),
     (torch.int16, torch.bfloat16),
+    (torch.float32, torch.uint8),
 )
 DTYPES = list(itertools.product(GRADS, MOMENTS, STORAGE))
 

@@ -22,7 +22,8 @@ class BufferTensors(NamedTuple):
         param: float32 main parameters; or int16 remainders, which together with a bfloat16
             ``weight`` make up the main parameters (see ``rounding``).
         exp_avg: m, float32 or bfloat16.
-        weight: model weights, bfloat16 or float16; ``None``: ``param`` is the weight.
+        weight: model weights, bfloat16 or float16; ``None``: ``param`` is the weight. Or uint8:
+            quantized weights, which are neither read nor written.
         grad: float32, bfloat16 or float16; only read.
     """
 

@@ -29,7 +29,7 @@ _ABI = 3
 _TILE_NUMEL = 65536
 _PARTIAL = TILE_FIELDS.index("partial")
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int16: 3}
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int16: 3, torch.uint8: 4}
 _LEVELS = ("baseline", "x86-64-v3 (AVX2)", "x86-64-v4 (AVX-512)")
 
 

@@ -191,7 +191,8 @@ def _store(
         param[run.in_buffer] = p
     elif param.dtype == torch.float32:
         param[run.in_state] = p
-        weight[run.in_buffer] = to_weight(p, weight.dtype)
+        if weight.dtype != torch.uint8:
+            weight[run.in_buffer] = to_weight(p, weight.dtype)
     else:
         weight[run.in_buffer], param[run.in_state] = split(p)
 

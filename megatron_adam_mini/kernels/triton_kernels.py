@@ -74,7 +74,7 @@ def _store_param(param, weight, offset, mask, p):
             tl.store(weight + offset, high.to(tl.int16), mask=mask)
             if param.dtype.element_ty == tl.int16:
                 tl.store(param + offset, (bits - (high << 16)).to(tl.int16), mask=mask)
-        else:
+        elif weight.dtype.element_ty == tl.float16:
             tl.store(weight + offset, p.to(tl.float16), mask=mask)
     if param.dtype.element_ty == tl.float32:
         tl.store(param + offset, p, mask=mask)

@@ -188,6 +188,7 @@ def take_from_adam(
         for piece, (state, _, values) in pieces
         for param in (values["param"],)
         if state.owns_main_param
+        and not state.is_quantized
         and not is_rounded(view.inner.weight(piece).to(param.device), param).all()
     ]
     count = torch.tensor([len(wrong)], dtype=torch.int64, device=view.inner.device)

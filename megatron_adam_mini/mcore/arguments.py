@@ -23,6 +23,7 @@ from megatron_adam_mini.mcore.preflight import (
     refuse_experts_in_format_torch,
     refuse_single_phase,
     refuse_unsupported,
+    refuse_with_fp8_weights,
 )
 from megatron_adam_mini.partition_flags import RUN_PREFIX, add_partition_flags, partition_config
 
@@ -140,6 +141,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         NotImplementedError: a combination is not supported.
     """
     refuse_unsupported(args)
+    if args.fp8_param_gather:
+        refuse_with_fp8_weights(args, param_remainders=config_from_args(args).param_remainders)
     if config_from_args(args).param_remainders and not args.bf16:
         raise ValueError(
             "--adam-mini-param-remainders needs --bf16: 16 bits complete a bfloat16 weight to its "

@@ -140,7 +140,7 @@ class DistributedNames(RankOptimizer):
             chunk.start_param_sync()
 
     def split_state_dict_if_needed(self, state_dict: dict[str, Any]) -> None:
-        """Do nothing: states are split for FP8 weights only, which are refused at start-up."""
+        """Do nothing: Adam-mini's own formats do not depend on which weights are FP8."""
 
     # Formats of Adam's state.
 

@@ -231,6 +231,8 @@ class AdamMiniOptimizer(SavedState):
         """Update state and weights; start their all-gather unless the forward pass does that."""
         with self._timer("optimizer-inner-step"):
             self.inner.update(decision, self._early)
+            if any(self._quantized) and decision.read().updated:
+                self._quantize_weights()
         if self.ddp_config.use_distributed_optimizer and not (self.ddp_config.overlap_param_gather):
             with self._timer("params-all-gather"):
                 for chunk in self.model_chunks:

@@ -37,8 +37,10 @@ from megatron_adam_mini.mcore.preflight import (
     refuse_qk_clip,
     refuse_single_phase,
     refuse_unsupported,
+    refuse_with_fp8_weights,
 )
 from megatron_adam_mini.mcore.qk_clip import follow
+from megatron_adam_mini.mcore.quantized import drop_initial_values, is_quantized
 from megatron_adam_mini.mcore.slices import buffers_of, sharded_buffers, whole_parameters
 from megatron_adam_mini.optimizer import AdamMini
 from megatron_adam_mini.plan.manifest import BUCKETS, manifest_of, partition_fields
@@ -90,6 +92,7 @@ def build_optimizer(
         offload=offload_config(config),
         decoupled_weight_decay=config.decoupled_weight_decay,
     )
+    drop_initial_values(planned.parameters)
     manifest = _gather_manifest(planned, options, frozen_keys(model_chunks))
     optimizer = AdamMiniOptimizer(
         inner,
@@ -145,6 +148,10 @@ def _plan(
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     expert_tp = compat.expert_tp_group(groups)
     infos = collect_parameters(model_chunks, tp_group=groups.tp, expert_tp_group=expert_tp)
+    if any(map(is_quantized, infos)):
+        refuse_with_fp8_weights(
+            config, model_chunks[0].config, param_remainders=options.param_remainders
+        )
     if options.param_remainders:
         check_remainders(param.dtype for param in infos)
     blocks = [partition_parameter(info, options) for info in infos.values()]

@@ -171,6 +171,8 @@ class ModelEntries:
         entry = self._whole.get(id(param))
         if entry is not None:
             return _contiguous_views(entry)
+        if type(param.data) is not Tensor:  # quantized: what was saved are other tensors
+            return None
         begin, size = param.data_ptr(), param.element_size()
         inside = [
             ((part.data.data_ptr() - begin) // size, part)

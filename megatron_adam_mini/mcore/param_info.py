@@ -1,7 +1,7 @@
 """Megatron model chunks -> facts about every trainable parameter.
 
-Imports megatron.core, ``compat`` and ``partition``. Data flow: model chunks -> **ParameterInfo**
--> partition.
+Imports megatron.core, ``compat``, ``quantized`` and ``partition``. Data flow: model chunks ->
+**ParameterInfo** -> partition.
 
 The role of a parameter follows from its name, its number of dimensions and the config of its
 module, never from its shape. Names that ``plan/roles`` does not list have the role ``unknown``.
@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import Module, Parameter
 
 from megatron_adam_mini.mcore import compat
+from megatron_adam_mini.mcore.quantized import is_quantized, refusal
 from megatron_adam_mini.plan.parameter_info import HeadGeometry, ParameterInfo
 
 _WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
@@ -110,11 +111,14 @@ def _describe(
 
 
 def _refuse_unsupported(name: str, param: Parameter) -> None:
-    if type(param.data) is not torch.Tensor or param.dtype not in _FLOATS:
+    if is_quantized(param):
+        if reason := refusal(param):
+            raise NotImplementedError(f"Parameter {name!r} {reason}")
+    elif type(param.data) is not torch.Tensor or param.dtype not in _FLOATS:
         raise NotImplementedError(
             f"Parameter {name!r} is a {type(param.data).__name__} of {param.dtype}; Adam-mini "
-            "updates plain float32, bfloat16 and float16 parameters. Train without quantized "
-            "parameters (no --fp8-param-gather, no --fp4-param-gather)."
+            "updates plain float32, bfloat16 and float16 parameters, and quantized ones that "
+            "Megatron-Core knows as Transformer Engine's. Train without quantized parameters."
         )
     if compat.has_norm_of_its_own(param):
         raise NotImplementedError(

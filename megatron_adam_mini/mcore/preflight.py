@@ -37,20 +37,15 @@ _REFUSED = {
         "the step reads the gradient norm on the host",
         "drop the flag",
     ),
-    "fp8_param_gather": (
-        "--fp8-param-gather",
-        "its weights are quantized from main parameters after the step, which is not done yet",
-        "drop the flag",
-    ),
     "fp4_param_gather": (
         "--fp4-param-gather",
-        "its weights are quantized from main parameters after the step, which is not done yet",
+        "its weights lie two to a byte, so that positions of weights and gradients differ",
         "drop the flag",
     ),
     "reuse_grad_buf_for_mxfp8_param_ag": (
         "--reuse-grad-buf-for-mxfp8-param-ag",
-        "its weights are quantized from main parameters after the step, which is not done yet",
-        "drop the flag",
+        "its weights are gathered in bfloat16 through the memory of the gradients",
+        "drop the flag, and use another --fp8-recipe or drop --fp8-param-gather",
     ),
     "param_name_patterns_for_fp32_local_accumulation": (
         "--ddp-param-name-patterns-for-fp32-local-accumulation",
@@ -86,6 +81,48 @@ def refuse_unsupported(*sources: Any) -> None:
                 raise NotImplementedError(
                     f"--optimizer adam_mini does not support {flag}: {reason}. Remedy: {remedy}."
                 )
+
+
+#: attribute -> (flag, why it is refused with --fp8-param-gather)
+_REFUSED_WITH_FP8 = {
+    "optimizer_cpu_offload": (
+        "--optimizer-cpu-offload",
+        "a weight is quantized as a whole, from main parameters on the device",
+    ),
+    "overlap_param_gather_with_optimizer_step": (
+        "--overlap-param-gather-with-optimizer-step",
+        "all weights are quantized at once, after the step",
+    ),
+    "qk_clip": ("--qk-clip", "it scales rows of weights, layer by layer"),
+}
+
+
+def refuse_with_fp8_weights(*sources: Any, param_remainders: bool) -> None:
+    """Check what cannot be combined with weights that are quantized from main parameters.
+
+    Args:
+        sources: of a run with such weights; see :func:`refuse_unsupported`.
+        param_remainders: whether 16-bit remainders are to complete the weights.
+
+    Raises:
+        NotImplementedError: names the flag, the reason and the remedy.
+    """
+    found = [
+        (*row, "drop one of the two")
+        for attribute, row in _REFUSED_WITH_FP8.items()
+        if any(getattr(source, attribute, None) for source in sources)
+    ]
+    if param_remainders:
+        flag = "16-bit remainders (--adam-mini-param-remainders, --use-precision-aware-optimizer)"
+        found.append((flag, "they complete bfloat16 weights", "drop one of the two"))
+    if not all(getattr(source, "use_distributed_optimizer", True) for source in sources):
+        flag, remedy = "state that is not distributed", "add --use-distributed-optimizer"
+        found.append((flag, "weights are quantized from the main parameters of buckets", remedy))
+    for flag, reason, remedy in found:
+        raise NotImplementedError(
+            f"--optimizer adam_mini does not support --fp8-param-gather with {flag}: {reason}. "
+            f"Remedy: {remedy}."
+        )
 
 
 def refuse_qk_clip(config: Any) -> None:

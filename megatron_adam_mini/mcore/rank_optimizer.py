@@ -25,9 +25,10 @@ from torch.nn import Parameter
 
 from megatron_adam_mini.collectives import DomainGroups
 from megatron_adam_mini.mcore import compat
+from megatron_adam_mini.mcore.quantized import Shard, quantize_, quantized_in
 from megatron_adam_mini.mcore.slices import buffers_of
 from megatron_adam_mini.optimizer import AdamMini
-from megatron_adam_mini.plan.step_plan import Piece
+from megatron_adam_mini.plan.step_plan import EXPERT, Piece
 
 
 class RankOptimizer(MegatronOptimizer):  # type: ignore[misc]
@@ -68,6 +69,11 @@ class RankOptimizer(MegatronOptimizer):  # type: ignore[misc]
         self.domain_groups = list(domain_groups)
         self.data_parallel_group = self.domain_groups[0].dp
         self.manifest = manifest
+        # FP8 weights of each domain, in the order that its data-parallel ranks agree on.
+        self._quantized = [
+            quantized_in(buffers_of(model_chunks, expert=domain.name == EXPERT))
+            for domain in inner.plan.domains
+        ]
         self.grad_scaler = _grad_scaler(config)
         # Never a stub, even without trainable parameters: each rank takes part in saves and norms.
         self.is_stub_optimizer = False
@@ -148,6 +154,23 @@ class RankOptimizer(MegatronOptimizer):  # type: ignore[misc]
         if self.ddp_config.num_distributed_optimizer_instances == 1:
             return 0
         return int(self._groups_of_ranks.inter_dist_opt.rank())
+
+    # Weights that are quantized.
+
+    def _quantize_weights(self) -> None:
+        """Make FP8 weights of the main parameters; all data-parallel ranks must call it."""
+        if not any(self._quantized):
+            return
+        state = self.optimizer.attach()
+        shards: dict[Parameter, Shard] = {
+            self.model_params[piece.parameter]: (
+                state.of(piece).main_param(piece.window),
+                piece.begin,
+            )
+            for piece in self.inner.plan.pieces
+        }
+        for params, groups in zip(self._quantized, self.domain_groups, strict=True):
+            quantize_(params, shards.get, groups.dp)
 
     # Model parameters and their shards, by parameter group.
 

@@ -21,6 +21,7 @@ from megatron_adam_mini.mcore.model_space import ModelEntries
 from megatron_adam_mini.mcore.model_weights import weights_by_parameter
 from megatron_adam_mini.mcore.param_groups import take_bounds
 from megatron_adam_mini.mcore.preflight import refuse_experts_in_format_torch
+from megatron_adam_mini.mcore.quantized import values_of
 from megatron_adam_mini.mcore.state_part import StatePart, part_of
 from megatron_adam_mini.plan.step_plan import DENSE
 
@@ -83,6 +84,7 @@ class SavedState(DistributedNames):
         self.optimizer.put_back(read.state)
         checkpoint.finish_load(self.state_view(), read, state_dict)
         read.taken = self.optimizer.step_count
+        self._quantize_weights()
         self._sync_weights()
 
     def take_bounds_of_checkpoint(self) -> None:
@@ -250,6 +252,7 @@ class SavedState(DistributedNames):
             )
         groups = self._groups_to_gather(use_gloo=True)
         parameter_state.scatter(self.state_view(), groups, read)
+        self._quantize_weights()
         self._sync_weights()
 
     def _sync_weights(self) -> None:
@@ -308,7 +311,7 @@ class SavedState(DistributedNames):
         for piece in self.inner.plan.pieces:
             held = state.of(piece)
             values = held.as_float32(piece.window)
-            weight = weights[self.model_params[piece.parameter]].reshape(-1)
+            weight = values_of(weights[self.model_params[piece.parameter]]).reshape(-1)
             values["param"].copy_(weight[piece.begin : piece.end])
             if held.param_is_weight:
                 held.store(piece.window, values)
@@ -318,9 +321,13 @@ class SavedState(DistributedNames):
 
     @torch.no_grad()
     def _copy_main_params_to_model_params(self) -> None:
-        """Set this rank's weights to the rounded main parameters; gathers nothing."""
+        """Set this rank's weights to the rounded main parameters; gathers nothing.
+
+        All data-parallel ranks must call it if weights are quantized.
+        """
         for held in self.optimizer.attach().everywhere:
             held.write_weights()
+        self._quantize_weights()
 
     @torch.no_grad()
     def _copy_main_params_to_param_buffer(self) -> None:

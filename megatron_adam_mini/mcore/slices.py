@@ -1,8 +1,8 @@
 """Megatron's parameter and gradient buffers: offsets as integers, tensors kept live.
 
-Imports ``plan`` and reads objects of megatron.core. Megatron's own names (``grad_data``,
-``param_index_map``, ``main_grad``) are used in this file only. Data flow: DDP buffers ->
-**BufferLayout** (integers) -> step plan, and **Buffer** (live tensors) -> state.
+Imports ``plan`` and ``quantized``, and reads objects of megatron.core. Megatron's own names
+(``grad_data``, ``param_index_map``, ``main_grad``) are used in this file only. Data flow: DDP
+buffers -> **BufferLayout** (integers) -> step plan, and **Buffer** (live tensors) -> state.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_adam_mini.mcore.quantized import values_in_buffer
 from megatron_adam_mini.plan.layout import BucketLayout, BufferLayout, Placement
 from megatron_adam_mini.state import Buffer
 
@@ -43,6 +44,13 @@ class ShardedBuffer:
         """Model weights; Megatron's parameter all-gather sends this rank's slices from here."""
         weight: Tensor = self.buffer.param_data
         return weight
+
+    def values(self, where: slice) -> Tensor:
+        """Return what the weights of a part of the buffer stand for; FP8 ones: float32."""
+        weight = self.weight
+        if weight.dtype != torch.uint8:
+            return weight[where]
+        return values_in_buffer(self.buffer.param_index_map, where, weight.device)
 
     def unpadded_numel(self, bucket: int) -> int:
         """Return the number of elements of a bucket without the padding at its end."""
@@ -78,6 +86,10 @@ class WholeParameter:
     def weight(self) -> Tensor:
         """Model weight."""
         return self.param.data.view(-1)
+
+    def values(self, where: slice) -> Tensor:
+        """Return a part of the weight."""
+        return self.weight[where]
 
 
 def buffers_of(model_chunks: Sequence[Any], *, expert: bool) -> list[Any]:
