@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import megatron_adam_mini
-from megatron_adam_mini.optimizer import Decision
+from megatron_adam_mini.decision import Decision
 from tests.gather import slices_of
 from tests.megatron_job import Job, Trainer, global_names
 from tests.ranks import run_ranks

@@ -212,7 +212,7 @@ class Rig:
 
 
 def _unscaled() -> Any:
-    from megatron_adam_mini.optimizer import Decision
+    from megatron_adam_mini.decision import Decision
 
     return Decision()
 

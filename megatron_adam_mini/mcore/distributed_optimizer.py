@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from megatron_adam_mini.decision import Decision, Outcome
 from megatron_adam_mini.mcore import compat
 from megatron_adam_mini.mcore.saved_state import SavedState
 from megatron_adam_mini.mcore.slices import numbers_of_chunk
-from megatron_adam_mini.optimizer import Decision, EarlyBuffers, Outcome
+from megatron_adam_mini.optimizer import EarlyBuffers
 from megatron_adam_mini.wide_sums import WideSums
 
 logger = logging.getLogger(__name__)
