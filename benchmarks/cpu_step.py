@@ -96,6 +96,10 @@ class Flat:
     grad: Tensor
     weight: Tensor
 
+    def values(self, where: slice) -> Tensor:
+        """Return a part of the weights."""
+        return self.weight[where]
+
 
 def optimizer_of(shape: Shape, grad: Tensor, options: dict[str, Any]) -> AdamMini:
     """Build the optimizer of one rank without Megatron."""

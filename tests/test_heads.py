@@ -11,8 +11,9 @@ from tests.megatron_job import Job
 from tests.models import HETEROGENEOUS
 from tests.ranks import run_ranks
 from tests.test_checkpoint import compare, load_and_show, train_and_save
-from tests.test_oracle import BASE, compare_runs, sharded_run, unsharded, world_of
+from tests.test_oracle import compare_runs, sharded_run, unsharded, world_of
 
+BASE = Job(overlap=True, bucket_size=3000, steps=5)
 LAYERS = replace(BASE, family="heterogeneous", layers=4, config_args=HETEROGENEOUS)
 CASES: dict[str, tuple[Job, int]] = {
     "wide heads, cut by tp": (

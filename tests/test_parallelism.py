@@ -16,7 +16,6 @@ from tests.megatron_job import Job
 from tests.models import HETEROGENEOUS, LATENT
 from tests.ranks import run_ranks
 from tests.test_oracle import (
-    BASE,
     check_replicas,
     check_same_gradients,
     compare_runs,
@@ -29,6 +28,7 @@ from tests.training_run import Run, Seen, make_dataset, train
 
 # Against the oracle.
 
+BASE = Job(overlap=True, bucket_size=3000, steps=5)
 STAGES = replace(BASE, pp=2, layers=4)
 VIRTUAL = replace(STAGES, vpp=2)
 ORACLE: dict[str, tuple[Job, int]] = {

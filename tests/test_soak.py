@@ -9,7 +9,7 @@ from tools import soak
 
 @pytest.mark.processes
 def test_changing_layouts_and_kills_leave_the_run_as_it_was() -> None:
-    report = soak.soak(total=32, length=10, seed=3)
+    report = soak.soak(total=20, length=8, seed=3)
     assert report["killed"] >= 1
     assert len(report["layouts"]) >= 4
 

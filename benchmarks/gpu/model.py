@@ -86,6 +86,10 @@ class Flat:
     grad: Tensor
     weight: Tensor
 
+    def values(self, where: slice) -> Tensor:
+        """Return a part of the weights."""
+        return self.weight[where]
+
 
 def layout_of(infos: Sequence[ParameterInfo], bucket_size: int | None) -> BufferLayout:
     """Put parameters into one bucket, or into buckets that close at ``bucket_size`` elements."""
