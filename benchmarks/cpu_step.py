@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.model import Flat
 from benchmarks.report import heading, write
 from benchmarks.timing import Timing, interleave, table
 from megatron_adam_mini.collectives import DomainGroups
@@ -87,18 +88,6 @@ SHAPES = {
     "110M": Shape(hidden=640, layers=14, ffn=1792, heads=10, vocab=32000),
     "10M": Shape(hidden=256, layers=8, ffn=704, heads=4, vocab=8192),
 }
-
-
-@dataclass
-class Flat:
-    """The whole model in one buffer."""
-
-    grad: Tensor
-    weight: Tensor
-
-    def values(self, where: slice) -> Tensor:
-        """Return a part of the weights."""
-        return self.weight[where]
 
 
 def optimizer_of(shape: Shape, grad: Tensor, options: dict[str, Any]) -> AdamMini:

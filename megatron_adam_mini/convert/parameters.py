@@ -1,9 +1,9 @@
 """Keys of a checkpoint -> parameters: which layer of which tensor, and its name in a model.
 
-Imports the reader. A *model key* is Megatron's: equal layers are stacked under one key along a
-leading axis, and so are the experts of a layer along the next. A *folded key* contains the numbers
-of layer and expert instead, as all of Adam-mini's keys do. Data flow: reader -> **parameters** ->
-``blocks`` (blocks), ``adam_state``, ``mini_state``.
+Imports the reader and ``plan``. A *model key* is Megatron's: equal layers are stacked under one key
+along a leading axis, and so are the experts of a layer along the next. A *folded key* contains the
+numbers of layer and expert instead, as all of Adam-mini's keys do. Data flow: reader ->
+**parameters** -> ``blocks`` (blocks), ``adam_state``, ``mini_state``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from typing import Any
 
 from megatron_adam_mini.checkpoint.errors import CorruptError
 from megatron_adam_mini.checkpoint.reader import Checkpoint
+from megatron_adam_mini.plan.manifest import LEADING_AXES
 
-#: Where the leading axes of a stacked key belong in it, outermost first: layers, experts.
-_AXES = (re.compile(r"\.layers\.(?!\d)"), re.compile(r"\.experts\.experts\.(?!\d)"))
-#: Their numbers in a folded key.
+#: Numbers of ``LEADING_AXES`` in a folded key.
 _NUMBERS = (re.compile(r"(?<=\.layers)\.(\d+)(?=\.)"), re.compile(r"(?<=\.experts)\.(\d+)(?=\.)"))
 #: Megatron's local layers store their norms under Transformer Engine's names.
 _LOCAL_NAMES = (
@@ -54,7 +53,7 @@ class StoredParameter:
 
 def fold(model_key: str, shape: tuple[int, ...]) -> Iterator[StoredParameter]:
     """Yield the parameters that a model key holds, in the order of layers, then experts."""
-    axes = [axis for axis in _AXES if axis.search(model_key)]
+    axes = [axis for axis in LEADING_AXES if axis.search(model_key)]
     for at in itertools.product(*(range(size) for size in shape[: len(axes)])):
         key = model_key
         for axis, number in zip(axes, at, strict=True):

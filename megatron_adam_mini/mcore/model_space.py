@@ -1,8 +1,9 @@
 """Optimizer state in the model's own coordinates, stored and read slice by slice.
 
-Imports megatron.core's checkpoint types and ``rectangles``. Data flow: the model's sharded state
-dict gives the position of a shard in the whole tensor; a rank's flat piece of it becomes boxes
-there. Every rank writes what it owns and reads what it needs, under any layout, without a gather.
+Imports megatron.core's checkpoint types, ``rectangles`` and ``plan``. Data flow: the model's
+sharded state dict gives the position of a shard in the whole tensor; a rank's flat piece of it
+becomes boxes there. Every rank writes what it owns and reads what it needs, under any layout,
+without a gather.
 
 megatron-core 0.19 accepts such boxes only (each point was found by its failure) with an irregular
 grid (``axis_fragmentations=None``) and ``prepend_axis_num=0``, not empty, and never two boxes of
@@ -13,7 +14,6 @@ compares all boxes of one key with each other when they span several layers.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,9 +24,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensorF
 from torch import Tensor
 
 from megatron_adam_mini.checkpoint.rectangles import rectangles
-
-#: Where the leading axes of a parameter belong in its key, outermost first: layers, experts.
-_LEADING_AXES = (re.compile(r"\.layers\.(?!\d)"), re.compile(r"\.experts\.experts\.(?!\d)"))
+from megatron_adam_mini.plan.manifest import LEADING_AXES
 
 
 class ModelEntry:
@@ -231,7 +229,7 @@ def _folded_key(view: ShardedTensor) -> str:
     """Return the key with numbers of layer and expert in it, as for a model with unequal layers."""
     key: str = view.key
     for position in view.global_offset[: view.prepend_axis_num]:
-        for axis in _LEADING_AXES:
+        for axis in LEADING_AXES:
             key, found = axis.subn(rf"\g<0>{position}.", key, count=1)
             if found:
                 break

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -36,6 +37,10 @@ MODEL_SPACE, BUCKETS = CHECKPOINT_FORMATS
 
 #: What identities call them. Checkpoints have always called buckets by Megatron's word for its own.
 _STORED_FORMATS = {MODEL_SPACE: "model_space", BUCKETS: "dp_reshardable"}
+
+#: Where the leading axes of Megatron's tensors, equal layers and the experts of each, belong in
+#: their keys, outermost first. Keys of Adam-mini's state have numbers there.
+LEADING_AXES = (re.compile(r"\.layers\.(?!\d)"), re.compile(r"\.experts\.experts\.(?!\d)"))
 
 #: Weights with a row per token, which Megatron pads by an amount that depends on the layout.
 VOCABULARY_ROLES = ("embedding", "output")
