@@ -7,6 +7,7 @@ but have imported all that they need (see ``ranks``).
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -189,9 +190,17 @@ def test_a_run_goes_on_under_another_layout(straight: Path, dataset: Path, tmp_p
 
 
 def losses_of(log: str) -> dict[int, float]:
-    found = {}
-    for line in log.splitlines():
-        if "lm loss:" in line and " iteration " in line:
-            number = int(line.split("iteration")[1].split("/")[0])
-            found[number] = float(line.split("lm loss:")[1].split("|")[0])
-    return found
+    """Return the loss by iteration, also where a line of one rank stands in that of another.
+
+    Ranks write a text in one piece, but its line break, as ``torchrun`` starts them, in another.
+    """
+    found = re.findall(r" iteration +(\d+)/ *\d+ \|[^\n]*? lm loss: (\S+) \|", log)
+    return {int(number): float(loss) for number, loss in found}
+
+
+def test_losses_are_found_where_ranks_write_into_one_line() -> None:
+    memory = "[Rank 0] (after 10 iterations) memory (MB) | allocated: 0.0 | reserved: 0.0"
+    line = " [2026-11-28] iteration {}/      12 | loss scale: 1.0 | lm loss: {} | skipped: 0 |"
+    first, second = line.format("       9", "5.5E+00"), line.format("      10", "4.5E+00")
+    for log in (f"{first}\n{memory}{second}\n\n", f"{first}{memory}\n{second}\n\n"):
+        assert losses_of(log) == {9: 5.5, 10: 4.5}
