@@ -31,6 +31,7 @@ import megatron.training.training
 import numpy.ma
 import pytest  # also by every rank, as the main module of its parent
 import torch
+import torch._dynamo  # by the first torch optimizer of a process, in half a second
 import torch.utils.serialization.config
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
