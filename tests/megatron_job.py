@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -387,8 +388,8 @@ def split_rank(name: str) -> int:
 
 def whole_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Return the initial value of a whole parameter, a function of its name alone."""
-    if name == "output_layer.weight":
-        name = "embedding.word_embeddings.weight"  # so that tied and untied models start alike
+    # So that tied and untied models start alike.
+    name = re.sub(r"(^|\.)output_layer.weight$", r"\1embedding.word_embeddings.weight", name)
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "little")
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(shape, generator=generator)
@@ -405,9 +406,10 @@ def split_dim_of(name: str, param: torch.Tensor) -> int | None:
 
 def parts_of(name: str, rows: int, job: Job) -> list[int] | None:
     """Return the rows of each projection in a fused weight, which are split apart over ranks."""
-    if job.swiglu and "linear_fc1" in name:
+    family = FAMILIES.get(job.family) or Family()
+    if family.job_of(name, job).swiglu and "linear_fc1" in name:
         return [rows // 2, rows // 2]
-    parts = FAMILIES[job.family].parts(name) if job.family in FAMILIES else None
+    parts = family.parts(name)
     return None if parts is None else list(parts)
 
 

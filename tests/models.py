@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -73,6 +74,10 @@ class Family:
         head = next((h for n, h in self.heads.items() if name.endswith(n)), ())
         rows = _rows(shape[0], head, value_as_block)
         return rows.reshape(-1, *[1] * (len(shape) - 1)).expand(shape).contiguous()
+
+    def job_of(self, name: str, job: Job) -> Job:
+        """Return the job with the sizes of the module that holds a parameter."""
+        return job
 
     def parts(self, name: str) -> tuple[int, ...] | None:
         """Return the rows of each projection in a fused weight, ``None`` if it is a single one."""
@@ -440,6 +445,101 @@ class VisionTransformer(Family):
         return (features - wanted.view(features.shape)).square()
 
 
+class Llava(Family):
+    """LLaVA: CLIP's vision model, a projector, a language model; each has sizes of its own."""
+
+    vision: ClassVar = {
+        "hidden": 24, "heads": 4, "groups": 4, "ffn": 40, "swiglu": False, "bias": True,
+        "config_args": {},
+    }  # fmt: skip
+    # Vision: 4 heads of size 6. Language: 4 heads of size 8, two of which share a Key and a Value.
+    heads: ClassVar = {
+        **{
+            f"vision_model.decoder.layers.{layer}.self_attention.linear_qkv.weight": (
+                *[(6, True)] * 2,
+                (6, False),
+            )
+            for layer in range(2)
+        },
+        "linear_qkv.weight": (*[(8, True)] * 3, (8, False)),
+    }
+    elementwise = ("class_token",)
+    # An image takes the place of one token, and has four patches.
+    patches = 4
+
+    def job_of(self, name: str, job: Job) -> Job:
+        if name.startswith("language_model"):
+            return job
+        return replace(job, **self.vision)
+
+    def build(self, config: Any, job: Job, **stage: Any) -> Any:
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+        from megatron.core.models.multimodal import llava_model
+        from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+        from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
+        from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+        from megatron.core.transformer.enums import ModelType
+        from megatron.core.transformer.mlp import MLPSubmodules
+        from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+        # Megatron's default norm before the layers is Transformer Engine's.
+        llava_model.CLIPViTModel = functools.partial(CLIPViTModel, ln_pre_impl=WrappedTorchNorm)
+        vision = replace(
+            config,
+            hidden_size=self.vision["hidden"],
+            num_attention_heads=self.vision["heads"],
+            num_query_groups=self.vision["groups"],
+            kv_channels=None,
+            ffn_hidden_size=self.vision["ffn"],
+            normalization="LayerNorm",
+            gated_linear_unit=False,
+            activation_func=functional.gelu,
+            add_bias_linear=True,
+            sequence_parallel=False,
+            pipeline_model_parallel_size=1,
+        )
+        vision.vision_model_type = "clip"
+        model = llava_model.LLaVAModel(
+            language_transformer_config=config,
+            language_transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+            language_vocab_size=job.vocab,
+            language_max_sequence_length=job.sequence,
+            vision_transformer_config=vision,
+            vision_transformer_layer_spec=get_vit_layer_with_local_spec(),
+            drop_vision_class_token=True,
+            vision_projection_config=replace(vision, hidden_size=job.hidden),
+            vision_projection_layer_spec=MLPSubmodules(
+                linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
+            ),
+            share_embeddings_and_output_weights=job.tied,
+            language_position_embedding_type="rope",
+            add_encoder=stage["pre_process"],
+            img_h=8,
+            img_w=8,
+            patch_dim=4,
+            **stage,
+        )
+        model.model_type = ModelType.encoder_or_decoder  # as Megatron's training loop does
+        return model
+
+    def losses(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        text = slice(None, 1 - self.patches)
+        tokens, labels = batch["tokens"][:, text].clone(), batch["labels"][:, text].clone()
+        images = image_of(tokens)
+        tokens[:, 0] = -200  # the token that stands for an image
+        output, mask = model(
+            images,
+            tokens,
+            batch["position_ids"][:, text],
+            batch["attention_mask"],
+            labels=labels,
+            loss_mask=torch.ones_like(labels, dtype=torch.float32),
+            num_image_tiles=torch.ones(len(tokens), dtype=torch.int),
+        )
+        found: Tensor = output if mask is None else output * mask
+        return found
+
+
 class Heterogeneous(Family):
     """Llama-Nemotron: heads, widths and kinds of layers differ; see ``HETEROGENEOUS``."""
 
@@ -482,6 +582,7 @@ FAMILIES: dict[str, Family] = {
     "bert": Bert(),
     "t5": T5(),
     "vision": VisionTransformer(),
+    "llava": Llava(),
     "heterogeneous": Heterogeneous(),
 }
 

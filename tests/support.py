@@ -91,6 +91,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], tuple[Feature, ...]]] = {
             Feature("multi-token prediction"),
             Feature("Mamba, hybrid, gated delta"),
             Feature("BERT, T5, vision"),
+            Feature("LLaVA: vision model, projector, language model"),
             Feature("frozen parameters, LoRA"),
             Feature("Transformer Engine's parameter names"),
         ),

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.module import param_is_not_shared
 from torch.distributed import ProcessGroup
 from torch.nn import Module, Parameter
@@ -53,7 +54,7 @@ def collect_parameters(
         for local_name, param in chunk.named_parameters():
             if not param.requires_grad or param in found:
                 continue
-            name, key = _names(local_name, modules, renamed, stored)
+            name, key = _names(local_name, param, modules, renamed, stored)
             config = _nearest_config(local_name, modules)
             found[param] = _describe(name, key, param, config, tp_group, expert_tp_group)
     return found
@@ -66,9 +67,7 @@ def frozen_keys(model_chunks: Sequence[Module]) -> list[str]:
         renamed, stored = _global_prefixes(chunk), _stored_prefixes(chunk)
         modules = dict(chunk.named_modules())
         found += [
-            _WORD_EMBEDDINGS
-            if getattr(param, "shared_embedding", False)
-            else _names(local_name, modules, renamed, stored)[1]
+            _names(local_name, param, modules, renamed, stored)[1]
             for local_name, param in chunk.named_parameters()
             if not param.requires_grad
         ]
@@ -84,10 +83,6 @@ def _describe(
     expert_tp_group: ProcessGroup,
 ) -> ParameterInfo:
     _refuse_unsupported(name, param)
-    if getattr(param, "shared_embedding", False):
-        # The copy on the last pipeline stage must have the rule of that on the first, or the two
-        # would drift apart.
-        name = key = _WORD_EMBEDDINGS
     expert = not getattr(param, "allreduce", True)
     group = expert_tp_group if expert else tp_group
     split_dim: int | None = None
@@ -171,13 +166,21 @@ def _global_name(name: str, renamed: dict[str, str]) -> str:
 
 
 def _names(
-    local_name: str, modules: dict[str, Module], renamed: dict[str, str], stored: dict[str, str]
+    local_name: str,
+    param: Parameter,
+    modules: dict[str, Module],
+    renamed: dict[str, str],
+    stored: dict[str, str],
 ) -> tuple[str, str]:
     """Return a parameter's name in the whole model, and its key in checkpoints.
 
-    Numbers of experts count over all expert-parallel ranks. Keys are those that Megatron gives
-    experts whatever their implementation, ``...mlp.experts.experts.<number>.linear_fc1.weight``.
+    Copies of an embedding that pipeline stages share have the name of the embedding: with another
+    rule they would drift apart. Numbers of experts count over all expert-parallel ranks. Keys are
+    those that Megatron gives experts whatever their implementation,
+    ``...mlp.experts.experts.<number>.linear_fc1.weight``.
     """
+    if getattr(param, "shared_embedding", False):
+        local_name = _embedding_of(local_name, modules)
     name = _global_name(local_name, renamed)
     key = local_name
     for prefix in sorted(stored, key=len, reverse=True):  # inner modules first
@@ -200,6 +203,16 @@ def _names(
     key = re.sub(r"(?<=\.experts\.experts\.)\d+", lambda m: f"{number(m[0])}", key)
     key = _GROUPED.sub(lambda m: f"experts.{number(m[3])}.{m[1]}.{m[2]}", key)
     return name, key
+
+
+def _embedding_of(local_name: str, modules: dict[str, Module]) -> str:
+    """Return the name of the embedding of the language model that has a parameter."""
+    path = local_name
+    while path:
+        path = path.rpartition(".")[0]
+        if isinstance(modules[path], LanguageModule):
+            break
+    return f"{path}.{_WORD_EMBEDDINGS}".lstrip(".")
 
 
 def _nearest_config(name: str, modules: dict[str, Module]) -> Any:

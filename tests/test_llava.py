@@ -1,0 +1,82 @@
+"""LLaVA: a vision model, a projector and a language model, each with heads and widths of its own.
+
+Megatron-Core 0.19.2 puts the vision model and the projector on the first pipeline stage, beside the
+first layers of the language model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.gather import whole_tensors
+from tests.megatron_job import Job
+from tests.ranks import run_ranks
+from tests.test_checkpoint import compare, load_and_show, train_and_save
+from tests.test_oracle import compare_runs, sharded_run, unsharded_run
+
+ROW = "LLaVA: vision model, projector, language model"
+LLAVA = Job(
+    family="llava", hidden=32, heads=4, groups=2, ffn=48, vocab=64, tied=True, overlap=True,
+    bucket_size=2000, steps=4, batch=16,
+)  # fmt: skip
+#: As LLaVA starts: between a vision and a language model that are trained already.
+PROJECTOR = replace(LLAVA, tied=False, frozen=("vision_model", "language_model"), bucket_size=None)
+LAYOUTS = {"tp1": LLAVA, "tp2": replace(LLAVA, tp=2), "pp2": replace(LLAVA, pp=2)}
+
+
+@pytest.fixture(scope="module")
+def expected() -> Any:
+    """Train with the oracle, once."""
+    return run_ranks(1, unsharded_run, replace(LLAVA, overlap=False, bucket_size=None))[0]
+
+
+@pytest.mark.support(ROW, "oracle")
+@pytest.mark.parametrize(("layout", "dp"), [("tp1", 1), ("tp1", 2), ("tp2", 2), ("pp2", 2)])
+def test_sharded_run_equals_unsharded_oracle(layout: str, dp: int, expected: Any) -> None:
+    job = LAYOUTS[layout]
+    ranks = run_ranks(dp * job.tp * job.pp, sharded_run, job)
+    compare_runs(job, ranks, expected)
+    parts = [{name.partition(".")[0] for name in rank["names"]} for rank in ranks]
+    first, last = set.union(*parts[:dp]), set.union(*parts[-dp:])
+    assert first == {"vision_model", "vision_projection", "language_model"}
+    assert last == (first if job.pp == 1 else {"language_model"})
+
+
+@pytest.mark.support(ROW, "oracle")
+def test_a_projector_trains_between_frozen_models() -> None:
+    job = replace(PROJECTOR, tp=2, pp=2)
+    ranks = run_ranks(4, sharded_run, job)
+    compare_runs(job, ranks, run_ranks(1, unsharded_run, PROJECTOR)[0])
+    held = {name for rank in ranks for name in rank["names"]}
+    assert held == {
+        f"vision_projection.encoder.linear_fc{number}.{kind}"
+        for number in "12"
+        for kind in ("weight", "bias")
+    }
+
+
+@pytest.mark.support(ROW, "overlap")
+def test_overlap_changes_no_bit() -> None:
+    job = replace(LLAVA, tp=2, bucket_size=None, steps=2)
+    with_overlap, without = (
+        [rank["final"] for rank in run_ranks(4, sharded_run, replace(job, overlap=overlap))]
+        for overlap in (True, False)
+    )
+    for key in ("param", "exp_avg", "v"):
+        found = whole_tensors(with_overlap, key, job)
+        for name, value in whole_tensors(without, key, job).items():
+            assert torch.equal(found[name], value), f"{key} {name}"
+
+
+@pytest.mark.support(ROW, "reshard")
+def test_checkpoints_reshard(tmp_path: Path) -> None:
+    # Tied embeddings on two stages, and on one.
+    saved_job = replace(LLAVA, tp=2, pp=2, bf16=True, steps=1)
+    saved = run_ranks(4, train_and_save, saved_job, str(tmp_path))
+    job = replace(saved_job, tp=1, pp=1)
+    compare(saved, saved_job, run_ranks(2, load_and_show, job, str(tmp_path)), job)
