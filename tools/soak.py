@@ -1,4 +1,4 @@
-"""Train a small mixture of experts under one layout after another, with saves, kills and resumes.
+"""Train a small model with experts and latent attention, and change its layout again and again.
 
     python tools/soak.py                          500 steps, about an hour on two cores
     python tools/soak.py --steps 60 --seed 3      minutes
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import shutil
 import sys
@@ -35,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.gather import slices_of, whole_tensors  # noqa: E402
 from tests.megatron_job import Job, Trainer  # noqa: E402
+from tests.models import LATENT  # noqa: E402
 from tests.ranks import run_ranks, start_program  # noqa: E402
 from tests.test_checkpoint import load, save  # noqa: E402
 
@@ -43,12 +43,19 @@ GROWTH = 64 * 2**20
 TIMEOUT = 600.0
 
 JOB = Job(
-    hidden=32, heads=4, groups=2, vocab=64, experts=4, layers=2, sequence=8, batch=16,
-    overlap=True, bucket_size=2000, lr=1e-3,
+    family="latent", hidden=32, heads=4, groups=4, vocab=64, experts=4, layers=2, sequence=8,
+    batch=16, overlap=True, bucket_size=2000, lr=3e-4, qk_layernorm=True,
     # Every expert takes every token: a choice between nearly equal logits would differ between
     # layouts, and then all that follows.
-    config_args={"moe_router_topk": 4},
+    config_args={**LATENT, "moe_router_topk": 4},
 )  # fmt: skip
+#: By how much masters may differ between layouts, relative to their largest element. Layouts add
+#: float32 numbers in different orders: two undisturbed runs (one rank, EP2 with replicated state)
+#: differed by 5e-7 after 500 steps. At a rate of 1e-3 training amplifies that by 1.02 per step, and
+#: no bound says anything in the end.
+BOUND = 1e-5
+#: By how much training must change them, or the comparison would prove nothing.
+MOVED = 1e-2
 #: Layout and ranks.
 LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
     "one rank": ({}, 1),
@@ -60,16 +67,6 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
     "ep2, two instances": ({"ep": 2, "instances": 2}, 4),
     "ep2, replicated state": ({"ep": 2, "distributed_optimizer": False}, 2),
 }
-
-
-def bound(steps: int) -> float:
-    """Return by how much masters may differ between layouts, relative to their largest element.
-
-    Layouts add float32 numbers in different orders, and each step of Adam amplifies that: two
-    undisturbed runs (one rank, EP2 x DP4) differed by 4e-7 after 150 steps, 4e-5 after 400 and 6e-3
-    after 500; one that went through eight layouts differed from one rank by 3e-5 after 150.
-    """
-    return 1e-5 * math.exp(0.02 * steps)
 
 
 @dataclass(frozen=True)
@@ -243,7 +240,7 @@ def soak(total: int, length: int, seed: int) -> dict[str, Any]:
 
     Raises:
         AssertionError: the run differs by one bit from the one that nothing disturbed, by more
-            than the bound from one under a single layout, or something leaked.
+            than ``BOUND`` from one under a single layout, or something leaked.
     """
     begin, killed = time.monotonic(), 0
     intervals: list[tuple[str, int, int]] = []
@@ -265,11 +262,12 @@ def soak(total: int, length: int, seed: int) -> dict[str, Any]:
         "layouts": sorted({layout for layout, _, _ in intervals}),
         "from the same layouts, undisturbed": difference(undisturbed(intervals), found),
         "from one rank": difference(undisturbed([("one rank", 0, total)]), found),
-        "bound": bound(total),
+        "from the start": difference(undisturbed([("one rank", 0, 0)]), found),
         "seconds": round(time.monotonic() - begin),
     }
     assert report["from the same layouts, undisturbed"] == 0.0, report
-    assert report["from one rank"] <= bound(total), report
+    assert report["from one rank"] <= BOUND, report
+    assert report["from the start"] >= MOVED, report
     return report
 
 
