@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 #: Tables of rules by role; see ``partition.rule_for``.
-PRESETS = ("paper", "first", "tensor")
+PRESETS = ("paper", "row", "first", "tensor")
 
 #: Rules that a user may set for parameters by name.
 RULES = ("row", "head", "tensor", "element")
@@ -30,10 +30,12 @@ class AdamMiniConfig:
 
     Args:
         preset: ``"paper"`` (default): one block per head of Query and Key, one per row of Value,
-            projections, MLP, embedding and output. ``"first"``: one block per head of Query and
-            Key, one second moment per element of embedding and output, one block per tensor
-            elsewhere. ``"tensor"``: one block per tensor (Query, Key and Value are one each).
-        value_as_block: make Value of one layer one block instead of one per row.
+            projections, MLP, embedding and output. ``"row"``: the same with one per row of Query
+            and Key. ``"first"``: one block per head of Query and Key, one second moment per
+            element of embedding and output, one block per tensor elsewhere. ``"tensor"``: one
+            block per tensor (Query, Key and Value are one each).
+        value_as_block: make Value of one layer one block instead of one per row; not with the
+            preset ``"row"``.
         full_v: ``fnmatch`` patterns of parameter names that keep one second moment per element.
         rules: ``(pattern, rule)`` pairs that override the preset, first match wins;
             rule is one of ``row``, ``head``, ``tensor``, ``element``. ``full_v`` comes first.
@@ -86,6 +88,11 @@ class AdamMiniConfig:
         object.__setattr__(self, "full_v", tuple(self.full_v))
         object.__setattr__(self, "rules", tuple((str(p), str(r)) for p, r in self.rules))
         _one_of("preset", self.preset, PRESETS)
+        if self.value_as_block and self.preset == "row":
+            raise ValueError(
+                "Adam-mini value_as_block=True has no meaning with preset='row', where each row of "
+                "Value is a block; drop one of them, or use preset='paper'."
+            )
         _one_of("backend", self.backend, BACKENDS)
         _one_of("exp_avg_dtype", self.exp_avg_dtype, EXP_AVG_DTYPES)
         _one_of("checkpoint_format", self.checkpoint_format, CHECKPOINT_FORMATS)

@@ -27,7 +27,8 @@ def add_partition_flags(group: Any, *, prefix: str = "") -> None:
         f"--{prefix}preset",
         choices=PRESETS,
         default=AdamMiniConfig.preset,
-        help="partition into blocks: 'paper' (head for Q and K, row elsewhere), 'first' (one "
+        help="partition into blocks: 'paper' (head for Q and K, row elsewhere), 'row' (for Q "
+        "and K, too), 'first' (one "
         "block per tensor outside of attention, embedding and output elementwise), 'tensor'",
     )
     group.add_argument(

@@ -47,7 +47,7 @@ def build(job: Job) -> list[str]:
     [
         (
             {"preset": "adam"},
-            "Adam-mini preset='adam' is not known; allowed: paper, first, tensor.",
+            "Adam-mini preset='adam' is not known; allowed: paper, row, first, tensor.",
         ),
         (
             {"rules": (("*.bias", "column"),)},

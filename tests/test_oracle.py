@@ -56,6 +56,8 @@ def labels_of(name: str, shape: tuple[int, ...], job: Job) -> Tensor:
     if "linear_qkv" in name:
         head_dim = job.config_args.get("kv_channels", job.hidden // job.heads)
         labels = qkv_labels(job.heads, job.groups, head_dim, shape[1], job.gated_attention)
+        if preset == "row":
+            return row_labels(*shape)
         if preset == "tensor":
             return _merge_qkv(labels, job, {"q", "k", "v"})
         if preset == "first" or job.adam_mini.get("value_as_block"):
@@ -65,7 +67,7 @@ def labels_of(name: str, shape: tuple[int, ...], job: Job) -> Tensor:
         return element_labels(*shape)
     if preset == "first" and ("embedding" in name or "output" in name):
         return element_labels(*shape)
-    return row_labels(*shape) if preset == "paper" else one_label(*shape)
+    return row_labels(*shape) if preset in ("paper", "row") else one_label(*shape)
 
 
 def _merge_qkv(labels: Tensor, job: Job, kinds: set[str]) -> Tensor:
@@ -336,6 +338,7 @@ def compare_runs(job: Job, ranks: list[dict[str, Any]], expected: dict[str, Any]
 
 
 PARTITIONS = {
+    "row": (replace(BASE, adam_mini={"preset": "row"}, tp=2, pp=2), 2),
     "first": (replace(BASE, adam_mini={"preset": "first"}, tp=2, groups=2), 3),
     "tensor, heads on all ranks": (
         replace(BASE, adam_mini={"preset": "tensor"}, tp=4, groups=1),

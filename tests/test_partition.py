@@ -43,33 +43,33 @@ from megatron_adam_mini.plan.roles import is_expert, role_of
 
 LAYER = "decoder.layers.0."
 
-#: What the paper asks for, written down apart from the package: role -> (paper, first, tensor).
+#: What the presets ask for, written apart from the package: role -> (paper, row, first, tensor).
 EXPECTED_RULES = {
-    "embedding": ("row", "element", "tensor"),
-    "output": ("row", "element", "tensor"),
-    "position_embedding": ("row", "element", "tensor"),
-    "tokentype_embedding": ("row", "element", "tensor"),
-    "qkv": ("qkv", "qkv", "qkv"),
-    "query": ("qkv", "qkv", "qkv"),
-    "key_value": ("qkv", "qkv", "qkv"),
-    "latent_query": ("qkv", "qkv", "qkv"),
-    "latent_key_value": ("qkv", "qkv", "qkv"),
-    "latent_down": ("row", "tensor", "tensor"),
-    "attention_projection": ("row", "tensor", "tensor"),
-    "mlp": ("row", "tensor", "tensor"),
-    "linear": ("row", "tensor", "tensor"),
-    "adapter": ("row", "tensor", "tensor"),
-    "mixer_input": ("row", "row", "row"),
-    "mixer_output": ("row", "tensor", "tensor"),
-    "convolution": ("element", "element", "element"),
-    "state_space": ("element", "element", "element"),
-    "softmax_offset": ("element", "element", "tensor"),
-    "relative_position": ("element", "element", "tensor"),
-    "vision_token": ("element", "element", "tensor"),
-    "norm": ("tensor", "tensor", "tensor"),
-    "bias": ("element", "element", "tensor"),
-    "router": ("element", "element", "tensor"),
-    "unknown": ("element", "element", "element"),
+    "embedding": ("row", "row", "element", "tensor"),
+    "output": ("row", "row", "element", "tensor"),
+    "position_embedding": ("row", "row", "element", "tensor"),
+    "tokentype_embedding": ("row", "row", "element", "tensor"),
+    "qkv": ("qkv", "row", "qkv", "qkv"),
+    "query": ("qkv", "row", "qkv", "qkv"),
+    "key_value": ("qkv", "row", "qkv", "qkv"),
+    "latent_query": ("qkv", "row", "qkv", "qkv"),
+    "latent_key_value": ("qkv", "row", "qkv", "qkv"),
+    "latent_down": ("row", "row", "tensor", "tensor"),
+    "attention_projection": ("row", "row", "tensor", "tensor"),
+    "mlp": ("row", "row", "tensor", "tensor"),
+    "linear": ("row", "row", "tensor", "tensor"),
+    "adapter": ("row", "row", "tensor", "tensor"),
+    "mixer_input": ("row", "row", "row", "row"),
+    "mixer_output": ("row", "row", "tensor", "tensor"),
+    "convolution": ("element", "element", "element", "element"),
+    "state_space": ("element", "element", "element", "element"),
+    "softmax_offset": ("element", "element", "element", "tensor"),
+    "relative_position": ("element", "element", "element", "tensor"),
+    "vision_token": ("element", "element", "element", "tensor"),
+    "norm": ("tensor", "tensor", "tensor", "tensor"),
+    "bias": ("element", "element", "element", "tensor"),
+    "router": ("element", "element", "element", "tensor"),
+    "unknown": ("element", "element", "element", "element"),
 }
 
 #: Tied embeddings, learned positions, biases, gated attention, Megatron's own layers.
@@ -343,13 +343,14 @@ def test_heads_of_a_source_that_lacks_something(name):
     [
         ({}, {}),
         ({"value_as_block": True}, {"v": "tensor"}),
+        ({"preset": "row"}, {"q": "row", "k": "row"}),
         ({"preset": "first"}, {"v": "tensor", "gate": "tensor"}),
         ({"preset": "tensor"}, dict.fromkeys(("q", "gate", "k", "v"), "tensor")),
         # Asked for by name, 'head' means heads under any preset.
         ({"preset": "tensor", "rules": (("*", "head"),)}, {}),
         ({"rules": (("*", "head"),)}, {}),
     ],
-    ids=["paper", "value_as_block", "first", "tensor", "tensor-head", "paper-head"],
+    ids=["paper", "value_as_block", "row", "first", "tensor", "tensor-head", "paper-head"],
 )
 def test_qkv_pattern_equals_row_by_row_labels(geometry, options, parts):
     blocks = partition_parameter(qkv_info(*geometry), AdamMiniConfig(**options))
@@ -421,10 +422,11 @@ def label_heads(
     [
         ({}, "head", "row"),
         ({"value_as_block": True}, "head", "tensor"),
+        ({"preset": "row"}, "row", "row"),
         ({"preset": "first"}, "head", "tensor"),
         ({"preset": "tensor"}, "tensor", "tensor"),
     ],
-    ids=["paper", "value_as_block", "first", "tensor"],
+    ids=["paper", "value_as_block", "row", "first", "tensor"],
 )
 def test_heads_of_other_attention_weights(role, key_rows, value_rows, options, key, value):
     heads = HeadGeometry.of(HEADS, role)
@@ -433,6 +435,15 @@ def test_heads_of_other_attention_weights(role, key_rows, value_rows, options, k
     blocks = partition_parameter(info, AdamMiniConfig(**options))
     assert blocks.num_blocks == len(set(labels))
     assert_pattern_equals_labels(blocks.pattern, labels)
+
+
+def test_value_as_block_contradicts_rows():
+    text = (
+        "Adam-mini value_as_block=True has no meaning with preset='row', where each row of Value "
+        "is a block; drop one of them, or use preset='paper'."
+    )
+    with pytest.raises(ValueError, match=message(text)):
+        AdamMiniConfig(preset="row", value_as_block=True)
 
 
 def test_rows_that_do_not_fit_latent_heads():
@@ -742,7 +753,7 @@ def message(text: str) -> str:
 
 
 def test_unknown_preset():
-    text = "Adam-mini preset='adam' is not known; allowed: paper, first, tensor."
+    text = "Adam-mini preset='adam' is not known; allowed: paper, row, first, tensor."
     with pytest.raises(ValueError, match=message(text)):
         AdamMiniConfig(preset="adam")
 
@@ -778,7 +789,7 @@ def test_head_rule_needs_heads(role):
         partition_parameter(info_of(role), AdamMiniConfig(rules=(("*", "head"),)))
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [p for p in PRESETS if p != "row"])
 def test_heads_that_do_not_divide_into_groups(preset):
     geometry = HeadGeometry(num_heads=6, num_query_groups=4, head_dim=2)
     text = (

@@ -33,35 +33,35 @@ IntArray = NDArray[np.int64]
 #: name the rule of each parameter, so another rule for a role needs no new version: v is converted.
 RULE_VERSION = 1
 
-#: role -> its rule under the presets paper, first and tensor, argued in docs/partition.md. ``qkv``
+#: role -> its rule under each of ``PRESETS``, argued in docs/partition.md. ``qkv``
 #: is resolved further by :func:`head_pattern`. Parameters with other roles get one second moment
 #: per element and are reported as such.
-_ROLE_RULES: dict[str, tuple[str, str, str]] = {
-    "embedding": ("row", "element", "tensor"),
-    "output": ("row", "element", "tensor"),
-    "position_embedding": ("row", "element", "tensor"),
-    "tokentype_embedding": ("row", "element", "tensor"),
-    "relative_position": ("element", "element", "tensor"),
-    "vision_token": ("element", "element", "tensor"),
-    "qkv": ("qkv", "qkv", "qkv"),
-    "query": ("qkv", "qkv", "qkv"),
-    "key_value": ("qkv", "qkv", "qkv"),
-    "latent_query": ("qkv", "qkv", "qkv"),
-    "latent_key_value": ("qkv", "qkv", "qkv"),
-    "latent_down": ("row", "tensor", "tensor"),
-    "attention_projection": ("row", "tensor", "tensor"),
-    "softmax_offset": ("element", "element", "tensor"),
+_ROLE_RULES: dict[str, tuple[str, str, str, str]] = {
+    "embedding": ("row", "row", "element", "tensor"),
+    "output": ("row", "row", "element", "tensor"),
+    "position_embedding": ("row", "row", "element", "tensor"),
+    "tokentype_embedding": ("row", "row", "element", "tensor"),
+    "relative_position": ("element", "element", "element", "tensor"),
+    "vision_token": ("element", "element", "element", "tensor"),
+    "qkv": ("qkv", "row", "qkv", "qkv"),
+    "query": ("qkv", "row", "qkv", "qkv"),
+    "key_value": ("qkv", "row", "qkv", "qkv"),
+    "latent_query": ("qkv", "row", "qkv", "qkv"),
+    "latent_key_value": ("qkv", "row", "qkv", "qkv"),
+    "latent_down": ("row", "row", "tensor", "tensor"),
+    "attention_projection": ("row", "row", "tensor", "tensor"),
+    "softmax_offset": ("element", "element", "element", "tensor"),
     # Several projections that differ in scale lie in one weight, so it is never one block.
-    "mixer_input": ("row", "row", "row"),
-    "mixer_output": ("row", "tensor", "tensor"),
-    "convolution": ("element", "element", "element"),
-    "state_space": ("element", "element", "element"),
-    "mlp": ("row", "tensor", "tensor"),
-    "linear": ("row", "tensor", "tensor"),
-    "adapter": ("row", "tensor", "tensor"),
-    "router": ("element", "element", "tensor"),
-    "norm": ("tensor", "tensor", "tensor"),
-    "bias": ("element", "element", "tensor"),
+    "mixer_input": ("row", "row", "row", "row"),
+    "mixer_output": ("row", "row", "tensor", "tensor"),
+    "convolution": ("element", "element", "element", "element"),
+    "state_space": ("element", "element", "element", "element"),
+    "mlp": ("row", "row", "tensor", "tensor"),
+    "linear": ("row", "row", "tensor", "tensor"),
+    "adapter": ("row", "row", "tensor", "tensor"),
+    "router": ("element", "element", "element", "tensor"),
+    "norm": ("tensor", "tensor", "tensor", "tensor"),
+    "bias": ("element", "element", "element", "tensor"),
 }
 
 
