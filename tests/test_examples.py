@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy
 import pytest
@@ -19,7 +19,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import demo
 import tokenize_bytes
-from tests.ranks import run_ranks, start_program
+from tests.ranks import start_program
 from tests.test_resume import launch
 
 RUN_TIMEOUT_S = 150.0
@@ -312,66 +312,3 @@ def test_megatron_log_lines_are_understood() -> None:
     match = demo._VALIDATION.search(line)
     assert match is not None
     assert float(match[1]) == 2.2
-
-
-def check_llama2_flags(flags: list[str]) -> None:
-    """Parse and check the flags as rank 0 of 32 would. (A rank, because those have Megatron.)"""
-    os.environ.update(WORLD_SIZE="32", RANK="0")
-    from megatron.training import arguments
-
-    import megatron_adam_mini
-
-    megatron_adam_mini.register()
-    sys.argv = ["pretrain_gpt.py", *flags]
-    args = arguments.parse_args()
-    assert args.optimizer == "adam_mini"
-    arguments.validate_args(args)
-    assert args.use_distributed_optimizer
-    assert args.overlap_param_gather
-    assert args.sequence_parallel
-    assert (args.data_parallel_size, args.lr_warmup_iters, args.exit_interval) == (4, 2500, 7)
-    assert (args.adam_beta1, args.adam_beta2, args.adam_eps) == (0.9, 0.95, 1e-8)
-    assert (args.weight_decay, args.clip_grad) == (0.1, 1.0)
-    assert (args.ffn_hidden_size, args.swiglu, args.normalization) == (11008, True, "RMSNorm")
-
-
-class TestLlama2Script:
-    """The GPU script, as far as it goes without GPUs: with a torchrun that prints its arguments."""
-
-    def run(self, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-        torchrun = tmp_path / "torchrun"
-        torchrun.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
-        torchrun.chmod(0o755)
-        return subprocess.run(
-            ["bash", str(EXAMPLES / "train_llama2_7b.sh"), "--exit-interval", "7"],
-            env={"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **environment},
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
-
-    REQUIRED: ClassVar = {
-        "MEGATRON_LM": "/lm",
-        "TOKENIZER_MODEL": "/t.model",
-        "DATA_PATH": "/data/text",
-    }
-
-    @pytest.mark.parametrize("missing", REQUIRED)
-    def test_missing_input_is_named(self, tmp_path: Path, missing: str) -> None:
-        result = self.run(tmp_path, **{k: v for k, v in self.REQUIRED.items() if k != missing})
-        assert result.returncode == 1
-        assert f"set {missing} to" in result.stderr
-
-    def test_layout_that_does_not_divide(self, tmp_path: Path) -> None:
-        result = self.run(tmp_path, **self.REQUIRED, TP="3")
-        assert result.returncode == 2
-        assert "TP x PP = 3 does not divide the 8 GPUs" in result.stderr
-
-    def test_flags_are_known_and_valid(self, tmp_path: Path) -> None:
-        result = self.run(tmp_path, **self.REQUIRED, NUM_NODES="4", TP="4", PP="2")
-        assert result.returncode == 0, result.stderr
-        first_line, *words = result.stdout.splitlines()
-        assert "TP 4 x PP 2 x DP 4 on 4 x 8 GPUs" in first_line
-        script = words.index("/lm/pretrain_gpt.py")
-        assert words[script - 2 : script] == ["-m", "megatron_adam_mini.launch"]
-        run_ranks(1, check_llama2_flags, words[script + 1 :])

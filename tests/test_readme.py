@@ -37,8 +37,10 @@ DOCUMENTS = [
 PATH = re.compile(r"[\w.*-]+(/[\w.*-]+)*(/|\.(py|md|sh|cpp|inc|toml|txt|patch))|[\w-]+(/[\w*-]+)+")
 #: The user's own.
 ELSEWHERE = {"pretrain_gpt.py"}
-#: Flags of programs whose parsers are not asked: setup.py, git, torchrun, frameworks.
-OTHER_FLAGS = {"--inplace", "--nproc-per-node", "--help", "--reset-optimizer-states"}
+#: Flags of programs whose parsers are not asked: setup.py, git, torchrun, frameworks, train.sh,
+#: Slurm, Docker.
+OTHER_FLAGS = {"--inplace", "--nproc-per-node", "--help", "--reset-optimizer-states", "--plan"}
+OTHER_FLAGS |= {"--nodes", "--build-arg"}
 
 
 @dataclass
