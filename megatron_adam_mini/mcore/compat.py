@@ -212,6 +212,16 @@ def expert_tp_group(groups: Any) -> ProcessGroup:
     return group
 
 
+def sharing_group(chunk: Any, *, expert: bool) -> ProcessGroup:
+    """Return the data-parallel ranks that share the state of a DDP-wrapped chunk's parameters.
+
+    With several optimizer instances those within one of them: DDP has already added the gradients
+    of the others. ``intra_dp_cp_group`` and ``intra_expt_dp_group``; all.
+    """
+    group: ProcessGroup = chunk.intra_expt_dp_group if expert else chunk.intra_dp_cp_group
+    return group
+
+
 def norm_group(groups: Any) -> ProcessGroup | None:
     """Return the ranks of one distributed-optimizer instance, ``None`` for all ranks of the job.
 

@@ -34,6 +34,7 @@ from megatron_adam_mini.mcore.param_info import collect_parameters, frozen_keys
 from megatron_adam_mini.mcore.preflight import (
     refuse_buckets,
     refuse_coupled_decay,
+    refuse_missing_groups,
     refuse_qk_clip,
     refuse_single_phase,
     refuse_unsupported,
@@ -146,6 +147,7 @@ def _plan(
     backend = select_backend(options.backend, device).NAME
 
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+    _check_groups(groups, config, options, model_chunks)
     expert_tp = compat.expert_tp_group(groups)
     infos = collect_parameters(model_chunks, tp_group=groups.tp, expert_tp_group=expert_tp)
     if any(map(is_quantized, infos)):
@@ -189,12 +191,15 @@ def _plan(
 
 def _domain_names(model_chunks: Sequence[Any]) -> list[str]:
     """Return the domains of the model: the same on all ranks, also where a stage has no expert."""
-    experts = any(
+    return [DENSE, EXPERT] if _has_experts(model_chunks) else [DENSE]
+
+
+def _has_experts(model_chunks: Sequence[Any]) -> bool:
+    return any(
         getattr(getattr(chunk, "config", None), "num_moe_experts", None)
         or chunk.expert_parallel_buffers
         for chunk in model_chunks
     )
-    return [DENSE, EXPERT] if experts else [DENSE]
 
 
 def _sharing_ranks(domain: str, groups: ProcessGroupCollection) -> str:
@@ -212,6 +217,25 @@ def _check_chunks(model_chunks: Sequence[Any]) -> None:
                 f"Adam-mini needs model chunks wrapped in megatron.core's DistributedDataParallel, "
                 f"got {type(chunk).__name__}; wrap them as megatron.training.get_model does."
             )
+
+
+def _check_groups(
+    groups: ProcessGroupCollection,
+    config: OptimizerConfig,
+    options: AdamMiniConfig,
+    model_chunks: Sequence[Any],
+) -> None:
+    of_model = getattr(model_chunks[0], "config", None)
+    expert_tp_size = getattr(of_model, "expert_tensor_parallel_size", None)
+    tp_size = getattr(of_model, "tensor_model_parallel_size", None)
+    refuse_missing_groups(
+        groups,
+        experts=_has_experts(model_chunks),
+        expert_tp=expert_tp_size is not None and expert_tp_size != tp_size,
+        distributed_optimizer=config.use_distributed_optimizer,
+        instances=model_chunks[0].ddp_config.num_distributed_optimizer_instances,
+        buckets=options.checkpoint_format == BUCKETS,
+    )
 
 
 def _check_options(
@@ -291,18 +315,11 @@ def _domain(
     index_of = {param: index for index, param in enumerate(params)}
     dp_group: ProcessGroup | None = None
     if config.use_distributed_optimizer:
-        # With several optimizer instances this is the group within one of them: Megatron has
-        # already added the gradients of the others.
-        dp_group = buffers[0].data_parallel_group if buffers else None
-        layouts, live = sharded_buffers(buffers, index_of, dp_group.size() if dp_group else 1)
-        instances = model_chunks[0].ddp_config.num_distributed_optimizer_instances
-        replicas = instances > 1
+        # Also where all parameters of the stage are frozen: one of its ranks writes for all.
+        dp_group = compat.sharing_group(model_chunks[0], expert=expert)
+        layouts, live = sharded_buffers(buffers, index_of, dp_group.size())
+        replicas = model_chunks[0].ddp_config.num_distributed_optimizer_instances > 1
         norm_group = compat.norm_group(groups)
-        if norm_group is None and instances > 1:
-            raise ValueError(
-                f"{instances} distributed-optimizer instances need pg_collection.intra_dist_opt: "
-                "over all ranks every gradient would count once per instance in the norm."
-            )
     else:
         layouts, live = whole_parameters(buffers, index_of)
         replicas = True

@@ -134,7 +134,8 @@ class SavedState(DistributedNames):
         ]
 
     def _sizes(self) -> dict[str, int]:
-        groups = self._groups_of_ranks
+        groups, chunk = self._groups_of_ranks, self.model_chunks[0]
+        dp_group, whole_group = chunk.dp_group, chunk.dp_cp_group
         experts = (
             {"expert": groups.ep.size(), "expert_tensor": self.expert_tp_group.size()}
             if len(self.domain_groups) > 1
@@ -144,8 +145,8 @@ class SavedState(DistributedNames):
             "tensor": groups.tp.size(),
             "pipeline": groups.pp.size(),
             "virtual_pipeline": len(self.model_chunks),
-            "context": groups.cp.size(),
-            "data": groups.dp_cp.size() // groups.cp.size(),
+            "context": whole_group.size() // dp_group.size(),
+            "data": dp_group.size(),
             "distributed_optimizer": int(self.ddp_config.use_distributed_optimizer),
             **experts,
         }
