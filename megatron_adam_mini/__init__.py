@@ -1,19 +1,21 @@
-"""Adam-mini as a distributed optimizer for Megatron-style 3D parallelism.
+"""Adam-mini as a distributed optimizer for Megatron-style 3D parallelism, and for plain PyTorch.
 
-Importing this package imports neither torch nor megatron; :func:`register` does.
+Importing this package imports neither torch nor megatron; :func:`register` does, and the name
+``AdamMini`` imports torch.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_adam_mini.config import AdamMiniConfig
 
 if TYPE_CHECKING:
     from megatron_adam_mini.mcore.registration import Registration
+    from megatron_adam_mini.standalone.optimizer import AdamMini
 
 __version__ = "0.1.0"
-__all__ = ["AdamMiniConfig", "__version__", "register"]
+__all__ = ["AdamMini", "AdamMiniConfig", "__version__", "register"]
 
 
 def register() -> Registration:
@@ -27,3 +29,11 @@ def register() -> Registration:
     from megatron_adam_mini.mcore.registration import register as register_with_megatron
 
     return register_with_megatron()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AdamMini":
+        from megatron_adam_mini.standalone.optimizer import AdamMini
+
+        return AdamMini
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

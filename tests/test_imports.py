@@ -33,7 +33,7 @@ LAYERS = (
     ("kernels",),
     ("wide_sums", "host_update"),
     ("decision",),
-    ("optimizer",),
+    ("optimizer", "standalone"),
     ("convert",),
     ("mcore",),
     ("cpu_host",),
@@ -67,6 +67,7 @@ THIRD_PARTY = {
     "host_update": {"numpy", "torch"},
     "decision": {"torch"},
     "optimizer": {"numpy", "torch"},
+    "standalone": {"numpy", "torch"},
     "convert": {"numpy", "torch", "tqdm"},
     "mcore": {"numpy", "torch", "megatron"},
     "cpu_host": {"torch"},
@@ -228,9 +229,9 @@ def test_imports_point_downwards(module):
     layer = layer_of(module)
     imports = imports_in(module)
     if layer == "__init__":
-        # The package's front door: the config at once, Megatron's side only when asked for.
+        # The package's front door: the config at once, the optimizers only when asked for.
         assert own_layers([i for i in imports if i[1]]) == ["config"]
-        assert set(own_layers(imports)) <= {"config", "mcore"}
+        assert set(own_layers(imports)) <= {"config", "mcore", "standalone"}
         return
     others = set(own_layers(imports)) - {layer}
     upwards = {other for other in others if height(other) >= height(layer)}
@@ -301,7 +302,7 @@ def test_cpu_host_stands_alone(module):
     assert set(own_layers(imports_in(module))) <= {"cpu_host"}
 
 
-@pytest.mark.parametrize("layer", ["optimizer", "kernels", "collectives", "plan"])
+@pytest.mark.parametrize("layer", ["optimizer", "standalone", "kernels", "collectives", "plan"])
 def test_nothing_of_the_optimizer_needs_the_cpu_host(layer):
     for module in MODULES:
         if layer_of(module) == layer:
@@ -317,6 +318,7 @@ def test_nothing_of_the_optimizer_needs_the_cpu_host(layer):
         ("import megatron_adam_mini.plan.layout", ("torch", "megatron")),
         ("import megatron_adam_mini.estimate.report", ("torch", "megatron")),
         ("import megatron_adam_mini.optimizer", ("megatron",)),
+        ("from megatron_adam_mini import AdamMini", ("megatron", "triton")),
     ],
 )
 def test_what_an_import_pulls_in(statement, absent):

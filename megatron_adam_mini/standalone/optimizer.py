@@ -1,0 +1,173 @@
+"""Adam-mini as a ``torch.optim.Optimizer``.
+
+Imports torch, ``config``, ``kernels`` and the modules before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from megatron_adam_mini.config import AdamMiniConfig, check_adam_values
+from megatron_adam_mini.kernels import select_backend
+from megatron_adam_mini.standalone.block_sums import complete_
+from megatron_adam_mini.standalone.local_shard import LocalShard
+from megatron_adam_mini.standalone.partition import partition_groups
+from megatron_adam_mini.standalone.scalar_pool import ScalarPool
+
+
+class AdamMini(Optimizer):
+    """AdamW whose second moment v is one number per block of parameters.
+
+    Args:
+        params: ``model.named_parameters()``, or groups whose ``params`` are pairs of name and
+            parameter. Blocks follow from names.
+        lr, betas, eps, weight_decay: as of ``torch.optim.AdamW``; a group may have its own.
+        num_heads: attention heads (of Query). A group may have its own, like the next two.
+        num_query_groups: heads of Key and Value; default: ``num_heads``.
+        head_dim: rows of a head; default: from the shapes of Query and Key.
+        preset, value_as_block, full_v, backend: see :class:`~megatron_adam_mini.AdamMiniConfig`.
+        rules: ``{pattern of names: "row" | "head" | "tensor" | "element"}``, first match wins;
+            ``{"*": "tensor"}`` is the paper's Algorithm 3, for models that are no Transformers.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: a value, dtype or layout that is not allowed;
+            the message names the value, the allowed ones and the remedy.
+
+    Source: Zhang et al., arXiv:2406.16793, Algorithms 1 to 3; decoupled weight decay of Loshchilov
+    and Hutter, arXiv:1711.05101.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        num_heads: int | None = None,
+        num_query_groups: int | None = None,
+        head_dim: int | None = None,
+        preset: str = "paper",
+        value_as_block: bool = False,
+        full_v: tuple[str, ...] = (),
+        rules: Mapping[str, str] | None = None,
+        backend: str = "auto",
+    ) -> None:
+        self.config = AdamMiniConfig(
+            preset=preset,
+            value_as_block=value_as_block,
+            full_v=full_v,
+            rules=tuple((rules or {}).items()),
+            backend=backend,
+        )
+        self._shards: dict[Tensor, LocalShard] = {}
+        self._scalars = ScalarPool()
+        values = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        heads = {"num_heads": num_heads, "num_query_groups": num_query_groups}
+        super().__init__(params, {**values, **heads, "head_dim": head_dim})
+        self._local_shards()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; all ranks that share a parameter must call it.
+
+        Equations, with g the gradient and b its block::
+
+            v_b <- beta2 v_b + (1 - beta2) mean(g_b * g_b)
+            m   <- beta1 m + (1 - beta1) g
+            p   <- p - lr * weight_decay * p
+            p   <- p - lr / (1 - beta1^t) * m / (sqrt(v_b / (1 - beta2^t)) + eps)
+
+        A parameter without a gradient stays as it is, and so does its state.
+
+        Args:
+            closure: computes gradients anew, and returns the loss.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        shards = self._local_shards()
+        # sum(g_b * g_b): of this rank's part of b, then of all of b
+        for shard in shards.values():
+            shard.sum_squares_()
+        complete_(shard.sums for shard in shards.values() if shard.sums is not None)
+        # v_b, m and p
+        self._scalars.begin_step()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    state = self.state[param] = self.state[param] or shards[param].new_state()
+                    state["step"] += 1
+                    shards[param].update_(state, self._scalars.of(group, state["step"], param))
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; see ``torch.optim.Optimizer``. A parameter that comes twice counts once.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: as the class.
+        """
+        params = param_group["params"]
+        if not isinstance(params, Tensor | set):
+            unique = {
+                id(item[1] if isinstance(item, tuple) else item): item for item in [*params][::-1]
+            }
+            param_group["params"] = list(unique.values())[::-1]
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        check_adam_values(**{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")})
+        if self._shards:
+            self._shards = {}
+            self._local_shards()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load state of the same partition; see ``torch.optim.Optimizer``.
+
+        Raises:
+            ValueError: it is the state of another partition, layout or optimizer.
+        """
+        shards, names = self._local_shards(), [group["param_names"] for group in self.param_groups]
+        params = (param for group in self.param_groups for param in group["params"])
+        numbers = (number for group in state_dict["param_groups"] for number in group["params"])
+        saved = {
+            param: state_dict["state"].get(number)
+            for number, param in zip(numbers, params, strict=False)  # torch checks the lengths
+        }
+        # torch would cast v to the dtype of the parameter, and take over the names.
+        adopted = {p: shards[p].adopt(state) for p, state in saved.items() if state and p in shards}
+        super().load_state_dict(state_dict)
+        self.state.update(adopted)
+        for group, own in zip(self.param_groups, names, strict=True):
+            group["param_names"] = own
+
+    def manifest(self) -> list[dict[str, Any]]:
+        """Return name, shape, rule and number of second moments of each parameter."""
+        return [shard.blocks.manifest_entry() for shard in self._local_shards().values()]
+
+    def _local_shards(self) -> dict[Tensor, LocalShard]:
+        """Return what this rank holds, made anew if parameters were replaced or moved."""
+        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        if any(param not in self._shards or self._shards[param].moved for param in params):
+            self._shards = {
+                param: LocalShard(param, blocks, select_backend(self.config.backend, param.device))
+                for param, blocks in partition_groups(self.param_groups, self.config).items()
+                if param.requires_grad
+            }
+        return self._shards
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "config": self.config}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._shards, self._scalars = {}, ScalarPool()
