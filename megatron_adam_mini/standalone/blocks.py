@@ -169,23 +169,34 @@ def _head_dim(
     return num_rows // total
 
 
-def check_head_dims(blocks: Mapping[str, Blocks], weights: Mapping[str, Weight]) -> None:
-    """Check that Query and Key of one attention have heads of one size.
+def check_head_dims(
+    blocks: Mapping[str, Blocks], weights: Mapping[str, Weight], heads: Mapping[str, Heads]
+) -> None:
+    """Check that the weights of each attention agree on the size of a head.
 
-    A wrong ``num_heads`` divides many sizes without a remainder; this notices most of them.
+    A wrong ``num_heads`` divides many numbers of rows without a remainder, but then Query and Key
+    differ, or a fused weight and the projection of the output.
 
     Raises:
-        ValueError: they differ.
+        ValueError: they do not agree.
     """
-    found: dict[str, tuple[str, int]] = {}
+    sizes: dict[str, dict[str, float]] = {}
     for name, made in blocks.items():
-        if not made.head_dim or weights[name].parts == ("value",):
-            continue
-        attention = name.rsplit(".", 2)[0]
-        other, size = found.setdefault(attention, (name, made.head_dim))
-        if size != made.head_dim:
+        if made.head_dim and weights[name].parts != ("value",):
+            sizes.setdefault(_module(name), {})[name] = made.head_dim
+    for name, made in blocks.items():
+        if weights[name].role == "attention_projection":
+            found = sizes.get(_module(name), {})
+            if any(len(weights[other].parts) == 3 for other in found):
+                found[name] = made.row_numel / heads[name].count("query")
+    for module, found in sizes.items():
+        if len(set(found.values())) > 1:
             raise ValueError(
-                f"Heads of {other!r} would have {size} rows and heads of {name!r} "
-                f"{made.head_dim}; they must be equal. Give the model's num_heads and "
-                f"num_query_groups, or other rules: rules={{'{attention}.*': 'row'}}."
+                f"Weights of {module!r} do not agree on the size of a head: {found}. Give the "
+                f"model's num_heads and num_query_groups, or other rules: "
+                f"rules={{'{module}.*': 'row'}}."
             )
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight").rpartition(".")[0]

@@ -77,7 +77,10 @@ def mesh_rows(param: Tensor, blocks: Blocks) -> MeshRows:
     mesh, placements = param.device_mesh, row_placements(param, blocks.row_dim)
     coordinate = mesh.get_coordinate()
     if coordinate is None:
-        raise ValueError(f"Parameter {blocks.name!r} lies on a device mesh without this rank.")
+        raise ValueError(
+            f"Parameter {blocks.name!r} lies on {mesh}, to which this rank does not belong. "
+            "Remedy: give each rank's optimizer the parameters that it holds."
+        )
     by_row = [dim for dim, placement in enumerate(placements) if not _is_replicate(placement)]
     by_width = [
         dim

@@ -50,7 +50,7 @@ _MATRICES = tuple(
         (r"(?:q_proj|wq|self\.query)\.weight", Weight("query", ("query",))),
         (r"(?:k_proj|wk|self\.key)\.weight", Weight("key_value", ("key",))),
         (r"(?:v_proj|wv|self\.value)\.weight", Weight("key_value", ("value",))),
-        (r"(?:attn\.c_attn\.weight|qkv_proj\.weight|attn\.in_proj_weight)", Weight("qkv", _QKV)),
+        (r"(?:attn\.c_attn\.weight|qkv_proj\.weight|in_proj_weight)", Weight("qkv", _QKV)),
         (
             r"(?:o_proj|wo|attn\.c_proj|attn\.out_proj|attention\.output\.dense)\.weight",
             Weight("attention_projection"),

@@ -47,7 +47,7 @@ def partition_groups(
         name: partition(name, shapes[name], weights[name], heads, config)
         for name, (_, heads) in named.items()
     }
-    check_head_dims(blocks, weights)
+    check_head_dims(blocks, weights, {name: heads for name, (_, heads) in named.items()})
     if unmatched := unmatched_patterns(list(named), config):
         raise ValueError(
             f"Adam-mini rules for {', '.join(map(repr, unmatched))} match no parameter; there are "
