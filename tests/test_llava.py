@@ -6,6 +6,8 @@ first layers of the language model.
 
 from __future__ import annotations
 
+import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,12 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_adam_mini import cli
+from megatron_adam_mini.checkpoint.errors import UnreadableError
+from megatron_adam_mini.checkpoint.reader import Checkpoint
+from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.convert.blocks import blocks_of
+from megatron_adam_mini.convert.parameters import fold
 from tests.gather import whole_tensors
 from tests.megatron_job import Job
 from tests.ranks import run_ranks
@@ -74,9 +82,31 @@ def test_overlap_changes_no_bit() -> None:
 
 
 @pytest.mark.support(ROW, "reshard")
-def test_checkpoints_reshard(tmp_path: Path) -> None:
-    # Tied embeddings on two stages, and on one.
-    saved_job = replace(LLAVA, tp=2, pp=2, bf16=True, steps=1)
+def test_checkpoints_reshard(tmp_path: Path, capsys: Any) -> None:
+    # Tied embeddings on two stages, and on one. Without overlap, no gather of weights is
+    # outstanding at the time of the save, so that they can be verified.
+    saved_job = replace(LLAVA, tp=2, pp=2, bf16=True, steps=1, overlap=False, bucket_size=None)
     saved = run_ranks(4, train_and_save, saved_job, str(tmp_path))
-    job = replace(saved_job, tp=1, pp=1)
+    job = replace(saved_job, tp=1, pp=1, overlap=True, bucket_size=2000)
     compare(saved, saved_job, run_ranks(2, load_and_show, job, str(tmp_path)), job)
+    capsys.readouterr()
+    assert cli.main(["verify", "--json", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == []  # heads were checked, too
+    heads = Checkpoint(tmp_path).optimizer["adam_mini"]["heads"]
+    assert {(h["num_heads"], h["num_query_groups"], h["head_dim"]) for h in heads.values()} == {
+        (4, 4, 6),
+        (4, 2, 8),
+    }
+
+
+def test_args_do_not_tell_the_heads_of_a_vision_model() -> None:
+    args = argparse.Namespace(num_attention_heads=4, num_query_groups=2, kv_channels=8)
+    args.group_query_attention, args.transformer_impl = True, "local"
+    (language, vision) = (
+        next(fold(f"{part}.decoder.layers.self_attention.linear_qkv.weight", (1, rows, 32)))
+        for part, rows in (("language_model", 64), ("vision_model", 64))
+    )
+    blocks = blocks_of([language], args, AdamMiniConfig())
+    assert [found.num_blocks for found in blocks.values()] == [4 + 2 + 2 * 8]
+    with pytest.raises(UnreadableError, match="not those of 'vision_model"):
+        blocks_of([vision], args, AdamMiniConfig())

@@ -646,7 +646,8 @@ PINNED_MANIFESTS = {
 def test_manifest_of_dense_models_stays_what_checkpoints_hold(name, options):
     (infos,) = stage_parameters(GPT if name == "gpt" else MODELS[name], Parallel(), pp_rank=0)
     found = manifest(infos, **PINNED_OPTIONS[options])
-    assert (found["hash"], short_hash(found["parameters"])) == PINNED_MANIFESTS[name, options]
+    entries = [{k: v for k, v in e.items() if k != "heads"} for e in found["parameters"]]
+    assert (found["hash"], short_hash(entries)) == PINNED_MANIFESTS[name, options]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -24,7 +24,8 @@ from tests.adam_checkpoints import MINI, saved
 
 M_KEY = "optimizer.adam_mini.exp_avg.decoder.layers.1.mlp.linear_fc2.weight"
 V_KEY = "optimizer.adam_mini.v_row.decoder.layers.1.mlp.linear_fc2.weight"
-HEADS_KEY = "optimizer.adam_mini.v_row.decoder.layers.0.self_attention.linear_qkv.weight"
+QKV = "decoder.layers.0.self_attention.linear_qkv.weight"
+HEADS_KEY = f"optimizer.adam_mini.v_row.{QKV}"
 
 
 @pytest.fixture
@@ -214,6 +215,8 @@ def test_wrong_values_are_found(key, value, words, folder, capsys):
         (lambda i: i["rules"].update({"output_layer.weight": ["tensor", 1]}), "its options make"),
         (lambda i: i["partition"].update(preset="tensor"), "its options make"),
         (lambda i: i.update(layout="x"), "content metadata"),
+        (lambda i: i["heads"].update({QKV: {"heads": 4}}), "stores heads of"),
+        (lambda i: i["heads"][QKV].update(num_heads=2), "2 heads"),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_found(change, words, folder, capsys):
@@ -232,6 +235,7 @@ def test_a_manifest_with_the_names_of_a_run_is_good(folder, capsys):
     names = {key: name_of(key, local=True) for key in identity["rules"]}
     assert any(key != name for key, name in names.items())
     identity["format"] = 1
+    del identity["heads"]
     identity["rules"] = {names[key]: rule for key, rule in identity["rules"].items()}
     shapes = {names[key]: parameter_of(source, key).shape for key in names}
     parameters = [

@@ -6,9 +6,11 @@ Megatron's checkpoints.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
-from megatron_adam_mini.checkpoint.errors import UnreadableError
+from megatron_adam_mini.checkpoint.errors import CorruptError, UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint
 from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.convert.parameters import StoredParameter, name_in_run
@@ -18,6 +20,9 @@ from megatron_adam_mini.plan.partition import (
     partition_parameter,
     unmatched_patterns,
 )
+
+#: Start of the keys whose heads are those that ``args`` describe: not a vision model's.
+_TOLD_BY_ARGS = re.compile(r"(language_model\.)?(decoder|encoder|mtp)\.")
 
 
 def args_of(checkpoint: Checkpoint) -> Any:
@@ -54,14 +59,46 @@ def heads_of(args: Any, role: str = "qkv") -> HeadGeometry:
         ) from error
 
 
-def info_of(parameter: StoredParameter, name: str, args: Any) -> ParameterInfo:
-    """Return what the partition must know of a parameter; ``args`` give its head geometry."""
-    return ParameterInfo.of(
-        name,
-        parameter.shape,
-        lambda role: None if args is None else heads_of(args, role),
-        key=parameter.key,
-    )
+def info_of(
+    parameter: StoredParameter,
+    name: str,
+    args: Any,
+    stored: Mapping[str, Mapping[str, Any]] | None = None,
+) -> ParameterInfo:
+    """Return what the partition must know of a parameter.
+
+    Args:
+        parameter: where the checkpoint has it.
+        name: its name in a model.
+        args: the checkpoint's, ``None`` if it has none.
+        stored: head geometries that the checkpoint stores with Adam-mini's state, by folded key;
+            ``args`` tell those that are missing.
+
+    Raises:
+        CorruptError: a stored geometry is none.
+        UnreadableError: ``args`` do not tell the heads.
+    """
+
+    def heads(role: str) -> HeadGeometry | None:
+        numbers = (stored or {}).get(parameter.key)
+        if numbers is not None:
+            try:
+                return HeadGeometry.stored(numbers, role)
+            except TypeError as error:
+                raise CorruptError(
+                    f"The checkpoint stores heads of {parameter.key!r} as {numbers!r}."
+                ) from error
+        if args is None:
+            return None
+        if not _TOLD_BY_ARGS.match(parameter.key):
+            raise UnreadableError(
+                f"The checkpoint's args describe the heads of its language model, not those of "
+                f"{parameter.key!r}. Load it in a run (--load), which reads them from the model, "
+                "and save it again."
+            )
+        return heads_of(args, role)
+
+    return ParameterInfo.of(name, parameter.shape, heads, key=parameter.key)
 
 
 def blocks_of(

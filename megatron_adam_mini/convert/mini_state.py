@@ -118,12 +118,14 @@ def stored_blocks(state: MiniState, parameter: StoredParameter, args: Any) -> Pa
     """Partition a parameter into the blocks of its v in the checkpoint.
 
     Raises:
-        CorruptError: the checkpoint's manifest lacks it.
+        CorruptError: the checkpoint's manifest lacks it, or describes its heads wrongly.
+        UnreadableError: the checkpoint does not tell its heads.
         ValueError: its rule does not apply.
     """
     if parameter.key not in state.rules:
         raise CorruptError(f"{parameter.key!r} has state, but is not in the manifest.")
-    info = info_of(parameter, name_of(parameter.key, local=False), args)
+    stored = state.identity.get("heads")
+    info = info_of(parameter, name_of(parameter.key, local=False), args, stored)
     return partition_by_rule(info, state.rules[parameter.key].rule, config_of(state.identity))
 
 

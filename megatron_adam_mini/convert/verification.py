@@ -250,7 +250,8 @@ def _check_blocks(
     """Check that rows of one block hold one value, and that the number of blocks is right."""
     name, rule, promised = state.rules[parameter.key]
     args = checkpoint.common.get("args")
-    if args is None and rule in ("qkv", "head"):
+    told = parameter.key in state.identity.get("heads", {})
+    if args is None and not told and rule in ("qkv", "head"):
         findings.notes.append(f"{name}: heads not checked, the checkpoint holds no args.")
         return
     try:

@@ -162,6 +162,7 @@ def identity_of(
         "partition": partition_fields(config),
         "manifest_hash": manifest["hash"],
         "rules": {e["key"]: [e["rule"], e["blocks"]] for e in manifest["parameters"]},
+        "heads": {e["key"]: e["heads"] for e in manifest["parameters"] if e["heads"]},
         "frozen": manifest["frozen"],
         "saved_from": saved_from,
     }

@@ -7,7 +7,7 @@ a description of a model (estimate/stages) -> **ParameterInfo** -> partition.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,29 @@ class HeadGeometry:
             gated=role == "qkv" and bool(getattr(source, "attention_output_gate", False)),
             holds=holds,
         )
+
+    @classmethod
+    def stored(cls, numbers: Mapping[str, Any], role: str) -> HeadGeometry:
+        """Return the geometry that :meth:`to_store` described.
+
+        Args:
+            numbers: the description.
+            role: the weight's, a key of ``HEAD_PARTS``.
+
+        Raises:
+            TypeError: it is not such a description.
+        """
+        return cls(holds=HEAD_PARTS[role], **numbers)
+
+    def to_store(self) -> dict[str, int]:
+        """Return plain values for a checkpoint: all but what the role tells."""
+        return {
+            "num_heads": self.num_heads,
+            "num_query_groups": self.num_query_groups,
+            "head_dim": self.head_dim,
+            "gated": self.gated,
+            "value_head_dim": self.value_dim,
+        }
 
     @property
     def parts(self) -> tuple[str, ...]:

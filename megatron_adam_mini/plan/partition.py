@@ -205,6 +205,7 @@ class ParameterBlocks:
             "blocks": self.num_blocks,
             "elements": math.prod(self.info.global_shape),
             "v_bytes": 4 * self.num_blocks,
+            "heads": None if self.info.heads is None else self.info.heads.to_store(),
         }
 
     def identity(self) -> dict[str, Any]:
