@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from megatron_adam_mini.standalone.optimizer import AdamMini
 
 __version__ = "0.1.0"
-__all__ = ["AdamMini", "AdamMiniConfig", "__version__", "register"]
+__all__ = ["AdamMini", "AdamMiniConfig", "__version__", "metrics_of", "register"]
 
 
 def register() -> Registration:
@@ -29,6 +29,32 @@ def register() -> Registration:
     from megatron_adam_mini.mcore.registration import register as register_with_megatron
 
     return register_with_megatron()
+
+
+def metrics_of(optimizer: Any, *, updates: bool = False) -> dict[str, float]:
+    """Return what Megatron's loop logs of Adam-mini, for a loop of your own; see ``docs/logs.md``.
+
+    Args:
+        optimizer: what ``get_megatron_optimizer`` returned.
+        updates: also how large the last update was beside the weights, and the range of v. All
+            ranks must then call it, between a step and anything else that changes the state.
+
+    Returns:
+        Names, which begin with ``adam-mini/``, and values.
+
+    Raises:
+        TypeError: the optimizer is not Adam-mini.
+    """
+    from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
+    from megatron_adam_mini.mcore.metrics import metrics_of as metrics_of_member
+
+    member = getattr(optimizer, "member", optimizer)
+    if not isinstance(member, AdamMiniOptimizer):
+        raise TypeError(
+            f"metrics_of needs what get_megatron_optimizer returns for optimizer='adam_mini', got "
+            f"{type(optimizer).__name__}."
+        )
+    return metrics_of_member(member, updates=updates)
 
 
 def __getattr__(name: str) -> Any:

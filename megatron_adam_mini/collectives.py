@@ -96,11 +96,20 @@ class Collectives:
         Args:
             values_D: one number or row per domain, modified in place.
         """
+        self._reduce_over_model_(values_D, distributed.ReduceOp.SUM)
+
+    def max_over_model_(self, values_D: Tensor) -> None:
+        """Take the largest of each number over all ranks; else as :meth:`add_over_model_`."""
+        self._reduce_over_model_(values_D, distributed.ReduceOp.MAX)
+
+    def _reduce_over_model_(self, values_D: Tensor, op: Any) -> None:
+        if not distributed.is_initialized():
+            return
         if all(group.norm == self.norm_group for group in self._groups):
-            self._all_reduce(values_D, self.norm_group)
+            distributed.all_reduce(values_D, op, group=self.norm_group)
         else:
             for row, group in zip(values_D, self._groups, strict=True):
-                self._all_reduce(row, group.norm)
+                distributed.all_reduce(row, op, group=group.norm)
 
     @property
     def norm_group(self) -> ProcessGroup | None:
@@ -118,11 +127,6 @@ class Collectives:
             for group, num_bytes in reduction.collectives
         }
         return {"collectives": len(found), "bytes": sum(found.values()), "by_group": found}
-
-    @staticmethod
-    def _all_reduce(tensor: Tensor, group: ProcessGroup | None) -> None:
-        if distributed.is_initialized():
-            distributed.all_reduce(tensor, group=group)
 
 
 class Reduction:

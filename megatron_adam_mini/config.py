@@ -56,6 +56,8 @@ class AdamMiniConfig:
             which load under another data-parallel size only.
         check_files: before a load, read the whole checkpoint once (all ranks together) and check
             sizes and checksums.
+        log_updates_interval: iterations of Megatron's training loop from one measurement of
+            updates and v, for its logs, to the next; 0 (default): none.
 
     Raises:
         ValueError: a value is not allowed; the message names it and the allowed ones.
@@ -76,6 +78,7 @@ class AdamMiniConfig:
     convert_partition: bool = False
     checkpoint_format: str = "model_space"
     check_files: bool = True
+    log_updates_interval: int = 0
 
     def __post_init__(self) -> None:
         """Normalise sequences to tuples and check every value."""
@@ -102,6 +105,11 @@ class AdamMiniConfig:
                 "exp_avg_dtype='fp32'; give exp_avg_dtype='bf16' (--exp-avg-dtype bf16) too, or "
                 "drop it."
             )
+        if self.log_updates_interval < 0:
+            raise ValueError(
+                f"Adam-mini log_updates_interval={self.log_updates_interval} is not allowed; it "
+                "must be a number of iterations, or 0: never."
+            )
         for pattern, rule in self.rules:
             if rule not in RULES:
                 raise ValueError(
@@ -114,13 +122,14 @@ class AdamMiniConfig:
         return tuple((pattern, "element") for pattern in self.full_v) + self.rules
 
     def step_fields(self) -> dict[str, Any]:
-        """Return what else must be equal on all ranks: how they step, and what they save."""
+        """Return what else must be equal on all ranks: how they step, what they save and log."""
         names = (
             "exp_avg_dtype",
             "stochastic_rounding",
             "param_remainders",
             "single_phase",
             "checkpoint_format",
+            "log_updates_interval",
         )
         return {name: getattr(self, name) for name in names}
 

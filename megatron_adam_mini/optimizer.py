@@ -83,6 +83,7 @@ class AdamMini:
     Attributes:
         buffers: live tensors of the plan's buffers.
         main_params: all state, and the parameter groups; :meth:`finish` counts the steps there.
+        updated: whether there was a step, and the last one was taken.
 
     Source: Zhang et al., arXiv:2406.16793, Algorithm 2; decoupled weight decay of Loshchilov and
     Hutter, arXiv:1711.05101.
@@ -107,6 +108,7 @@ class AdamMini:
         self._group_of_parameter = tuple(group_of_parameter)
         self.buffers = tuple(buffers)
         self.device = device
+        self.updated = False
         self.kernels = select_backend(config.backend, device)
         self.collectives = Collectives(plan, groups, device=device)
 
@@ -370,6 +372,7 @@ class AdamMini:
     def finish(self, decision: Decision) -> Outcome:
         """Wait for the decision, and count the step unless it was skipped."""
         outcome = decision.read()
+        self.updated = outcome.updated
         if outcome.updated:
             self.main_params.step_count += 1
         return outcome
@@ -444,6 +447,31 @@ class AdamMini:
     def weight(self, piece: Piece) -> Tensor:
         """Return the model weights of a piece, a view."""
         return self.buffers[piece.buffer].weight[piece.window.in_buffer]
+
+    def last_step_sizes(self, state: RankState, piece: Piece, part: slice) -> Tensor:
+        """Return what the last step, if it was taken, multiplied m by to get the update.
+
+        Args:
+            state: as the step left it.
+            piece: the piece.
+            part: elements of its window.
+
+        Returns:
+            float32, one number per element, where the piece's state lies.
+        """
+        sizes: Tensor
+        if not piece.is_elementwise:
+            first, last = self.plan.segment_bounds(piece)
+            bounds = np.clip(np.stack([first, last]) - piece.begin, part.start, part.stop)
+            lengths = torch.from_numpy(bounds[1] - bounds[0]).to(self.device)
+            sizes = self._step_size_S[piece.segments]
+            sizes = sizes.repeat_interleave(lengths, output_size=part.stop - part.start)
+            return sizes.to(state.of(piece).exp_avg.device)
+        v = state.v_of_elements(piece)[part]
+        lr, eps, _ = self._scalars.hyper_G3[self._group_of_parameter[piece.parameter]].to(v.device)
+        correction1, correction2 = self._scalars.bias_corrections.to(v.device)
+        sizes = lr / correction1 / ((v / correction2).sqrt() + eps)
+        return sizes
 
     @torch.no_grad()
     def average_into_v(self, state: RankState, sum_S: Tensor) -> None:

@@ -157,6 +157,8 @@ def test_two_ranks_train_through_the_launcher(
         *("--state-report", str(report)),
         *("--tensorboard-dir", str(tmp_path / "events"), "--tensorboard-log-interval", "2"),
     ]
+    if optimizer == "adam_mini":
+        arguments += ["--adam-mini-log-updates-interval", "4"]
     losses: list[float] = []
 
     def on_line(line: str) -> None:
@@ -223,6 +225,9 @@ def check_logged_metrics(folder: Path, measured: dict[str, Any] | None) -> None:
     assert sum(added) == communication["bytes_per_step"]
     collectives = last["adam-mini/added-collectives-per-step"].value
     assert collectives == len(added) == communication["collectives_per_step"]
+    ratios = events.Scalars("adam-mini/update-to-weight/mlp")
+    assert [event.step for event in ratios] == [4, 8]
+    assert all(0 < event.value < 1 for event in ratios)
 
 
 def test_failure_of_a_run_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

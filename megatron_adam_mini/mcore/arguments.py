@@ -92,6 +92,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action="store_false",
         help="load a checkpoint without reading it once before to check its checksums",
     )
+    group.add_argument(
+        "--adam-mini-log-updates-interval",
+        type=int,
+        default=AdamMiniConfig.log_updates_interval,
+        metavar="ITERATIONS",
+        help="write to TensorBoard and Weights & Biases, every so many iterations, how large "
+        "updates are beside weights and the range of v, by kind of parameter; 0: never",
+    )
     return parser
 
 
@@ -113,6 +121,7 @@ def config_from_args(args: argparse.Namespace) -> AdamMiniConfig:
         convert_partition=args.adam_mini_convert_partition,
         checkpoint_format=args.adam_mini_checkpoint_format,
         check_files=args.adam_mini_check_files,
+        log_updates_interval=args.adam_mini_log_updates_interval,
     )
     return storage_options(args, options)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_adam_mini.mcore.compat import argument_reader
+from megatron_adam_mini.update_sizes import measure_updates
 
 if TYPE_CHECKING:
     from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
@@ -29,18 +30,41 @@ def observe(optimizer: AdamMiniOptimizer) -> None:
     _observed = weakref.ref(optimizer)
 
 
-def metrics_of(optimizer: AdamMiniOptimizer) -> dict[str, int]:
-    """Return the metrics of the rank that logs (Megatron's last one).
+def metrics_of(optimizer: AdamMiniOptimizer, *, updates: bool = False) -> dict[str, float]:
+    """Return the metrics of this rank (Megatron logs those of the last one).
 
     ``adam-mini/state-bytes/KIND``: bytes of optimizer state that the rank holds.
     ``adam-mini/added-collectives-per-step`` and ``adam-mini/added-bytes-per-step/GROUP``: what
     completing cut blocks adds to the communication of any distributed optimizer.
+
+    Args:
+        optimizer: Adam-mini.
+        updates: also :func:`update_metrics`, which all ranks must call.
     """
     added = optimizer.communication_per_step()
-    found = {f"adam-mini/state-bytes/{k}": n for k, n in optimizer.state_bytes().items()}
+    found: dict[str, float] = {
+        f"adam-mini/state-bytes/{k}": n for k, n in optimizer.state_bytes().items()
+    }
     found["adam-mini/added-collectives-per-step"] = added["collectives"]
     for group, num_bytes in added["by_group"].items():
         found[f"adam-mini/added-bytes-per-step/{group.replace(' ', '-')}"] = num_bytes
+    return found | (update_metrics(optimizer) if updates else {})
+
+
+def update_metrics(optimizer: AdamMiniOptimizer) -> dict[str, float]:
+    """Return what a step did to the whole model; all ranks must call it after the step.
+
+    By role of the parameters: ``adam-mini/update-to-weight/ROLE``, ``adam-mini/v-min/ROLE`` and
+    ``adam-mini/v-max/ROLE``, see ``update_sizes``. Empty after a step that was skipped.
+    """
+    with optimizer.optimizer.left_where_it_is():
+        measured = measure_updates(optimizer.inner, optimizer.optimizer.attach())
+    found = {}
+    for role, size in measured.items():
+        if size.ratio is not None:
+            found[f"adam-mini/update-to-weight/{role}"] = size.ratio
+        found[f"adam-mini/v-min/{role}"] = size.v_min
+        found[f"adam-mini/v-max/{role}"] = size.v_max
     return found
 
 
@@ -147,14 +171,18 @@ def _saved_bytes(optimizer: AdamMiniOptimizer) -> int:
 
 
 def _write(optimizer: AdamMiniOptimizer, iteration: int) -> None:
+    """Write what is due; all ranks measure updates, the one with the writers writes."""
     from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 
+    interval = optimizer.inner.config.log_updates_interval
+    found = update_metrics(optimizer) if interval and iteration % interval == 0 else {}
     writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
-    if iteration % get_args().tensorboard_log_interval or not (writer or wandb_writer):
+    if not (writer or wandb_writer):
         return
-    found = metrics_of(optimizer)
+    if iteration % get_args().tensorboard_log_interval == 0:
+        found |= metrics_of(optimizer)
     if writer:
         for name, value in found.items():
             writer.add_scalar(name, value, iteration)
-    if wandb_writer:
+    if wandb_writer and found:
         wandb_writer.log(found, iteration)

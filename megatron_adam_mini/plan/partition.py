@@ -64,6 +64,9 @@ _ROLE_RULES: dict[str, tuple[str, str, str, str]] = {
     "bias": ("element", "element", "element", "tensor"),
 }
 
+#: All roles.
+ROLES = (*_ROLE_RULES, "unknown")
+
 
 @dataclass(frozen=True)
 class RowPattern:
