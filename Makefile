@@ -2,6 +2,7 @@
 # make test   lint, types and all tests
 # make check  lint, types and the tests that need one process: for the inner loop
 # make lint   lint and types only
+# make docs   the documents as a site, in build/site
 #
 # Each makes .venv first if it is missing; see tools/bootstrap.sh. ARGS go to the demo or to pytest;
 # WORKERS=0 runs the tests one by one, more than 2 need more cores.
@@ -9,7 +10,7 @@
 SHELL := /bin/sh
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format bootstrap clean
+.PHONY: help demo test check lint format docs bootstrap clean
 WORKERS := 2
 
 help:
@@ -35,6 +36,13 @@ lint: bootstrap
 format: bootstrap
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Warnings are errors: a link that leads nowhere, a document that no table of contents has.
+docs: bootstrap
+	@$(BIN)/python -m venv build/docs
+	@build/docs/bin/pip install --quiet --disable-pip-version-check --requirement docs/requirements.txt
+	@build/docs/bin/sphinx-build --fail-on-warning --keep-going --quiet --conf-dir docs/site . build/site
+	@echo "build/site/index.html"
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
