@@ -1,0 +1,242 @@
+"""The stand-alone optimizer on parameters that ranks share: DDP, ``fully_shard``, tensor parallel.
+
+Every rank also trains the whole model by itself; both must agree, element by element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from megatron_adam_mini import AdamMini
+from tests.plain_models import (
+    GEOMETRY,
+    HYPER,
+    gradient,
+    module_of,
+    shapes_of_llama,
+)
+from tests.ranks import RankError, run_ranks
+
+#: The sums of a block in float32, added up in another order, after a few steps of size 0.01.
+SUM_TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
+STEPS = 3
+
+#: Conv1D of GPT-2, whose rows are columns, and a gated MLP under Megatron's names.
+OTHERS = {
+    "transformer.h.0.attn.c_attn.weight": (16, 48),
+    "transformer.h.0.attn.c_proj.weight": (16, 16),
+    "transformer.h.0.attn.c_attn.bias": (48,),
+    "decoder.layers.0.mlp.linear_fc1.weight": (24, 16),
+}
+
+
+class Given(nn.Module):
+    """A model whose gradients in a step are given ones, through forward and backward passes."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        self.inner = module_of(shapes)
+
+    def forward(self, step: int) -> Tensor:
+        total: Any = 0.0
+        for name, param in self.inner.named_parameters():
+            grad: Any = gradient(name, tuple(param.shape), step)
+            if isinstance(param, DTensor):
+                grad = distribute_tensor(grad, param.device_mesh, param.placements)
+            part = (param * grad).sum()
+            total = total + (part.full_tensor() if isinstance(part, DTensor) else part)
+        return total
+
+
+def optimizer_of(model: nn.Module, **options: Any) -> AdamMini:
+    options = HYPER | GEOMETRY | options
+    named = [(name.replace("inner.", ""), param) for name, param in model.named_parameters()]
+    return AdamMini(named, **options)
+
+
+def train(model: nn.Module, optimizer: AdamMini, steps: range = range(STEPS)) -> list[Any]:
+    """Train, and return the group and the size of each all-reduce of the optimizer."""
+    found: list[Any] = []
+    for step in steps:
+        optimizer.zero_grad()
+        model(step).backward()
+        with counted() as calls:
+            optimizer.step()
+        found += calls
+    return found
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def compare(model: nn.Module, expected: nn.Module) -> None:
+    for (name, a), b in zip(model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(whole(a), b.detach(), **SUM_TOLERANCE, msg=name)
+
+
+@contextmanager
+def counted() -> Iterator[list[Any]]:
+    """Note the group and the size of each all-reduce."""
+    calls: list[Any] = []
+    original = distributed.all_reduce
+
+    def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls.append((kwargs["group"], tensor.numel()))
+        return original(tensor, *args, **kwargs)
+
+    distributed.all_reduce = all_reduce
+    try:
+        yield calls
+    finally:
+        distributed.all_reduce = original
+
+
+def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard weights over a mesh as Llama's plan does; norms stay replicated."""
+    row_parallel = ("o_proj.weight", "down_proj.weight")
+    for name, param in list(model.named_parameters()):
+        path, _, last = name.rpartition(".")
+        placement: Any = Shard(1) if name.endswith(row_parallel) else Shard(0)
+        if param.ndim == 1:
+            placement = Replicate()
+        shard = nn.Parameter(distribute_tensor(param.detach(), mesh, [placement]))
+        model.get_submodule(path).register_parameter(last, shard)
+
+
+def shard_model(model: nn.Module, layout: str) -> None:
+    world = distributed.get_world_size()
+    if layout == "fsdp":
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    elif layout == "fsdp columns":
+        mesh = init_device_mesh("cpu", (world,))
+        fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(p.ndim - 1))
+    elif layout == "hsdp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+        fully_shard(model, mesh=mesh)
+    elif layout == "tp":
+        tensor_parallel(model, init_device_mesh("cpu", (world,)))
+    elif layout == "fsdp tp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
+        tensor_parallel(model, mesh["tp"])
+        fully_shard(model, mesh=mesh["dp"])
+
+
+def train_sharded(layout: str, options: dict[str, Any], family: str = "llama") -> list[int]:
+    """Return the sizes of the all-reduces of one step."""
+    shapes = shapes_of_llama() if family == "llama" else OTHERS
+    model, expected = Given(shapes), Given(shapes)
+    shard_model(model, layout)
+    assert all(isinstance(param, DTensor) for param in model.parameters())
+    optimizer = optimizer_of(model, **options)
+    calls = train(model, optimizer)
+    train(expected, optimizer_of(expected, **options))
+    compare(model, expected)
+    groups = [group for group, _ in calls]
+    assert len(groups) == STEPS * len(set(groups)), "one all-reduce for each group and step"
+    return [numel for _, numel in calls[: len(set(groups))]]
+
+
+@pytest.mark.parametrize(
+    ("layout", "world", "options", "sizes"),
+    [
+        # Norms only: 2 ranks of 8 rows cut no head.
+        ("fsdp", 2, {}, [3]),
+        # 16 rows in slices of 6, 6, 4: heads of 4 rows begin at 0, 4, 8, 12.
+        ("fsdp", 3, {}, None),
+        # Without norms nothing is cut.
+        ("fsdp", 2, {"full_v": ("*norm*",)}, []),
+        ("fsdp", 4, {"rules": {"*": "tensor"}}, None),
+        ("fsdp columns", 2, {}, None),
+        ("hsdp", 4, {}, [3]),
+        ("tp", 2, {}, [32]),
+        ("tp", 4, {"value_as_block": True}, None),
+        ("fsdp tp", 4, {}, None),
+    ],
+)
+def test_blocks_are_completed_over_the_mesh(layout, world, options, sizes):
+    for found in run_ranks(world, train_sharded, layout, options):
+        assert sizes is None or found == sizes
+
+
+@pytest.mark.parametrize(("layout", "world"), [("fsdp", 3), ("tp", 2), ("fsdp tp", 4)])
+def test_fused_and_transposed_weights_are_completed(layout, world):
+    run_ranks(world, train_sharded, layout, {"num_query_groups": None}, "others")
+
+
+def train_with_ddp() -> None:
+    model, expected = Given(shapes_of_llama()), Given(shapes_of_llama())
+    wrapped = DistributedDataParallel(model)
+    assert not train(wrapped, AdamMini(unwrapped(wrapped), **HYPER, **GEOMETRY))
+    train(expected, optimizer_of(expected))
+    compare(model, expected)
+
+
+def unwrapped(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, param in model.named_parameters():
+        assert name.startswith("module.inner.")
+        yield name.replace("inner.", ""), param
+
+
+def test_replicas_of_ddp_need_no_collective():
+    run_ranks(2, train_with_ddp)
+
+
+def partial_gradients() -> None:
+    """Sequence parallelism leaves a norm's gradient as parts that nobody has added up."""
+    mesh = init_device_mesh("cpu", (2,))
+    model, expected = module_of({"norm.weight": (8,)}), module_of({"norm.weight": (8,)})
+    grad = gradient("norm.weight", (8,), 0)
+    param = nn.Parameter(distribute_tensor(model.norm.weight.detach(), mesh, [Replicate()]))
+    param.grad = DTensor.from_local(grad / 2, mesh, [Partial()])
+    AdamMini([("norm.weight", param)], **HYPER).step()
+    expected.norm.weight.grad = grad
+    AdamMini(expected.named_parameters(), **HYPER).step()
+    torch.testing.assert_close(whole(param), expected.norm.weight.detach(), **SUM_TOLERANCE)
+
+
+def test_gradients_that_are_partial_sums_are_added_up():
+    run_ranks(2, partial_gradients)
+
+
+def partial_parameter() -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    param = nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Partial()]))
+    AdamMini([("norm.weight", param)])
+
+
+def test_parameters_that_are_partial_sums_are_refused():
+    with pytest.raises(RankError) as caught:
+        run_ranks(1, partial_parameter)
+    ((kind, text),) = caught.value.errors.values()
+    assert kind == "NotImplementedError"
+    assert "norm.weight" in text
+    assert "Replicate and Shard" in text
+    assert "redistribute" in text
+
+
+def missing_gradients() -> None:
+    """A rank without a gradient takes part in the sums of the others."""
+    model = Given(shapes_of_llama())
+    shard_model(model, "fsdp")
+    optimizer = optimizer_of(model)
+    model(0).backward()
+    model.inner.model.norm.weight.grad = None
+    before = whole(model.inner.model.norm.weight).clone()
+    optimizer.step()
+    assert torch.equal(whole(model.inner.model.norm.weight), before)
+    assert model.inner.model.norm.weight not in optimizer.state
+
+
+def test_a_parameter_without_a_gradient_stays_as_it_is():
+    run_ranks(2, missing_gradients)
