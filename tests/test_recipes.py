@@ -238,10 +238,12 @@ def test_recipe_that_is_not_there(name: str, tmp_path: Path) -> None:
 
 
 def sbatch(folder: Path, *arguments: str, node: int, **environment: str) -> Launch:
-    """Run the batch script as Slurm would on its first node, and one node's task of its srun."""
-    write_program(
-        folder, "scontrol", '[[ $* == "show hostnames gpu[3-4]" ]] && printf "gpu3\\ngpu4\\n"'
-    )
+    """Run the batch script as Slurm would on its first node, and one node's task of its srun.
+
+    ``HOSTS`` names the nodes.
+    """
+    names = environment.pop("HOSTS", "gpu3 gpu4").replace(" ", "\n")
+    write_program(folder, "scontrol", f'[[ $* == "show hostnames gpu[3-4]" ]] && echo "{names}"')
     write_program(
         folder,
         "srun",
