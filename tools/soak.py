@@ -1,6 +1,6 @@
 """Train a small model with experts and latent attention, and change its layout again and again.
 
-    python tools/soak.py                          500 steps, about an hour on two cores
+    python tools/soak.py                          500 steps, a quarter of an hour on two cores
     python tools/soak.py --steps 60 --seed 3      minutes
 
 Each stretch of training draws a layout, resumes from the newest checkpoint, saves now and then, and
