@@ -309,6 +309,7 @@ REFUSALS = (
         "they are gathered in bfloat16 through the memory of the gradients",
         "another --fp8-recipe, or no --fp8-param-gather",
     ),
+    preflight.MIMO,
     ("--non-persistent-ckpt-type", "it is not supported yet", "drop the flag"),
     (
         "decoupled_weight_decay=False with 16-bit gradients",

@@ -408,15 +408,45 @@ def test_refused_by_config():
     }
 
 
+def mimo_errors() -> list[tuple[str, str] | None]:
+    """Ask for the optimizer of a MIMO model, as the training loop does and directly."""
+    from types import SimpleNamespace
+
+    from megatron.core.models.mimo import optimizer
+    from megatron.core.models.mimo.model.base import MimoModel
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    megatron_adam_mini.register()
+    model, config = MimoModel.__new__(MimoModel), SimpleNamespace(optimizer="adam_mini")
+    other = SimpleNamespace(optimizer="adam")
+    model.mimo_config = SimpleNamespace(module_to_grid_map={})
+    return [
+        error_of(get_megatron_optimizer, config, [model]),
+        error_of(optimizer.get_mimo_optimizer, model, config),
+        error_of(optimizer.get_mimo_optimizer, model, other),
+    ]
+
+
+def test_mimo_models_are_refused():
+    *refused, other = only(run_ranks(1, mimo_errors))
+    for error in refused:
+        kind, text = error
+        assert kind == "NotImplementedError"
+        assert all(part in text for part in preflight.MIMO)
+    assert other is None
+
+
 # Registration.
 
 
 def replaced() -> dict[str, Any]:
     from megatron.core import optimizer
+    from megatron.core.models.mimo import optimizer as mimo_optimizer
     from megatron.training import arguments, training
 
     return {
         "factory": optimizer._get_megatron_emerging_optimizer,
+        "mimo": mimo_optimizer.get_mimo_optimizer,
         "add": arguments.add_megatron_arguments,
         "validate": arguments.validate_args,
         "config": training.get_megatron_optimizer_config,

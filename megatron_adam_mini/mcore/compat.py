@@ -89,6 +89,8 @@ CLIP_QK = Hook("megatron.core.transformer.attention", "clip_qk", "SelfAttention"
 CLIP_LATENT_QK = Hook(
     "megatron.core.transformer.multi_latent_attention", "clip_qk", "MLASelfAttention"
 )
+#: Builds an optimizer for each module of a MIMO model. Public; all.
+MIMO = Hook("megatron.core.models.mimo.optimizer", "get_mimo_optimizer")
 #: Writes the logs. Public; all, with more arguments since 0.18.
 TRAINING_LOG = Hook("megatron.training.training", "training_log")
 

@@ -125,6 +125,27 @@ def refuse_with_fp8_weights(*sources: Any, param_remainders: bool) -> None:
         )
 
 
+#: What is refused, why, and what to do instead.
+MIMO = (
+    "MIMO models (megatron.core.models.mimo)",
+    "each of their modules has an optimizer of its own, on ranks of its own, while Adam-mini's "
+    "ranks all agree on one plan and save one state",
+    "train a LLaVAModel, or use --optimizer adam",
+)
+
+
+def refuse_mimo() -> None:
+    """Refuse a model whose modules have an optimizer each.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    what, reason, remedy = MIMO
+    raise NotImplementedError(
+        f"--optimizer adam_mini does not support {what}: {reason}. Remedy: {remedy}."
+    )
+
+
 def refuse_qk_clip(config: Any) -> None:
     """Check that a model's Query and Key rows can be clipped where they are.
 

@@ -1,9 +1,10 @@
 """Registration with Megatron: which of its functions are wrapped, and how to undo it.
 
 Imports ``compat``, which names the functions and their releases, and the wrappers' modules.
-Fifteen functions are replaced, those of megatron.training only if it is installed:
+Sixteen functions are replaced, those of megatron.training only if it is installed:
 
 * the optimizer factory builds Adam-mini if the config names it;
+* MIMO models are refused;
 * a checkpoint that is saved says what its optimizer state is, and a load asks for what is there;
 * before each of three functions reads a checkpoint, its files are checked for damage and foreign
   code;
@@ -46,7 +47,7 @@ from megatron_adam_mini.mcore.metrics import (
     wrap_state_memory,
     wrap_training_log,
 )
-from megatron_adam_mini.mcore.preflight import refuse_keywords
+from megatron_adam_mini.mcore.preflight import refuse_keywords, refuse_mimo
 from megatron_adam_mini.mcore.qk_clip import wrap_clip_qk
 
 
@@ -112,6 +113,7 @@ def register() -> Registration:
     compat.warn_if_untested()
     handle = Registration()
     handle.replace(compat.FACTORY, _wrap_factory)
+    handle.replace(compat.MIMO, _wrap_mimo)
     handle.replace(compat.CHECKPOINT_SAVE, wrap_save)
     handle.replace(compat.CHECKPOINT_LOAD, wrap_load)
     handle.replace(compat.CHECKPOINT_COMMON, wrap_load_common)
@@ -149,6 +151,16 @@ def _wrap_factory(original: Callable[..., Any]) -> Callable[..., Any]:
         return build_optimizer(config, model_chunks, config_overrides, pg_collection)
 
     return get_emerging_optimizer
+
+
+def _wrap_mimo(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def get_mimo_optimizer(mimo_model: Any, config: Any) -> Any:
+        if config.optimizer == OPTIMIZER:
+            refuse_mimo()
+        return original(mimo_model, config)
+
+    return get_mimo_optimizer
 
 
 def _wrap_scheduler(original: Callable[..., Any]) -> Callable[..., Any]:
