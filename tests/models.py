@@ -194,6 +194,8 @@ class Hybrid(Family):
     }
     heads: ClassVar = {"linear_qkv.weight": ((8, True), (8, True), (8, True), *[(1, True)] * 8)}
     elementwise = ("conv1d_weight",)
+    #: Kinds of layers: Mamba, attention, MLP.
+    pattern = "M*-"
 
     def build(self, config: Any, job: Job, **stage: Any) -> Any:
         from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -251,7 +253,7 @@ class Hybrid(Family):
             hybrid_stack_spec=stack,
             vocab_size=job.vocab,
             max_sequence_length=job.sequence,
-            hybrid_layer_pattern="M*-",
+            hybrid_layer_pattern=self.pattern,
             position_embedding_type="none",
             **stage,
         )
@@ -301,9 +303,12 @@ def state_space_scan(
     ngroups: int,
     **_: Any,
 ) -> Tensor:
-    """Compute what Mamba's fused kernel does: convolution, scan over time, gate."""
-    batch, length, width = zx.shape
-    heads: ClassVar = len(a)
+    """Compute what Mamba's fused kernel does: convolution, scan over time, gate.
+
+    The scan is written as an attention: each time sees the earlier ones, decayed.
+    """
+    length, width = zx.shape[1:]
+    heads = len(a)
     inner = heads * headdim
     state = (width - 2 * inner - heads) // (2 * ngroups)
     z, x, dt = zx.split([inner, inner + 2 * ngroups * state, heads], dim=-1)
@@ -313,6 +318,7 @@ def state_space_scan(
     x, b, c = (
         functional.silu(x[..., :length])
         .transpose(1, 2)
+        .to(a.dtype)
         .split([inner, ngroups * state, ngroups * state], dim=-1)
     )
     dt = functional.softplus(dt + dt_bias)
@@ -320,13 +326,12 @@ def state_space_scan(
     b, c = (
         t.unflatten(-1, (ngroups, state)).repeat_interleave(heads // ngroups, dim=2) for t in (b, c)
     )
-    hidden, outputs = x.new_zeros(batch, heads, headdim, state), []
-    for t in range(length):
-        decay = torch.exp(dt[:, t] * a)[..., None, None]
-        added = (dt[:, t, :, None] * x[:, t])[..., None] * b[:, t, :, None]
-        hidden = hidden * decay + added
-        outputs.append((hidden * c[:, t, :, None]).sum(-1) + D[:, None] * x[:, t])
-    return (torch.stack(outputs, dim=1).flatten(2) * functional.silu(z)).to(z.dtype)
+    log_decay = (dt * a).cumsum(dim=1)
+    later = torch.ones(length, length, dtype=torch.bool).triu(1)[..., None]
+    decay = (log_decay[:, :, None] - log_decay[:, None]).masked_fill(later, -torch.inf).exp()
+    scores = torch.einsum("bthn,bshn->btsh", c, b) * decay * dt[:, None]
+    outputs = torch.einsum("btsh,bshp->bthp", scores, x) + D[:, None] * x
+    return (outputs.flatten(2) * functional.silu(z)).to(z.dtype)
 
 
 class GatedDelta(Family):
