@@ -20,6 +20,8 @@ MINI = Job(hidden=64, heads=4, groups=2, ffn=96, vocab=96, layers=2, bf16=True, 
 ADAM = replace(MINI, optimizer="adam")
 PLAIN = replace(ADAM, distributed_optimizer=False)
 SHARDING = "fully_reshardable"
+#: Sizes of latent attention's heads.
+LATENT_HEADS = ("qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 #: Name -> job, ranks, sharding type.
 SAVED: dict[str, tuple[Job, int, str | None]] = {
     "adam": (ADAM, 1, SHARDING),
@@ -68,6 +70,7 @@ def args_of(job: Job, dtype: torch.dtype) -> argparse.Namespace:
         attention_backend=AttnBackend.unfused,
         params_dtype=dtype,
         save=Path("/somewhere"),
+        **{key: value for key, value in job.config_args.items() if key in LATENT_HEADS},
     )
 
 

@@ -203,7 +203,7 @@ def test_checkpoints_reshard(case: str, source: str, target: str, tmp_path: Path
     compare(saved, saved_job, run_ranks(world, load_and_show, job, str(tmp_path)), job)
 
 
-@pytest.mark.parametrize("case", ["Nemotron-H", "Qwen3-Next, dense", "DeepSeek, dense"])
+@pytest.mark.parametrize("case", ["Nemotron-H", "Qwen3-Next, dense", "DeepSeek, dense", "T5"])
 def test_verify_knows_parts_that_are_stored_apart(case: str, tmp_path: Path) -> None:
     # Without overlap, no gather of weights is outstanding at the time of the save.
     job = job_of(case, "tp2-dp2", bf16=True, steps=1, overlap=False, bucket_size=None)

@@ -30,7 +30,13 @@ from megatron_adam_mini.convert.adam_state import (
     refuse_unsound,
 )
 from megatron_adam_mini.convert.blocks import args_of, blocks_of
-from megatron_adam_mini.convert.parameters import StoredParameter, fold, number_of
+from megatron_adam_mini.convert.parameters import (
+    StoredParameter,
+    fold,
+    number_of,
+    whole_of,
+    wholes_of,
+)
 from megatron_adam_mini.convert.progress import bytes_bar
 from megatron_adam_mini.plan.manifest import MODEL_SPACE, identity_of, manifest_of, state_key
 from megatron_adam_mini.plan.partition import ParameterBlocks
@@ -46,12 +52,17 @@ def convert_from_adam(source: Checkpoint, writer: CheckpointWriter, config: Adam
     state = find_adam_state(source)
     args = args_of(source)
     parameters = {key: list(fold(key, source.tensors[key].shape)) for key in state.model_keys}
-    blocks = blocks_of([p for ps in parameters.values() for p in ps], args, config)
+    wholes = wholes_of(p for ps in parameters.values() for p in ps)
+    blocks = blocks_of(list(wholes.values()), args, config)
     identity = _identity(blocks, config, args)
     total = sum(source.tensors[k].num_bytes for key in state.model_keys for k in state.keys(key))
     with bytes_bar(total, "Adam -> Adam-mini") as progress:
+        parts: dict[str, list[tuple[StoredParameter, Tensor]]] = {}
         for layers in parameters.values():
-            _convert_key(source, writer, state, layers, blocks, progress)
+            for parameter, sums in _convert_key(source, writer, state, layers, blocks, progress):
+                parts.setdefault(whole_of(parameter.key), []).append((parameter, sums))
+        for whole, found in parts.items():
+            _write_rows(writer, found, blocks[whole])
         writer.copy([k for k in source.tensors if not k.startswith(ADAM_PREFIX)])
         writer.copy(list(source.objects))
     writer.finish(_common(source, state, identity))
@@ -64,7 +75,8 @@ def _convert_key(
     layers: list[StoredParameter],
     blocks: dict[str, ParameterBlocks],
     progress: tqdm,
-) -> None:
+) -> list[tuple[StoredParameter, Tensor]]:
+    """Write what a model key holds; return the parts of parameters, with sums over rows of v."""
     model_key = layers[0].model_key
     main_key, m_key, v_key = (source.tensors[key] for key in state.keys(model_key))
     for kind, stored in (("param", main_key), ("exp_avg", m_key)):
@@ -75,10 +87,27 @@ def _convert_key(
             for layer, rest, values in by_layer(layers, offset, window):
                 writer.add(state_key(kind, layer.key), layer.shape, rest, values.float())
             progress.update(window.nbytes)
-    for number, sums in _convert_v(source, writer, v_key, layers, blocks, progress).items():
-        parameter = layers[number]
-        rows = means_of_blocks(blocks[parameter.key], sums)
-        writer.add(state_key("v_row", parameter.key), parameter.shape[:1], (0,), rows)
+    found = _convert_v(source, writer, v_key, layers, blocks, progress)
+    sums_of = [(layers[number], sums) for number, sums in found.items()]
+    if whole_of(model_key) != model_key:
+        return sums_of
+    for parameter, sums in sums_of:
+        _write_rows(writer, [(parameter, sums)], blocks[parameter.key])
+    return []
+
+
+def _write_rows(
+    writer: CheckpointWriter,
+    parts: list[tuple[StoredParameter, Tensor]],
+    blocks: ParameterBlocks,
+) -> None:
+    """Write v of every row of a parameter, given sums over the rows of its parts."""
+    rows = means_of_blocks(blocks, torch.cat([sums for _, sums in parts]))
+    first = 0
+    for parameter, sums in parts:
+        of_part = rows[first : first + len(sums)]
+        writer.add(state_key("v_row", parameter.key), parameter.shape[:1], (0,), of_part)
+        first += len(sums)
 
 
 def _convert_v(
@@ -93,11 +122,11 @@ def _convert_v(
     sums: dict[int, Tensor] = {
         index: torch.zeros(layer.shape[0], dtype=torch.float64)
         for index, layer in enumerate(layers)
-        if blocks[layer.key].pattern is not None
+        if blocks[whole_of(layer.key)].pattern is not None
     }
     for offset, window in source.windows(stored):
         for layer, rest, values in by_layer(layers, offset, window):
-            if blocks[layer.key].pattern is None:
+            if blocks[whole_of(layer.key)].pattern is None:
                 writer.add(state_key("v_element", layer.key), layer.shape, rest, values.float())
             else:
                 of_rows = values.double().reshape(len(values), -1).sum(dim=1)

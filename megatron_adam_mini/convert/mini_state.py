@@ -14,6 +14,7 @@ from megatron_adam_mini.convert.parameters import (
     keys_by_kind,
     name_of,
     parameter_of,
+    whole_of,
 )
 from megatron_adam_mini.plan.manifest import (
     MODEL_SPACE,
@@ -96,11 +97,6 @@ def find_mini_state(checkpoint: Checkpoint) -> MiniState:
     )
 
 
-def whole_of(key: str) -> str:
-    """Return the key of the parameter that a stored part belongs to, ``in_proj.weight.z``."""
-    return key.rpartition(".")[0]
-
-
 def _rules_of_parts(
     rules: dict[str, StoredRule], parameters: tuple[StoredParameter, ...]
 ) -> dict[str, StoredRule]:
@@ -108,9 +104,9 @@ def _rules_of_parts(
     found = {}
     for parameter in parameters:
         rule = None if parameter.key in rules else rules.get(whole_of(parameter.key))
-        if rule is not None and rule.rule in ("row", "element"):
-            sizes = parameter.shape[:1] if rule.rule == "row" else parameter.shape
-            found[parameter.key] = StoredRule(rule.name, rule.rule, math.prod(sizes))
+        sizes = {"tensor": (), "row": parameter.shape[:1], "element": parameter.shape}
+        if rule is not None and rule.rule in sizes:
+            found[parameter.key] = rule._replace(num_blocks=math.prod(sizes[rule.rule]))
     return found
 
 

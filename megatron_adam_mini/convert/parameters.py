@@ -11,8 +11,8 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_adam_mini.checkpoint.errors import CorruptError
@@ -28,6 +28,10 @@ _LOCAL_NAMES = (
 )
 #: And GPT stores the layer of multi-token prediction under the name of older releases.
 _MTP = re.compile(r"^(mtp\.layers\.\d+)\.transformer_layer\.")
+#: Mamba's mixer keeps its convolution as two parameters of its own.
+_MAMBA = re.compile(r"\.mixer\.conv1d\.(weight|bias)$")
+#: End of the key of a part: Megatron stores the projections of a fused weight apart.
+_PART = re.compile(r"((?<=\.weight)|(?<=\.bias))\.\w+$")
 _EXPERT = re.compile(r"\.experts\.experts\.(\d+)\.(.*)$")
 
 
@@ -103,6 +107,25 @@ def number_of(layer: tuple[int, ...], shape: tuple[int, ...]) -> int:
     return sum(at * math.prod(shape[axis + 1 : len(layer)]) for axis, at in enumerate(layer))
 
 
+def whole_of(key: str) -> str:
+    """Return the key of the parameter that a stored part belongs to, ``in_proj.weight.z``."""
+    return _PART.sub("", key)
+
+
+def wholes_of(parameters: Iterable[StoredParameter]) -> dict[str, StoredParameter]:
+    """Join parts that are stored apart; return parameters by their keys.
+
+    Parts are joined along rows, in the order given, whatever the order of the model is.
+    """
+    found: dict[str, StoredParameter] = {}
+    for part in parameters:
+        key = whole_of(part.key)
+        rows = found[key].shape[0] if key in found else 0
+        shape = (rows + part.shape[0], *part.shape[1:]) if key != part.key else part.shape
+        found[key] = replace(part, key=key, shape=shape)
+    return found
+
+
 def keys_by_kind(checkpoint: Checkpoint, prefix: str) -> dict[str, list[str]]:
     """Return the keys that start with ``prefix{kind}.``, by kind and without it, as ordered."""
     found: dict[str, list[str]] = {}
@@ -125,6 +148,7 @@ def name_of(key: str, *, local: bool, grouped: bool = False) -> str:
         for stored, name in _LOCAL_NAMES:
             key = key.replace(stored, name)
     key = _MTP.sub(r"\1.mtp_model_layer.", key)
+    key = _MAMBA.sub(r".mixer.conv1d_\1", key)
     if grouped:
         return _EXPERT.sub(r".experts.\2\1", key)
     return _EXPERT.sub(r".experts.local_experts.\1.\2", key)

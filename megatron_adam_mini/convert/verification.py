@@ -22,9 +22,13 @@ from megatron_adam_mini.convert.mini_state import (
     MiniState,
     find_mini_state,
     stored_blocks,
+)
+from megatron_adam_mini.convert.parameters import (
+    StoredParameter,
+    name_of,
+    parameter_of,
     whole_of,
 )
-from megatron_adam_mini.convert.parameters import StoredParameter, name_of, parameter_of
 from megatron_adam_mini.convert.progress import bytes_bar
 from megatron_adam_mini.plan.manifest import (
     BUCKETS,

@@ -172,13 +172,14 @@ class ModelEntries:
         if type(param.data) is not Tensor:  # quantized: what was saved are other tensors
             return None
         begin, size = param.data_ptr(), param.element_size()
-        inside = [
-            ((part.data.data_ptr() - begin) // size, part)
+        # By position: a weight that is stored under two names counts once, under the last.
+        parts = {
+            (part.data.data_ptr() - begin) // size: part
             for part in self._tensors
             if begin <= part.data.data_ptr() < begin + param.nbytes
             and (part.data.dtype, part.data.device) == (param.dtype, param.device)
-        ]
-        inside.sort(key=lambda found: found[0])
+        }
+        inside = sorted(parts.items(), key=lambda found: found[0])
         covered = 0
         for start, part in inside:
             if start != covered or not part.data.is_contiguous():

@@ -10,7 +10,7 @@ module, never from its shape. Names that ``plan/roles`` does not list have the r
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ def collect_parameters(
     for chunk in model_chunks:
         renamed, stored = _global_prefixes(chunk), _stored_prefixes(chunk)
         modules = dict(chunk.named_modules())
-        for local_name, param in chunk.named_parameters():
+        for local_name, param in _names_in_checkpoints(chunk):
             if not param.requires_grad or param in found:
                 continue
             name, key = _names(local_name, param, modules, renamed, stored)
@@ -68,10 +68,19 @@ def frozen_keys(model_chunks: Sequence[Module]) -> list[str]:
         modules = dict(chunk.named_modules())
         found += [
             _names(local_name, param, modules, renamed, stored)[1]
-            for local_name, param in chunk.named_parameters()
+            for local_name, param in _names_in_checkpoints(chunk)
             if not param.requires_grad
         ]
     return found
+
+
+def _names_in_checkpoints(chunk: Module) -> Iterable[tuple[str, Parameter]]:
+    """Return parameters with the last of their names: T5 knows some of its modules under two.
+
+    Megatron stores such weights under both, and all optimizer state under the last.
+    """
+    last = {param: name for name, param in chunk.named_parameters(remove_duplicate=False)}
+    return [(name, param) for param, name in last.items()]
 
 
 def _describe(
