@@ -22,7 +22,7 @@ from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.convert.blocks import blocks_of
 from megatron_adam_mini.convert.parameters import fold
 from tests.gather import whole_tensors
-from tests.megatron_job import Job
+from tests.megatron_job import Job, whole_weight
 from tests.ranks import run_ranks
 from tests.test_checkpoint import compare, load_and_show, train_and_save
 from tests.test_oracle import compare_runs, sharded_run, unsharded_run
@@ -97,6 +97,25 @@ def test_checkpoints_reshard(tmp_path: Path, capsys: Any) -> None:
         (4, 4, 6),
         (4, 2, 8),
     }
+
+
+@pytest.mark.support(ROW, "reshard")
+def test_all_weights_train_after_the_projector(tmp_path: Path) -> None:
+    """LLaVA's second stage of training, under another layout, from a checkpoint of the first."""
+    saved_job = replace(PROJECTOR, tp=2, pp=2, bf16=True, steps=2)
+    saved = run_ranks(4, train_and_save, saved_job, str(tmp_path))
+    job = replace(LLAVA, tied=False, bf16=True, frozen=("vision_model",))
+    loaded = run_ranks(2, load_and_show, job, str(tmp_path))
+    for key in ("param", "exp_avg", "v"):
+        before = whole_tensors([rank[0] for rank in saved], key, saved_job)
+        after = whole_tensors([rank[0] for rank in loaded], key, job)
+        assert {name.partition(".")[0] for name in before} == {"vision_projection"}
+        assert {name.partition(".")[0] for name in after.keys() - before} == {"language_model"}
+        for name, value in after.items():
+            expected = torch.zeros_like(value)
+            if key == "param":  # the rounded weights that the checkpoint has
+                expected = whole_weight(name, tuple(value.shape)).bfloat16().float()
+            assert torch.equal(value, before.get(name, expected)), f"{key} {name}"
 
 
 def test_args_do_not_tell_the_heads_of_a_vision_model() -> None:
