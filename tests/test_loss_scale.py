@@ -87,13 +87,26 @@ EXPERTS = (
 )
 
 
-def test_experts_are_skipped_with_all_others_and_share_the_loss_scale(data: str) -> None:
-    """Megatron's Adam has a scaler of its own for experts; where all are Inf, both do the same."""
+@pytest.mark.parametrize(
+    ("spoiled", "ranks"),
+    [("", (0, 1)), ("experts.local_experts.1.linear_fc1", (1,))],
+    ids=["all parameters", "one expert of one rank"],
+)
+def test_experts_are_skipped_with_all_others_and_share_the_loss_scale(
+    spoiled: str, ranks: tuple[int, ...], data: str
+) -> None:
+    """Both skip the same steps, on all ranks, and the scale follows Adam's scaler for experts.
+
+    Where experts alone are Inf, that of Adam's dense parameters, by which it scales the loss, goes
+    on growing, and gradients of experts are divided by another scale than the loss was multiplied
+    with.
+    """
     run = Run(
         f"{data} {DYNAMIC} {EXPERTS} {BATCHES}",
         bf16=False,
         non_finite=NON_FINITE,
-        non_finite_on=(0, 1),
+        non_finite_on=ranks,
+        non_finite_in=spoiled,
     )
     seen, _ = both(run)
     skipped = [number for number, (updated, *_) in enumerate(seen.scaler) if not updated]

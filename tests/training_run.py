@@ -59,6 +59,7 @@ class Run:
         schedule: other flags that stand in for ``SCHEDULE``.
         non_finite: iterations, counted from 0, whose reduced gradients are Inf.
         non_finite_on: on these ranks.
+        non_finite_in: of parameters whose name contains this.
     """
 
     flags: str = ""
@@ -70,6 +71,7 @@ class Run:
     schedule: str = SCHEDULE
     non_finite: tuple[int, ...] = ()
     non_finite_on: tuple[int, ...] = (0, 1)
+    non_finite_in: str = ""
 
 
 @dataclass
@@ -159,12 +161,14 @@ def train(run: Run) -> Seen:
 
 def _spoil_gradients(chunks: list[Any], run: Run) -> None:
     if distributed.get_rank() in run.non_finite_on:
-        for param in chunks[0].parameters():
-            param.main_grad.view(-1)[-1] = float("inf")
+        for name, param in chunks[0].named_parameters():
+            if run.non_finite_in in name:
+                param.main_grad.view(-1)[-1] = float("inf")
 
 
 def _scaler_state(optimizer: Any) -> tuple[Any, ...]:
-    scaler = optimizer.chained_optimizers[0].grad_scaler
+    # Megatron's Adam has a scaler of its own for experts, the last.
+    scaler = optimizer.chained_optimizers[-1].grad_scaler
     state = {} if scaler is None else scaler.state_dict()
     return tuple((key, float(value)) for key, value in state.items())
 
