@@ -94,6 +94,11 @@ RUNS = {
         4,
         "adam_mini",
     ),
+    "FP8 weights, experts, ep2-dp4": (
+        replace(LLAMA, ep=2, experts=4, fp8="current", overlap=True, bucket_size=3000, layers=1),
+        4,
+        "adam_mini_bf16_m",
+    ),
     "latent attention, tp2-dp2": (
         replace(LLAMA, tp=2, sequence_parallel=True, family="latent", config_args=LATENT),
         4,
@@ -166,6 +171,7 @@ def flags_of(job: Job, world: int) -> list[str]:
         "--attention-output-gate": job.gated_attention,
         "--overlap-grad-reduce": job.overlap,
         "--grad-reduce-in-bf16": not job.grad_fp32,
+        "--fp8-param-gather": job.fp8 is not None,
         "--ddp-pad-buckets-for-high-nccl-busbw": "pad_buckets_for_high_nccl_busbw" in job.ddp_args,
         "--adam-mini-value-as-block": job.adam_mini.get("value_as_block", False),
     }
@@ -238,6 +244,13 @@ def test_every_byte_of_state_in_host_memory(capsys: Any) -> None:
     on_device = [sum(n for kind, n in rank.items() if "host" not in kind) for rank in ranks]
     assert report["optimizers"][form]["largest_rank"]["total"] == max(on_device)
     assert report["every_rank"]["adam"][0]["host_exp_avg"] == 0 < ranks[0]["host_exp_avg_sq"]
+
+
+def test_what_fp8_weights_exclude_is_left_out_or_refused(capsys: Any) -> None:
+    flags = [*LLAMA_FLAGS.split(), "--fp8-param-gather"]
+    assert [*run_cli(capsys, *flags)["every_rank"]] == ["adam", "adam_mini", "adam_mini_bf16_m"]
+    assert cli.main(["memory", *flags, "--optimizer-cpu-offload"]) == 2
+    assert "drop one of the two" in capsys.readouterr().err
 
 
 def test_every_byte_of_megatrons_adam(capsys: Any) -> None:

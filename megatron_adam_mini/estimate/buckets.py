@@ -7,6 +7,7 @@ at run time ``mcore/slices`` reads the same integers from the buffers themselves
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,11 @@ from megatron_adam_mini.estimate.models import Model
 from megatron_adam_mini.estimate.parallel import Parallel
 from megatron_adam_mini.estimate.stages import EMBEDDING, stage_parameters
 from megatron_adam_mini.plan.layout import BucketLayout, BufferLayout, Placement
+from megatron_adam_mini.plan.parameter_info import HEAD_PARTS, ParameterInfo
 from megatron_adam_mini.plan.partition import ParameterBlocks, partition_parameter
 
+#: Roles of the weights that Transformer Engine's layers hold in 8 bits with --fp8-param-gather.
+_QUANTIZED = frozenset({*HEAD_PARTS, "latent_down", "attention_projection", "mlp"})
 #: Parameters start at multiples of this many elements.
 _ALIGNMENT = 64
 
@@ -30,11 +34,13 @@ class StagePlan:
         parameters: those of all its virtual stages; placements index into them.
         dense: buffers shared by the data-parallel group, one per virtual stage.
         expert: buffers shared by the expert-data-parallel group.
+        quantized_numel: elements of those buffers whose weights are FP8, padding included.
     """
 
     parameters: list[ParameterBlocks]
     dense: list[BufferLayout]
     expert: list[BufferLayout]
+    quantized_numel: int = 0
 
     @property
     def buckets(self) -> list[BucketLayout]:
@@ -68,12 +74,18 @@ def plan_stage(
         not model.untie_embeddings_and_output_weights or model.mtp_num_layers is not None
     )
     buffers: dict[bool, list[BufferLayout]] = {False: [], True: []}
-    base = 0
+    base = quantized_numel = 0
     for number, chunk in enumerate(chunks):
         # Later pipeline stages and later virtual stages have one bucket per buffer.
         size = _bucket_size(parallel, numel) if pp_rank == 0 and number == 0 else None
-        for expert, found in buffers.items():
-            members = [base + i for i, blocks in enumerate(chunk) if blocks.info.expert == expert]
+        # Weights of each type have buffers of their own.
+        for expert, quantized in itertools.product(buffers, (False, True)):
+            members = [
+                base + i
+                for i, blocks in enumerate(chunk)
+                if blocks.info.expert == expert
+                and _is_quantized(blocks.info, parallel) == quantized
+            ]
             buckets = _fill(
                 [(index, parameters[index]) for index in reversed(members)],
                 bucket_size=size,
@@ -82,9 +94,15 @@ def plan_stage(
                 tied=tied,
             )
             if buckets:
-                found.append(BufferLayout(tuple(buckets)))
+                buffers[expert].append(BufferLayout(tuple(buckets)))
+            if quantized:
+                quantized_numel += sum(bucket.numel for bucket in buckets)
         base += len(chunk)
-    return StagePlan(parameters, buffers[False], buffers[True])
+    return StagePlan(parameters, buffers[False], buffers[True], quantized_numel)
+
+
+def _is_quantized(info: ParameterInfo, parallel: Parallel) -> bool:
+    return parallel.fp8_param_gather and info.role in _QUANTIZED
 
 
 def _bucket_size(parallel: Parallel, num_parameters: int) -> int | None:

@@ -29,7 +29,8 @@ from megatron_adam_mini.plan.partition import IntArray, ParameterBlocks, unmatch
 KINDS = ("weights", "gradients", "main_param", "exp_avg", "exp_avg_sq")
 #: The same in host memory, as ``state_bytes()`` of the optimizer names it.
 HOST_KINDS = ("host_main_param", "host_exp_avg", "host_exp_avg_sq")
-_WEIGHT_BYTES = 2  # bf16 or fp16
+_WEIGHT_BYTES = 2  # bf16 or fp16; FP8: one less
+_FLOAT32 = 4
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,16 @@ FORMATS = {
     ),
 }
 
+
+def formats_of(parallel: Parallel) -> dict[str, StateFormat]:
+    """Return the formats that a run can have: FP8 weights leave nothing for remainders to add."""
+    return {
+        name: form
+        for name, form in FORMATS.items()
+        if form.main_param == _FLOAT32 or not parallel.fp8_param_gather
+    }
+
+
 #: Largest data-parallel size that is tried.
 MAX_SHARING = 2**16
 
@@ -73,6 +84,7 @@ class StageMemory:
     Attributes:
         num_parameters: elements of the parameters of one rank.
         buffer_numel: elements of its buffers, padding included.
+        quantized_numel: of these, elements of buffers with FP8 weights.
         gradient_bytes: bytes of one gradient.
         elements: elements of parameters in its slices, by rank of the stage.
         second_moments: Adam-mini's numbers of v, by rank of the stage.
@@ -83,6 +95,7 @@ class StageMemory:
 
     num_parameters: int
     buffer_numel: int
+    quantized_numel: int
     gradient_bytes: int
     elements: IntArray
     second_moments: IntArray
@@ -97,7 +110,9 @@ class StageMemory:
         mirrored = self.state_numel - on_host if form.blocks else self.elements
         second_moments = self.second_moments - v_on_host if form.blocks else self.elements
         return {
-            "weights": np.full_like(self.elements, _WEIGHT_BYTES * self.buffer_numel),
+            "weights": np.full_like(
+                self.elements, _WEIGHT_BYTES * self.buffer_numel - self.quantized_numel
+            ),
             "gradients": np.full_like(self.elements, self.gradient_bytes * self.buffer_numel),
             "main_param": form.main_param * mirrored,
             "exp_avg": form.exp_avg * mirrored,
@@ -192,6 +207,7 @@ class Planner:
         return StageMemory(
             num_parameters=sum(blocks.info.numel for blocks in plan.parameters),
             buffer_numel=sum(bucket.numel for bucket in plan.buckets),
+            quantized_numel=plan.quantized_numel,
             gradient_bytes=2 if parallel.grad_reduce_in_bf16 else 4,
             elements=of_rank[:, 0],
             second_moments=of_rank[:, 1],
@@ -310,7 +326,7 @@ class Sharing:
             stages = self._planner.stages(parallel)
             self._totals[ranks] = {
                 key: sum(int(stage.total_of(form).sum()) for stage in stages)
-                for key, form in FORMATS.items()
+                for key, form in formats_of(parallel).items()
             }
         totals = self._totals[ranks]
         return 1 - totals[name] / totals["adam"]

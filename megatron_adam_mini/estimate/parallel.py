@@ -34,6 +34,7 @@ class Parallel:
     ddp_num_buckets: int | None = None
     ddp_pad_buckets_for_high_nccl_busbw: bool = False
     grad_reduce_in_bf16: bool = False
+    fp8_param_gather: bool = False
 
     def __post_init__(self) -> None:
         """Check that the sizes are positive and divide as Megatron requires."""

@@ -11,13 +11,14 @@ from typing import Any
 from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.estimate.flags import vars_of
 from megatron_adam_mini.estimate.memory import (
-    FORMATS,
     HOST_KINDS,
     KINDS,
     MAX_SHARING,
     Planner,
     Sharing,
     StageMemory,
+    StateFormat,
+    formats_of,
     largest_rank,
 )
 from megatron_adam_mini.estimate.models import Model
@@ -57,11 +58,16 @@ def memory_report(
     Raises:
         ValueError: the layout does not fit the model, or options do not apply.
     """
+    if parallel.fp8_param_gather and offload_fraction:
+        raise ValueError(
+            "--optimizer adam_mini does not support --optimizer-cpu-offload with "
+            "--fp8-param-gather; drop one of the two."
+        )
     planner = Planner(model, parallel, options)
     stages = planner.stages(parallel, offload_fraction=offload_fraction)
     sharing = Sharing(planner)
     optimizers: dict[str, Any] = {}
-    for name, form in FORMATS.items():
+    for name, form in formats_of(parallel).items():
         entry: dict[str, Any] = {"label": form.label, "largest_rank": largest_rank(stages, form)}
         if name != "adam":
             adam = optimizers["adam"]["largest_rank"]["total"]
@@ -83,7 +89,9 @@ def memory_report(
     }
     if every_rank:
         kinds = (*KINDS, *HOST_KINDS) if offload_fraction else KINDS
-        report["every_rank"] = {name: _every_rank(stages, name, kinds) for name in FORMATS}
+        report["every_rank"] = {
+            name: _every_rank(stages, form, kinds) for name, form in formats_of(parallel).items()
+        }
     return report
 
 
@@ -154,7 +162,7 @@ def _reach(ranks: int | None) -> str:
 def _stage(planner: Planner, number: int, stage: StageMemory) -> dict[str, Any]:
     ranks = planner.parallel.world_size // planner.parallel.pp
     optimizers = {}
-    for name, form in FORMATS.items():
+    for name, form in formats_of(planner.parallel).items():
         found = largest_rank([stage], form)
         optimizers[name] = {**found, "stage": number, "rank": number * ranks + found["rank"]}
     return {
@@ -166,10 +174,12 @@ def _stage(planner: Planner, number: int, stage: StageMemory) -> dict[str, Any]:
     }
 
 
-def _every_rank(stages: list[StageMemory], name: str, kinds: Sequence[str]) -> list[dict[str, int]]:
+def _every_rank(
+    stages: list[StageMemory], form: StateFormat, kinds: Sequence[str]
+) -> list[dict[str, int]]:
     found = []
     for stage in stages:
-        num_bytes = stage.bytes_of(FORMATS[name])
+        num_bytes = stage.bytes_of(form)
         columns = [num_bytes[kind].tolist() for kind in kinds]
         found += [dict(zip(kinds, row, strict=True)) for row in zip(*columns, strict=True)]
     return found
