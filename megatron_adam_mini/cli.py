@@ -1,7 +1,7 @@
 """``megatron-adam-mini``: plan memory; look at checkpoints, check them, convert them.
 
-No GPU, no Megatron. Imports ``config``, ``partition_flags`` and, once a command runs, ``convert``
-or ``estimate``.
+No GPU; Megatron for its estimate of activations only. Imports ``config``, ``partition_flags`` and,
+once a command runs, ``convert`` or ``estimate``.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _add_convert(commands: Any) -> None:
 
 
 def _add_memory(commands: Any) -> None:
-    from megatron_adam_mini.estimate.flags import add_flags
+    from megatron_adam_mini.estimate.flags import add_flags, add_search_flags
 
     text = "say what each rank will allocate for weights, gradients and optimizer state"
     parser = _command(commands, "memory", text, _memory)
@@ -135,6 +135,7 @@ def _add_memory(commands: Any) -> None:
     add_flags(parser)
     group = parser.add_argument_group("partition (as the flags of a run)")
     add_partition_flags(group, prefix=RUN_PREFIX)
+    add_search_flags(parser)
 
 
 _CKPT = "iteration folder (iter_0000010), or the folder of --save (its latest iteration)"
@@ -190,9 +191,16 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _memory(args: argparse.Namespace) -> int:
-    from megatron_adam_mini.estimate.flags import model_of, offload_fraction_of, parallel_of
+    from megatron_adam_mini.estimate.flags import (
+        cluster_of,
+        model_of,
+        offload_fraction_of,
+        parallel_of,
+    )
     from megatron_adam_mini.estimate.report import in_words, memory_report
 
+    if (cluster := cluster_of(args)) is not None:
+        return _search(args, cluster)
     if args.every_rank and not args.json:
         raise ValueError("--every-rank is for programs to read; add --json.")
     options = partition_config(args, prefix=RUN_PREFIX)
@@ -204,6 +212,35 @@ def _memory(args: argparse.Namespace) -> int:
         every_rank=args.every_rank,
     )
     _say(json.dumps(report) if args.json else in_words(report))
+    return 0
+
+
+def _search(args: argparse.Namespace, cluster: Any) -> int:
+    from megatron_adam_mini.estimate.flags import fixed_sizes, model_of, offload_fraction_of
+    from megatron_adam_mini.estimate.plot import draw
+    from megatron_adam_mini.estimate.search import search
+    from megatron_adam_mini.estimate.search_report import search_in_words, search_report
+    from megatron_adam_mini.mcore.activations import activation_estimate
+
+    if args.every_rank:
+        raise ValueError("--every-rank is for one layout; leave --gpu-memory or it out.")
+    try:
+        activations = activation_estimate()
+    except ImportError:
+        activations = None
+    model = model_of(args)
+    found = search(
+        model,
+        cluster,
+        partition_config(args, prefix=RUN_PREFIX),
+        fixed=fixed_sizes(args),
+        offload_fraction=offload_fraction_of(args),
+        activations=activations,
+    )
+    report = search_report(model, cluster, found)
+    if args.plot is not None:
+        draw(report, args.plot)
+    _say(json.dumps(report) if args.json else search_in_words(report))
     return 0
 
 

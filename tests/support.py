@@ -131,6 +131,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], tuple[Feature, ...]]] = {
             Feature("conversion from and to the public adam_mini"),
             Feature("state moved away, reset, reloaded by RL frameworks"),
             Feature("memory of each rank before a run"),
+            Feature("search of layouts that fit a GPU's memory"),
             Feature("CPU kernels: instruction sets, threads"),
             Feature("Triton kernels in the interpreter; on one H100 by tools/gpu_check.sh"),
         ),

@@ -56,7 +56,7 @@ THIRD_PARTY = {
     "adam_rules": set(),
     "plan": {"numpy"},
     "checkpoint": {"numpy", "torch"},
-    "estimate": {"numpy"},
+    "estimate": {"numpy", "matplotlib"},
     "agreement": {"torch"},
     "collectives": {"numpy", "torch"},
     "rounding": {"torch"},
@@ -296,6 +296,11 @@ def test_only_mcore_imports_megatron(module):
 @pytest.mark.parametrize("module", [m for m in MODULES if "/triton_" not in m])
 def test_only_the_triton_backend_imports_triton(module):
     assert not [name for name, _ in imports_in(module) if name.split(".")[0] == "triton"]
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "estimate/plot.py"])
+def test_only_pictures_import_matplotlib(module):
+    assert not [name for name, _ in imports_in(module) if name.split(".")[0] == "matplotlib"]
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if layer_of(m) == "cpu_host"])

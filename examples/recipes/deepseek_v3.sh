@@ -12,7 +12,7 @@ MODEL=(
     --position-embedding-type rope --max-position-embeddings 4096 --normalization RMSNorm --swiglu
     --disable-bias-linear --untie-embeddings-and-output-weights --vocab-size 129280
     --num-experts 256 --moe-ffn-hidden-size 2048 --moe-shared-expert-intermediate-size 2048
-    --moe-layer-freq "([0]*3+[1]*58)" --moe-grouped-gemm --mtp-num-layers 1
+    --moe-layer-freq "([0]*3+[1]*58)" --moe-grouped-gemm --moe-router-topk 8 --mtp-num-layers 1
 )
 LAYOUT=(
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP"
@@ -20,7 +20,7 @@ LAYOUT=(
     --expert-model-parallel-size "$EP" --expert-tensor-parallel-size 1
 )
 TRAINING=(
-    --moe-router-topk 8 --moe-router-num-groups 8 --moe-router-group-topk 4 --moe-router-score-function sigmoid
+    --moe-router-num-groups 8 --moe-router-group-topk 4 --moe-router-score-function sigmoid
     --moe-router-topk-scaling-factor 2.5 --moe-router-pre-softmax --moe-router-dtype fp32
     --moe-router-enable-expert-bias --moe-router-bias-update-rate 1e-3
     --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 1e-4

@@ -9,14 +9,14 @@ MODEL=(
     --group-query-attention --num-query-groups 8
     --position-embedding-type rope --max-position-embeddings 32768 --normalization RMSNorm --swiglu
     --disable-bias-linear --untie-embeddings-and-output-weights --vocab-size 32000
-    --num-experts 8 --moe-ffn-hidden-size 14336 --moe-grouped-gemm
+    --num-experts 8 --moe-ffn-hidden-size 14336 --moe-grouped-gemm --moe-router-topk 2
 )
 LAYOUT=(
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP"
     --expert-model-parallel-size "$EP" --expert-tensor-parallel-size 1
 )
 TRAINING=(
-    --moe-router-topk 2 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2 --moe-router-dtype fp32
+    --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2 --moe-router-dtype fp32
     --moe-token-dispatcher-type alltoall --moe-permute-fusion
     --seq-length 4096 --rotary-base 1000000 --norm-epsilon 1e-5 --init-method-std 0.01
     --tokenizer-type Llama2Tokenizer

@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from megatron_adam_mini.config import OffloadConfig
 from megatron_adam_mini.estimate.models import MODELS, Model
-from megatron_adam_mini.estimate.parallel import Parallel, flag
+from megatron_adam_mini.estimate.parallel import Cluster, Parallel, flag
 
 #: Flags of attributes that are true by default.
 _NEGATED = {"add_bias_linear": "--disable-bias-linear"}
@@ -96,6 +97,59 @@ def offload_fraction_of(args: argparse.Namespace) -> float:
     if not args.optimizer_cpu_offload:
         return 0.0
     return OffloadConfig(fraction=args.optimizer_offload_fraction).fraction
+
+
+def add_search_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the search of layouts."""
+    group = parser.add_argument_group(
+        "search of layouts (sizes that are given above stay; the others are tried)"
+    )
+    group.add_argument(
+        "--gpu-memory",
+        type=float,
+        metavar="GB",
+        help="list the layouts of --world-size GPUs with so much memory (80: 80 * 10^9 bytes) that "
+        "fit with Adam and with Adam-mini; needs --seq-length and --global-batch-size",
+    )
+    group.add_argument("--gpus-per-node", type=int, default=8, metavar="N")
+    group.add_argument("--seq-length", type=int, metavar="N")
+    group.add_argument("--global-batch-size", type=int, metavar="N")
+    group.add_argument("--plot", type=Path, metavar="FILE", help="draw the table as a PNG")
+
+
+def cluster_of(args: argparse.Namespace) -> Cluster | None:
+    """Return the cluster whose layouts the flags want to be searched, if they do.
+
+    Raises:
+        ValueError: flags are missing, or are given without a search.
+    """
+    needed = {
+        "--world-size": getattr(args, "world_size", None),
+        "--seq-length": args.seq_length,
+        "--global-batch-size": args.global_batch_size,
+    }
+    if args.gpu_memory is None:
+        given = [name for name in needed if name != "--world-size" and needed[name] is not None]
+        given += ["--plot"] if args.plot is not None else []
+        if given:
+            raise ValueError(f"{', '.join(given)} belong to a search; add --gpu-memory GB.")
+        return None
+    missing = [name for name, value in needed.items() if value is None]
+    if missing or hasattr(args, "data_parallel_size"):
+        wrong = missing or ["--world-size instead of --data-parallel-size"]
+        raise ValueError(f"--gpu-memory searches layouts of a cluster; give {', '.join(wrong)}.")
+    return Cluster(
+        gpu_memory=int(args.gpu_memory * 10**9),
+        world_size=args.world_size,
+        gpus_per_node=args.gpus_per_node,
+        seq_length=args.seq_length,
+        global_batch_size=args.global_batch_size,
+    )
+
+
+def fixed_sizes(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the flags say of the layout, by the fields of ``Parallel``."""
+    return _given(args, Parallel)
 
 
 def vars_of(description: Model | Parallel) -> dict[str, Any]:

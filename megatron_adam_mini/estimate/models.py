@@ -91,6 +91,7 @@ class Model:
     moe_shared_expert_intermediate_size: int | None = None
     moe_shared_expert_gate: bool = False
     moe_grouped_gemm: bool = False
+    moe_router_topk: int = 2
     mtp_num_layers: int | None = None
     transformer_impl: str = "transformer_engine"
 
@@ -152,6 +153,15 @@ class Model:
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
         return 4 * self.hidden_size * 2 // 3 // 64 * 64 if self.swiglu else 4 * self.hidden_size
+
+    @property
+    def active_ffn(self) -> int:
+        """Inner size of all MLPs that work on one token, in the layer where it is largest."""
+        if self.num_experts is None:
+            return self.ffn
+        routed = self.moe_router_topk * (self.moe_ffn_hidden_size or self.ffn)
+        experts = routed + (self.moe_shared_expert_intermediate_size or 0)
+        return experts if all(self.expert_layers) else max(experts, self.ffn)
 
     @cached_property
     def expert_layers(self) -> tuple[bool, ...]:
@@ -233,5 +243,6 @@ MODELS = {
         moe_layer_freq="([0]*3+[1]*58)",
         moe_shared_expert_intermediate_size=2048,
         moe_grouped_gemm=True,
+        moe_router_topk=8,
     ),
 }

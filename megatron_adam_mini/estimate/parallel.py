@@ -1,4 +1,4 @@
-"""How a job's ranks are divided, and which layers each pipeline stage holds.
+"""How a job's ranks are divided, which layers each stage holds, and the GPUs of a cluster.
 
 Standard library only. Attributes have the names of Megatron's flags.
 """
@@ -117,6 +117,34 @@ class Parallel:
     def data_parallel_with_context(self) -> int:
         """Number of ranks by which Megatron's default bucket size grows."""
         return self.data_parallel_size * self.context_parallel_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """GPUs, and the batch that they train on.
+
+    Attributes:
+        gpu_memory: bytes of one GPU.
+        world_size: all GPUs.
+        gpus_per_node: tensor parallelism goes no further.
+        seq_length: tokens of a sequence.
+        global_batch_size: sequences of a step.
+
+    Raises:
+        ValueError: a number is not positive.
+    """
+
+    gpu_memory: int
+    world_size: int
+    gpus_per_node: int
+    seq_length: int
+    global_batch_size: int
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{flag(name)}={value} is not allowed; it must be at least 1.")
 
 
 def flag(name: str) -> str:
