@@ -3,6 +3,7 @@
 # make check  lint, types and the tests that need one process: for the inner loop
 # make lint   lint and types only
 # make docs   the documents as a site, in build/site
+# make package  an sdist and a manylinux wheel in dist/, tried in clean environments; see tools/package.sh
 #
 # Each makes .venv first if it is missing; see tools/bootstrap.sh. ARGS go to the demo or to pytest;
 # WORKERS=0 runs the tests one by one, more than 2 need more cores.
@@ -10,14 +11,14 @@
 SHELL := /bin/sh
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format docs bootstrap clean
+.PHONY: help demo test check lint format docs package bootstrap clean
 WORKERS := 2
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 bootstrap:
-	@PYTHON='$(PYTHON)' tools/bootstrap.sh
+	@PYTHON='$(PYTHON)' TORCH='$(TORCH)' tools/bootstrap.sh
 
 demo: bootstrap
 	@$(BIN)/python examples/demo.py $(ARGS)
@@ -44,5 +45,8 @@ docs: bootstrap
 	@build/docs/bin/sphinx-build --fail-on-warning --keep-going --quiet --conf-dir docs/site . build/site
 	@echo "build/site/index.html"
 
+package: bootstrap
+	@tools/package.sh
+
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,6 +1,7 @@
 """The bootstrap script, with programs on PATH that only pretend: nothing is installed here."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -23,7 +24,8 @@ case "$*" in
     ;;
 "-m pip"*)
     echo "{name} pip $*" >>"$FAKE_LOG"
-    [ ! -e "$FAKE_LOG.pip-fails" ]
+    [ ! -e "$FAKE_LOG.pip-fails" ] || exit 1
+    case "$*" in *pytorch.org*) [ ! -e "$FAKE_LOG.no-cpu-torch" ] ;; esac
     ;;
 *) exit 99 ;;
 esac
@@ -150,6 +152,38 @@ def test_failed_installation_is_told_and_done_again(checkout: Checkout) -> None:
     failure.unlink()
     assert checkout.bootstrap().returncode == 0
     assert checkout.take_log()[0].endswith("venv")  # from nothing
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_torch_without_cuda_is_taken_where_it_is_reached(checkout: Checkout, reached: bool) -> None:
+    checkout.add_python(checkout.bin / "python3.12", "3.12")
+    if not reached:
+        Path(f"{checkout.log}.no-cpu-torch").touch()
+    first = checkout.bootstrap(TORCH="cpu")
+    assert first.returncode == 0, first.stderr
+    assert ("the package index's comes instead" in first.stderr) != reached
+    pinned = re.search(r"^torch==(.*)$", (ROOT / "requirements/runtime.txt").read_text(), re.M)
+    assert pinned is not None
+    venv, cpu, *others = checkout.log.read_text().splitlines()
+    assert venv.endswith(" venv")
+    assert cpu.endswith(f"--index-url https://download.pytorch.org/whl/cpu torch=={pinned[1]}+cpu")
+    assert len(others) == 2
+    checkout.take_log()
+
+    assert checkout.bootstrap().returncode == 0
+    assert checkout.bootstrap(TORCH="cpu").returncode == 0
+    assert checkout.take_log() == [], "the choice stays"
+    assert checkout.bootstrap(TORCH="cuda").returncode == 0
+    name = f"{checkout.bin.parent.name}/python3.12"
+    assert checkout.take_log() == [f"{name} venv", f"{name} pip", f"{name} pip"]
+
+
+def test_torch_that_is_not_known(checkout: Checkout) -> None:
+    checkout.add_python(checkout.bin / "python3.12", "3.12")
+    result = checkout.bootstrap(TORCH="rocm")
+    assert result.returncode == 1
+    assert "TORCH=rocm is not known; allowed: cpu, cuda." in result.stderr
+    assert checkout.take_log() == []
 
 
 @pytest.mark.parametrize("hint", ["PYENV_ROOT", "HOME", "shims", "bin"])

@@ -2,8 +2,9 @@
 # Make .venv with everything that `make demo` and `make test` need, unless it is there already.
 #
 # Finds a Python that the pinned packages support, also one that only pyenv knows; installs once, and again only when
-# the requirements, pyproject.toml, setup.py, the C++ kernels or the chosen Python change. Set PYTHON to choose a
-# Python yourself.
+# the requirements, pyproject.toml, setup.py, the C++ kernels or what is chosen change. Set PYTHON to choose a Python
+# yourself, and TORCH=cpu to take torch without CUDA from pytorch.org, if that is reached; the choice stays until
+# TORCH=cuda.
 set -eu
 
 cd "$(dirname "$0")/.."
@@ -68,10 +69,25 @@ find_python() {
     done
 }
 
-# What the installation depends on, as one line.
+# Print which build of torch .venv has.
+installed_torch() {
+    found=$(sed -n 's/^torch: //p' "$STAMP" 2>/dev/null) || true
+    printf '%s\n' "${found:-cuda}"
+}
+
+torch=${TORCH:-$(installed_torch)}
+case $torch in
+cpu | cuda) ;;
+*)
+    say "TORCH=$torch is not known; allowed: cpu, cuda."
+    exit 1
+    ;;
+esac
+
+# What the installation depends on.
 fingerprint() {
     cat requirements/*.txt pyproject.toml setup.py megatron_adam_mini/kernels/*.cpp megatron_adam_mini/kernels/*.inc | cksum
-    printf '%s\n' "$ROOT ${PYTHON:-}"
+    printf '%s\n' "$ROOT ${PYTHON:-}" "torch: $torch"
 }
 
 wanted=$(fingerprint)
@@ -94,10 +110,11 @@ if [ -z "$python" ]; then
     exit 1
 fi
 
-# A complete environment of the same Python is brought up to date; anything else is made anew, because what an
+# A complete environment of the same Python and torch is brought up to date; anything else is made anew, because what an
 # interrupted installation has left cannot be told from a whole one.
 make_environment() {
-    if [ -f "$STAMP" ] && [ "$(describe "$VENV/bin/python")" = "$(describe "$python")" ]; then
+    if [ -f "$STAMP" ] && [ "$(installed_torch)" = "$torch" ] &&
+        [ "$(describe "$VENV/bin/python")" = "$(describe "$python")" ]; then
         rm -f "$STAMP"
     else
         rm -f "$STAMP"
@@ -109,13 +126,23 @@ describe() {
     "$1" -c 'import sys; print(sys.version, sys.base_prefix)' 2>/dev/null || printf '%s\n' "none"
 }
 
+# Whatever else is installed later accepts this build of the pinned version.
+install_cpu_torch() {
+    version=$(sed -n 's/^torch==//p' requirements/runtime.txt)
+    "$VENV/bin/python" -m pip install --disable-pip-version-check --retries 1 --no-deps \
+        --index-url https://download.pytorch.org/whl/cpu "torch==$version+cpu" ||
+        say "no torch without CUDA for this machine was found there; the package index's comes instead."
+}
+
 install() {
-    make_environment &&
+    make_environment && { [ "$torch" = cuda ] || install_cpu_torch; } &&
         "$VENV/bin/python" -m pip install --disable-pip-version-check --requirement requirements/development.txt &&
         "$VENV/bin/python" -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
 }
 
-say "installing into .venv with $python (once; about 6 GB, because torch comes with CUDA)"
+size="about 6 GB, because torch comes with CUDA"
+[ "$torch" = cuda ] || size="with torch for the CPU"
+say "installing into .venv with $python (once; $size)"
 if ! install; then
     rm -f "$STAMP"
     say "the installation failed; the messages above say why."
