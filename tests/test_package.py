@@ -1,4 +1,4 @@
-"""What a package has and says, from its metadata and an sdist; `make package` builds wheels and tries them."""
+"""What a package has and says: metadata and an sdist. `make package` builds and tries wheels."""
 
 from __future__ import annotations
 

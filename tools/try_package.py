@@ -1,4 +1,4 @@
-"""Try an installed package without Megatron: C++ kernels, and a step of the optimizer for plain PyTorch."""
+"""Try an installed package without Megatron: a step of AdamMini, by the C++ kernels."""
 
 import importlib.util
 
