@@ -15,6 +15,7 @@ cpu_host.enable()
 
 import gc
 import multiprocessing.managers
+import multiprocessing.popen_fork
 
 import megatron.core.datasets.gpt_dataset
 import megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader

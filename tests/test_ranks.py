@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.megatron_job import Job
 from tests.ranks import RankError, run_ranks, start_program
+from tests.test_checkpoint import train_and_save
 
 
 def own_rank() -> int:
@@ -43,6 +46,17 @@ def test_results_are_in_the_order_of_ranks() -> None:
 def test_every_call_has_processes_of_its_own() -> None:
     (first,), (second,) = run_ranks(1, os.getpid), run_ranks(1, os.getpid)
     assert len({first, second, os.getpid()}) == 3
+
+
+def imported_by_a_run(folder: str) -> list[str]:
+    before = set(sys.modules)
+    train_and_save(Job(steps=1), folder)
+    return sorted(sys.modules.keys() - before)
+
+
+def test_a_run_finds_all_imported(tmp_path: Path) -> None:
+    """What is missing in ``preload`` is imported by every rank of hundreds of runs."""
+    assert run_ranks(1, imported_by_a_run, str(tmp_path)) == [[]]
 
 
 def test_errors_are_kept_by_rank() -> None:

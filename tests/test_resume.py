@@ -1,16 +1,14 @@
 """Real runs that are killed or whose disk is full go on, bit for bit as if nothing happened.
 
-One run is started with torchrun, as users do. The others are ranks that run the launcher just so,
-but have imported all that they need (see ``ranks``).
+Ranks run the launcher as ``torchrun`` starts it, but have imported all that they need (see
+``ranks``); ``test_examples`` starts a run with ``torchrun`` itself.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import resource
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -75,10 +73,10 @@ def launch(arguments: list[str]) -> None:
     launcher.main(arguments)
 
 
-def start(dataset: Path, folder: Path) -> Program:
+def start(dataset: Path, folder: Path, *flags: str, ranks: int = 4) -> Program:
     """Start a training run that saves to ``folder`` and goes on from what is there."""
     log = folder.with_suffix(".log")
-    return start_program(4, launch, script(dataset, folder), log=log, folder=ROOT)
+    return start_program(ranks, launch, script(dataset, folder, *flags), log=log, folder=ROOT)
 
 
 def finish(run: Program) -> str:
@@ -163,22 +161,12 @@ def test_when_the_disk_is_full_a_run_ends_and_keeps_the_old_checkpoint(
 
 
 def test_a_run_goes_on_under_another_layout(straight: Path, dataset: Path, tmp_path: Path) -> None:
-    """Same data, sums in another order: the losses agree. With torchrun, and a save at the end."""
+    """Same data, sums in another order: the losses agree. With a save at the end."""
     folder = tmp_path / "run"
     shutil.copytree(straight, folder, ignore=shutil.ignore_patterns("iter_0000012"))
     (folder / "latest_checkpointed_iteration.txt").write_text("8")
     other = ("--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "2")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = subprocess.run(
-        [*torchrun, "-m", "megatron_adam_mini.launch", *script(dataset, folder, *other)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=TIMEOUT,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    text = run.stdout
+    text = finish(start(dataset, folder, *other, ranks=2))
     losses = losses_of(straight.with_suffix(".log").read_text())
     again = losses_of(text)
     assert sorted(again) == [9, 10, 11, 12]
@@ -192,7 +180,7 @@ def test_a_run_goes_on_under_another_layout(straight: Path, dataset: Path, tmp_p
 def losses_of(log: str) -> dict[int, float]:
     """Return the loss by iteration, also where a line of one rank stands in that of another.
 
-    Ranks write a text in one piece, but its line break, as ``torchrun`` starts them, in another.
+    Ranks write a text in one piece, but its line break, where Python does not buffer, in another.
     """
     found = re.findall(r" iteration +(\d+)/ *\d+ \|[^\n]*? lm loss: (\S+) \|", log)
     return {int(number): float(loss) for number, loss in found}
