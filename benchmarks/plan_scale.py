@@ -5,7 +5,8 @@
 
 For each layout one rank in the middle of its data-parallel group is planned as the optimizer does
 at construction: of pipeline stage 1, or of stage 0 where the pipeline is short or gradient
-reduction overlaps (only stage 0 has several buckets then). Columns:
+reduction overlaps (only stage 0 has several buckets then), or of the last, which has the layers of
+multi-token prediction. Columns:
 
 * seconds: parameters -> blocks -> buckets -> segments of the rank -> reduction plan; "added s" is
   the last two, which Adam-mini adds to Megatron's own start-up.
@@ -36,7 +37,7 @@ import torch
 
 from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.estimate.buckets import plan_stage, stage_blocks
-from megatron_adam_mini.estimate.models import MODELS
+from megatron_adam_mini.estimate.models import MODELS, Model
 from megatron_adam_mini.estimate.parallel import Parallel
 from megatron_adam_mini.plan.layout import (
     BucketLayout,
@@ -59,6 +60,7 @@ _MODELS = {
     **MODELS,
     # One Key and one Value head: with TP 8 most Query and Key heads are on two ranks.
     "llama-3-405b-mqa": replace(MODELS["llama-3-405b"], num_query_groups=1),
+    "deepseek-v3-like-mtp": replace(MODELS["deepseek-v3-like"], mtp_num_layers=1),
 }
 _PIPELINES: dict[str, dict[int, dict[str, Any]]] = {
     # 126 layers: as published, the first and the last stage have one layer less.
@@ -81,6 +83,13 @@ class Case:
     parallel: Parallel
     options: AdamMiniConfig = field(default_factory=AdamMiniConfig)
     remark: str = ""
+
+    @property
+    def stage(self) -> int:
+        """The pipeline stage whose ranks are planned."""
+        if _MODELS[self.name].mtp_num_layers is not None:
+            return self.parallel.pp - 1
+        return 0 if self.parallel.pp == 1 or self.parallel.overlap_grad_reduce else 1
 
 
 def parallel_of(name: str, tp: int, pp: int, dp: int, **more: Any) -> Parallel:
@@ -121,6 +130,9 @@ def cases() -> list[Case]:
             Case(name, parallel, AdamMiniConfig(preset="tensor"), "preset tensor"),
             Case("llama-3-405b-mqa", parallel, remark="heads cut by TP"),
         ]
+    for dp in (8, 64, 1024):
+        parallel = parallel_of("deepseek-v3-like", 8, 16, dp)
+        found.append(Case("deepseek-v3-like-mtp", parallel, remark="last stage, with MTP"))
     instances = parallel_of(name, 8, 16, 1024, num_distributed_optimizer_instances=128)
     return [*found, Case(name, instances, remark="128 instances, d = 8")]
 
@@ -169,24 +181,17 @@ class Result:
 
 def plan(case: Case) -> Result:
     """Plan one rank in the middle of its data-parallel group, timed, then others."""
-    model, parallel, options = _MODELS[case.name], case.parallel, case.options
-    stage = 0 if parallel.pp == 1 or parallel.overlap_grad_reduce else 1
+    parallel = case.parallel
     instances = parallel.num_distributed_optimizer_instances
     gc.collect()
     started = time.perf_counter()
-    chunks = stage_blocks(model, parallel, options, pp_rank=stage)
-    stage_plan = plan_stage(model, parallel, chunks, pp_rank=stage)
-    parameters = stage_plan.parameters
-    domains = [
-        Domain(_buckets(stage_plan.dense), parallel.dense_shards, parallel.tp),
-        Domain(_buckets(stage_plan.expert), parallel.expert_shards, parallel.etp),
-    ]
+    domains, parameters = describe(_MODELS[case.name], parallel, case.options, case.stage)
     described = time.perf_counter()
-    middle = _plan_rank(domains, parameters, 0.5, instances)
+    middle = plan_rank(domains, parameters, 0.5, instances)
     ended = time.perf_counter()
     places = min(_RANKS, parallel.dense_shards)
     balances = [_second_moments(domain, parameters) for domain in domains]
-    buckets = stage_plan.buckets
+    buckets = [bucket for domain in domains for bucket in domain.buckets]
     return Result(
         seconds=ended - started,
         seconds_added=ended - described,
@@ -195,17 +200,30 @@ def plan(case: Case) -> Result:
         imbalance=sum(b.max() for b in balances) / sum(b.mean() for b in balances),
         cuts=sum(int(cut_boundaries(bucket, parameters).sum()) for bucket in buckets),
         most=max(
-            (_plan_rank(domains, parameters, i / places, instances) for i in range(places)),
+            (plan_rank(domains, parameters, i / places, instances) for i in range(places)),
             key=lambda added: added.bytes,
         ),
     )
+
+
+def describe(
+    model: Model, parallel: Parallel, options: AdamMiniConfig, stage: int
+) -> tuple[list[Domain], list[ParameterBlocks]]:
+    """Return the buckets of a stage's first tensor-parallel rank, and its parameters."""
+    chunks = stage_blocks(model, parallel, options, pp_rank=stage)
+    found = plan_stage(model, parallel, chunks, pp_rank=stage)
+    domains = [
+        Domain(_buckets(found.dense), parallel.dense_shards, parallel.tp),
+        Domain(_buckets(found.expert), parallel.expert_shards, parallel.etp),
+    ]
+    return domains, found.parameters
 
 
 def _buckets(buffers: list[BufferLayout]) -> list[BucketLayout]:
     return [bucket for buffer in buffers for bucket in buffer.buckets]
 
 
-def _plan_rank(
+def plan_rank(
     domains: list[Domain], parameters: list[ParameterBlocks], place: float, instances: int
 ) -> Added:
     """Plan the rank that lies at ``place``, from 0 to 1, in its data-parallel groups."""

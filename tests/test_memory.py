@@ -539,6 +539,40 @@ def test_added_traffic_of_llama_2_7b_at_tp8_dp8_stays_within_its_target() -> Non
     assert result.most.tp_bytes >= 4 * 32 * 2 * 4096 / 8
 
 
+def communication(job: Job) -> tuple[int, int, dict[str, int]]:
+    """Return stage, segments, and bytes by group that a step adds on this rank."""
+    from megatron.core import parallel_state
+
+    optimizer = Trainer(job).optimizer
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    segments = optimizer.inner.plan.num_segments
+    return stage, segments, optimizer.communication_per_step()["by_group"]
+
+
+def test_plan_scale_says_what_a_run_with_multi_token_prediction_adds() -> None:
+    """On every data-parallel rank of both stages, of which the last predicts."""
+    dense_first = {"moe_layer_freq": [0, 1]}
+    layout = {"tp": 2, "pp": 2, "ep": 2, "etp": 1, "overlap": True, "bucket_size": 3000}
+    job = replace(LLAMA, experts=4, mtp=1, config_args=dense_first, **layout)
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    args = parser.parse_args(flags_of(job, 8))
+    planned = {
+        stage: plan_scale.describe(model_of(args), parallel_of(args), AdamMiniConfig(), stage)
+        for stage in range(2)
+    }
+    ranks = run_ranks(8, communication, job)
+    for number, (stage, segments, by_group) in enumerate(ranks):
+        if number % 2:
+            continue  # the second tensor-parallel rank
+        added = plan_scale.plan_rank(*planned[stage], (number % 4) // 2 / 2, 1)
+        assert (added.segments, added.collectives) == (segments, len(by_group))
+        assert added.dp_bytes == sum(n for group, n in by_group.items() if group.endswith("dp"))
+        assert added.tp_bytes == sum(n for group, n in by_group.items() if group.endswith("tp"))
+    assert ranks[4][1] != ranks[6][1]
+    assert {"dense dp", "dense tp"} <= ranks[4][2].keys()
+
+
 # Layouts.
 
 
