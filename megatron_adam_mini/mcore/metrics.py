@@ -170,19 +170,38 @@ def _saved_bytes(optimizer: AdamMiniOptimizer) -> int:
     return adam - sum(num_bytes for kind, num_bytes in own if not kind.startswith("host_"))
 
 
-def _write(optimizer: AdamMiniOptimizer, iteration: int) -> None:
-    """Write what is due; all ranks measure updates, the one with the writers writes."""
-    from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
+def write_metrics(
+    optimizer: AdamMiniOptimizer, iteration: int, log_interval: int, writer: Any, wandb_writer: Any
+) -> None:
+    """Write what is due; all ranks must call it and measure updates, those with a writer write.
 
+    Args:
+        optimizer: Adam-mini.
+        iteration: number of the iteration that ended, from 1.
+        log_interval: iterations from one writing of the constant metrics to the next.
+        writer: of TensorBoard, ``None`` if this rank has none.
+        wandb_writer: module or run of Weights & Biases, likewise.
+    """
     interval = optimizer.inner.config.log_updates_interval
     found = update_metrics(optimizer) if interval and iteration % interval == 0 else {}
-    writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
     if not (writer or wandb_writer):
         return
-    if iteration % get_args().tensorboard_log_interval == 0:
+    if iteration % log_interval == 0:
         found |= metrics_of(optimizer)
     if writer:
         for name, value in found.items():
             writer.add_scalar(name, value, iteration)
     if wandb_writer and found:
         wandb_writer.log(found, iteration)
+
+
+def _write(optimizer: AdamMiniOptimizer, iteration: int) -> None:
+    from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
+
+    write_metrics(
+        optimizer,
+        iteration,
+        get_args().tensorboard_log_interval,
+        get_tensorboard_writer(),
+        get_wandb_writer(),
+    )
