@@ -18,7 +18,6 @@ from megatron_adam_mini.estimate.memory import FORMATS
 from megatron_adam_mini.estimate.models import MODELS, Model
 from megatron_adam_mini.estimate.parallel import Cluster, Parallel, flag
 from megatron_adam_mini.estimate.search import Candidate, layouts, search
-from megatron_adam_mini.estimate.search_report import SHOWN
 from megatron_adam_mini.mcore import activations
 from tests.ranks import run_ranks
 from tests.test_memory import megatrons_flags
@@ -170,7 +169,7 @@ def test_table_marks_what_fits_only_with_adam_mini(capsys: pytest.CaptureFixture
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line[2:].split() and line[2:].split()[0].isdigit()]
     rows = [line for line in rows if line.startswith(("* ", "  "))]
-    shown = [e for e in report["layouts"] if {"adam", *SHOWN} & set(e["fits"])]
+    shown = [e for e in report["layouts"] if set(report["shown"]) & set(e["fits"])]
     assert 0 < sum(line.startswith("*") for line in rows) < len(rows) <= 30
     assert f"{len(report['layouts'])} are possible, {len(shown)} fit" in lines[1]
     for line, entry in zip(rows, shown, strict=False):
@@ -190,6 +189,18 @@ def test_without_megatron_it_says_what_is_missing(capsys: pytest.CaptureFixture[
     assert "pip install megatron-core" in text
     assert "micro-batch" not in text
     assert re.search(r" \(\d+\.\d\d\) ", text)  # a number that does not fit
+
+
+@pytest.mark.usefixtures("no_megatron")
+def test_fp8_weights_leave_no_remainders(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", "llama-3-8b", *SEARCH.split(), "--fp8-param-gather"]
+    report = run_cli(capsys, *flags)
+    assert list(report["shown"]) == ["adam", "adam_mini", "adam_mini_bf16_m"]
+    assert not [name for entry in report["layouts"] for name in entry["bytes"] if "rem" in name]
+    assert cli.main(["memory", *flags]) == 0
+    assert "16 bit: Adam-mini, bf16 m." in capsys.readouterr().out
+    assert cli.main(["memory", *flags, "--optimizer-cpu-offload"]) == 2
+    assert "does not support --optimizer-cpu-offload with" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("one_gb_each")

@@ -168,7 +168,15 @@ class Planner:
         Args:
             parallel: may differ from the planner's own only in the number of data-parallel ranks.
             offload_fraction: of Adam-mini's state, in host memory.
+
+        Raises:
+            ValueError: a run with FP8 weights cannot keep state in host memory.
         """
+        if parallel.fp8_param_gather and offload_fraction:
+            raise ValueError(
+                "--optimizer adam_mini does not support --optimizer-cpu-offload with "
+                "--fp8-param-gather; drop one of the two."
+            )
         known: dict[Hashable, IntArray] = {}
         return [
             self._stage(parallel, stage, known, offload_fraction) for stage in range(parallel.pp)

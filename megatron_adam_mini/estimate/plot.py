@@ -1,17 +1,20 @@
-"""Layouts of a search -> a picture. Imports ``search_report``, and matplotlib once it draws."""
+"""Layouts of a search -> a picture.
+
+Imports ``memory``, ``search_report`` and, once it draws, matplotlib.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from megatron_adam_mini.estimate.search_report import SHOWN, fitting, name_of
+from megatron_adam_mini.estimate.memory import FORMATS
+from megatron_adam_mini.estimate.search_report import fitting, name_of
 
 _GB = 10**9
 #: Layouts that are drawn.
 _MOST = 12
-_COLORS = {"adam": "#4c72b0", "adam_mini": "#dd8452", "adam_mini_remainders_bf16_m": "#55a868"}
-_LABELS = {**SHOWN, "adam_mini_remainders_bf16_m": "Adam-mini, remainders, bf16 m"}
+_COLORS = ("#4c72b0", "#dd8452", "#55a868")
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -32,14 +35,15 @@ def draw(report: dict[str, Any], path: Path) -> None:
         raise ValueError("No layout fits, so there is nothing to draw; leave --plot out.")
     figure = Figure(figsize=(8, 1.2 + 0.55 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    height = 0.8 / len(SHOWN)
-    for place, name in enumerate(SHOWN):
+    shown = report["shown"]
+    height = 0.8 / len(shown)
+    for place, name in enumerate(shown):
         at = [row + (place - 1) * height for row in range(len(rows))]
         state = [entry["bytes"][name] / _GB for entry in rows]
-        axes.barh(at, state, height, color=_COLORS[name], label=_LABELS[name])
+        axes.barh(at, state, height, color=_COLORS[place], label=FORMATS[name].label)
         extra = [entry["activations"].get(1, 0) / _GB for entry in rows]
         if any(extra):
-            what = "activations of a micro-batch of 1" if place == len(SHOWN) - 1 else None
+            what = "activations of a micro-batch of 1" if place == len(shown) - 1 else None
             axes.barh(at, extra, height, left=state, color="#cccccc", hatch="//", label=what)
     cluster = report["cluster"]
     axes.axvline(cluster["gpu_memory"] / _GB, color="black", linestyle="--", linewidth=1)

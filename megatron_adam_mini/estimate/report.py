@@ -58,11 +58,6 @@ def memory_report(
     Raises:
         ValueError: the layout does not fit the model, or options do not apply.
     """
-    if parallel.fp8_param_gather and offload_fraction:
-        raise ValueError(
-            "--optimizer adam_mini does not support --optimizer-cpu-offload with "
-            "--fp8-param-gather; drop one of the two."
-        )
     planner = Planner(model, parallel, options)
     stages = planner.stages(parallel, offload_fraction=offload_fraction)
     sharing = Sharing(planner)

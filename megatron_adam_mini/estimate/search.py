@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_adam_mini.config import AdamMiniConfig
-from megatron_adam_mini.estimate.memory import FORMATS, Planner, largest_rank
+from megatron_adam_mini.estimate.memory import Planner, formats_of, largest_rank
 from megatron_adam_mini.estimate.models import Model
 from megatron_adam_mini.estimate.parallel import Cluster, Parallel, stage_layers
 from megatron_adam_mini.estimate.stages import check_fits
@@ -89,7 +89,8 @@ def search(
         stages = Planner(model, parallel, options).stages(
             parallel, offload_fraction=offload_fraction
         )
-        totals = {name: largest_rank(stages, form)["total"] for name, form in FORMATS.items()}
+        forms = formats_of(parallel).items()
+        totals = {name: largest_rank(stages, form)["total"] for name, form in forms}
         estimated = (
             {} if activations is None else _activations(model, cluster, parallel, activations)
         )

@@ -16,12 +16,8 @@ from megatron_adam_mini.estimate.parallel import Cluster, Parallel, flag
 from megatron_adam_mini.estimate.search import Candidate
 
 _GB = 10**9
-#: Kinds of state that are compared, with their names in the table.
-SHOWN = {
-    "adam": "Adam",
-    "adam_mini": "Adam-mini",
-    "adam_mini_remainders_bf16_m": "16 bit",
-}
+#: Forms of Adam-mini's state that save most; FP8 weights leave no remainders.
+_SMALLEST = ("adam_mini_remainders_bf16_m", "adam_mini_bf16_m")
 _SIZES = {
     "TP": "tensor_model_parallel_size",
     "PP": "pipeline_model_parallel_size",
@@ -37,20 +33,23 @@ def search_report(
     model: Model, cluster: Cluster, candidates: Sequence[Candidate]
 ) -> dict[str, Any]:
     """Return for each layout what it needs, and with which optimizers it fits."""
-    memory = cluster.gpu_memory
+    memory, totals = cluster.gpu_memory, candidates[0].totals
+    smallest = next(name for name in _SMALLEST if name in totals)
     return {
         "model": vars_of(model),
         "cluster": vars(cluster),
         "parameters": Planner(model, Parallel(), AdamMiniConfig()).num_parameters(),
         "activations": "Megatron's estimate" if candidates[0].activations else None,
+        # What is compared, with its name in the table.
+        "shown": {"adam": "Adam", "adam_mini": "Adam-mini", smallest: "16 bit"},
         "layouts": [
             {
                 "layout": vars_of(candidate.parallel),
                 "bytes": dict(candidate.totals),
                 "activations": dict(candidate.activations),
-                "fits": [name for name in FORMATS if candidate.fits(name, memory)],
+                "fits": [name for name in totals if candidate.fits(name, memory)],
                 "largest_micro_batch": {
-                    name: candidate.largest_micro_batch(name, memory) for name in FORMATS
+                    name: candidate.largest_micro_batch(name, memory) for name in totals
                 },
             }
             for candidate in candidates
@@ -60,7 +59,7 @@ def search_report(
 
 def fitting(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the layouts that fit with one of the optimizers shown."""
-    return [entry for entry in report["layouts"] if SHOWN.keys() & set(entry["fits"])]
+    return [entry for entry in report["layouts"] if set(report["shown"]) & set(entry["fits"])]
 
 
 def name_of(entry: dict[str, Any], *, experts: bool) -> str:
@@ -94,24 +93,24 @@ def _table(report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
     width = 5 * len(sizes) + 2
     over = f"{'':<{width}}{'weights, gradients, state':>33}"
     heads = "  " + "".join(f"{key:>5}" for key in sizes)
-    heads += "".join(f"{label:>11}" for label in SHOWN.values())
+    heads += "".join(f"{label:>11}" for label in report["shown"].values())
     if estimated:
         over += f"{'activations':>14}   largest micro-batch with"
-        heads += f"{'of one':>14}" + "".join(f"{label:>11}" for label in SHOWN.values())
-    return [over.rstrip(), heads, *(_row(entry, sizes, estimated) for entry in rows)]
+        heads += f"{'of one':>14}" + "".join(f"{label:>11}" for label in report["shown"].values())
+    return [over.rstrip(), heads, *(_row(entry, sizes, report) for entry in rows)]
 
 
-def _row(entry: dict[str, Any], sizes: Sequence[str], estimated: bool) -> str:
-    fits, layout = entry["fits"], entry["layout"]
+def _row(entry: dict[str, Any], sizes: Sequence[str], report: dict[str, Any]) -> str:
+    fits, layout, shown = entry["fits"], entry["layout"], report["shown"]
     cells = ["  " if "adam" in fits else "* "]
     cells += [f"{layout[_SIZES[key]]:>5}" for key in sizes]
-    if estimated:
-        cells += [f"{entry['bytes'][name] / _GB:>11.2f}" for name in SHOWN]
+    if report["activations"] is not None:
+        cells += [f"{entry['bytes'][name] / _GB:>11.2f}" for name in shown]
         cells.append(f"{entry['activations'][1] / _GB:>14.2f}")
-        cells += [f"{entry['largest_micro_batch'][name] or '-':>11}" for name in SHOWN]
+        cells += [f"{entry['largest_micro_batch'][name] or '-':>11}" for name in shown]
     else:
         # Without activations, a number that does not fit is put in brackets.
-        for name in SHOWN:
+        for name in shown:
             text = f"{entry['bytes'][name] / _GB:.2f}"
             cells.append(f"{text if name in fits else f'({text})':>11}")
     # What was chosen beside the sizes: how layers are cut where the stages do not divide them.
@@ -120,9 +119,10 @@ def _row(entry: dict[str, Any], sizes: Sequence[str], estimated: bool) -> str:
 
 
 def _notes(report: dict[str, Any]) -> list[str]:
+    smallest = FORMATS[list(report["shown"])[-1]].label
     lines = [
-        "GB (10^9 bytes) of the largest rank. 16 bit: Adam-mini with remainders and bf16 m. Adam:",
-        "with float32 state; Megatron's precision-aware Adam is in --json.",
+        f"GB (10^9 bytes) of the largest rank. 16 bit: {smallest}.",
+        "Adam: with float32 state; Megatron's precision-aware Adam is in --json.",
         "Exact: weights, gradients and state. Not counted: CUDA, NCCL, fragmentation.",
     ]
     if report["activations"] is not None:
