@@ -12,12 +12,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from megatron_adam_mini import AdamMini
+from tests.megatron_job import Job, Trainer
 from tests.plain_models import (
     GEOMETRY,
     HYPER,
@@ -30,6 +39,7 @@ from tests.ranks import RankError, run_ranks
 #: The sums of a block in float32, added up in another order, after a few steps of size 0.01.
 SUM_TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
 STEPS = 3
+MEGATRON_JOB = Job(bias=True, clip_grad=0.0, steps=5)
 
 #: Conv1D of GPT-2, whose rows are columns, and a gated MLP under Megatron's names.
 OTHERS = {
@@ -240,3 +250,114 @@ def missing_gradients() -> None:
 
 def test_a_parameter_without_a_gradient_stays_as_it_is():
     run_ranks(2, missing_gradients)
+
+
+def train_and_save(layout: str, path: str) -> None:
+    model = Given(shapes_of_llama())
+    shard_model(model, layout)
+    optimizer = optimizer_of(model)
+    train(model, optimizer)
+    state = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
+    checkpoint.save(state, checkpoint_id=path)
+
+
+def load_and_train(layout: str, path: str) -> None:
+    """Load under another layout, go on, and compare with a run that nothing interrupted."""
+    model, expected = Given(shapes_of_llama()), Given(shapes_of_llama())
+    shard_model(model, layout)
+    for param in model.parameters():
+        local = param.to_local() if isinstance(param, DTensor) else param
+        local.detach().zero_()
+    optimizer = optimizer_of(model, lr=1.0)
+    state = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
+    checkpoint.load(state, checkpoint_id=path)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    assert optimizer.param_groups[0]["lr"] == HYPER["lr"]
+    train(model, optimizer, range(STEPS, 2 * STEPS))
+    train(expected, optimizer_of(expected), range(2 * STEPS))
+    compare(model, expected)
+
+
+def whole_state(path: str) -> None:
+    """Save and load the state as whole tensors of rank 0, as Hugging Face's tools do."""
+    model = Given(shapes_of_llama())
+    shard_model(model, "fsdp")
+    optimizer = optimizer_of(model)
+    train(model, optimizer)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    if not distributed.get_rank():
+        v = saved["state"]["inner.model.layers.0.self_attn.q_proj.weight"]["row_exp_avg_sq"]
+        assert v.shape == (16,)
+        assert len(v.unique()) == 4
+    restored = optimizer_of(model)
+    restored.zero_grad()  # torch makes no state for optimizers that have gradients
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_optimizer_state_dict(model, restored, saved, options=options)
+    for param, state in optimizer.state.items():
+        for key, value in state.items():
+            other = restored.state[param][key]
+            assert torch.equal(whole(other), whole(value)) if isinstance(value, Tensor) else True
+            assert type(other) is type(value), key
+
+
+@pytest.mark.parametrize(
+    ("saved", "ranks", "loaded", "others"),
+    [
+        ("none", 1, "fsdp", 3),
+        ("fsdp", 3, "fsdp tp", 4),
+        ("fsdp tp", 4, "fsdp", 2),
+        ("tp", 2, "none", 1),
+    ],
+)
+def test_a_distributed_checkpoint_loads_under_another_layout(
+    saved, ranks, loaded, others, tmp_path
+):
+    run_ranks(ranks, train_and_save, saved, str(tmp_path))
+    run_ranks(others, load_and_train, loaded, str(tmp_path))
+
+
+def test_whole_state_goes_to_rank_0_and_back(tmp_path):
+    run_ranks(2, whole_state, str(tmp_path))
+
+
+def train_in_megatron(plain: bool) -> tuple[list[float], dict[str, Any]]:
+    """Train a small Llama of Megatron-Core, by its own optimizer's path or by the plain one."""
+    trainer = Trainer(MEGATRON_JOB)
+    named = dict(trainer.chunks[0].module.named_parameters())
+    groups = [
+        {
+            "params": [(name, p) for name, p in named.items() if (p.ndim > 1) is matrix],
+            "weight_decay": MEGATRON_JOB.weight_decay if matrix else 0.0,
+        }
+        for matrix in (True, False)
+    ]
+    heads = {"num_heads": MEGATRON_JOB.heads, "num_query_groups": MEGATRON_JOB.groups}
+    optimizer = AdamMini(groups, lr=MEGATRON_JOB.lr, betas=(0.9, 0.95), **heads)
+    for step in range(MEGATRON_JOB.steps):
+        if plain:
+            trainer.backward(step)
+            for param in named.values():
+                param.grad = param.main_grad.clone()
+            optimizer.step()
+            optimizer.zero_grad()
+        else:
+            trainer.step(step)
+    return trainer.losses, {name: param.detach().numpy() for name, param in named.items()}
+
+
+def test_a_model_of_megatron_trains_as_by_the_distributed_optimizer():
+    ((losses, expected),) = run_ranks(1, train_in_megatron, False)
+    ((plain_losses, actual),) = run_ranks(1, train_in_megatron, True)
+    assert plain_losses == pytest.approx(losses, rel=1e-6)
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            torch.from_numpy(actual[name]), torch.from_numpy(value), **SUM_TOLERANCE, msg=name
+        )
