@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -277,8 +278,27 @@ def test_what_is_not_known_keeps_full_v_and_is_listed(caplog):
     assert "{'*': 'tensor'}" in record.message
     assert blocks_of(optimizer)["model.gadget.weight"] == ("element", 15)
     caplog.clear()
+    adam_mini(model, full_v=("*gadget*",))
     assert blocks_of(adam_mini(model, rules={"*gadget*": "row"}))["model.gadget.weight"][1] == 3
     assert not caplog.records
+
+
+def test_groups_as_torchtitan_makes_them():
+    """Names beside the parameters, and all values in the group."""
+    model = module_of(shapes_of_llama())
+    group = {
+        "params": list(model.parameters()),
+        "param_names": [name for name, _ in model.named_parameters()],
+        "fused": True,
+        "foreach": False,
+        **HYPER,
+        **GEOMETRY,
+    }
+    optimizer = AdamMini([group], value_as_block=True)
+    assert blocks_of(optimizer) == blocks_of(adam_mini(model, value_as_block=True))
+    train(model, optimizer)
+    with pytest.raises(ValueError, match=r"preset, which all groups share; .* AdamMini\(...\)"):
+        AdamMini([group | {"preset": "row"}])
 
 
 def test_heads_of_another_model_by_a_rule():
@@ -450,8 +470,13 @@ def test_parameters_may_be_exchanged_before_the_first_step():
     model = module_of(shapes_of_llama())
     optimizer = adam_mini(model)
     other = copy.deepcopy(model)
+    whole = weakref.ref(model.lm_head.weight)
     for group in optimizer.param_groups:
         group["params"] = list(other.parameters())
+    weight = model.lm_head.weight.detach().clone()
+    del model.lm_head.weight
+    assert whole() is None, "nothing keeps the memory of whole parameters"
+    model.lm_head.weight = nn.Parameter(weight)
     train(other, optimizer)
     train(model, adam_mini(model))
     assert all(

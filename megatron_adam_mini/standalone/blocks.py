@@ -53,6 +53,7 @@ class Blocks:
         row_dim: dimension whose indices are rows.
         block_of_row: int64, shape ``(rows,)``; ``None``: one second moment per element.
         head_dim: rows of a head, 0 if heads are not used.
+        known: whether its name has a role.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Blocks:
     row_dim: int
     block_of_row: IntArray | None
     head_dim: int = 0
+    known: bool = True
 
     @property
     def num_rows(self) -> int:
@@ -103,7 +105,7 @@ def partition(
     info = ParameterInfo(name=name, shape=(num_rows, width), role=weight.role)
     rule = rule_for(info, config)
     if rule == "element":
-        return Blocks(name, shape, rule, row_dim, None)
+        return Blocks(name, shape, rule, row_dim, None, known=weight.role != "unknown")
     if rule not in ("qkv", "head"):
         return Blocks(name, shape, rule, row_dim, _block_of_row(info, rule, config))
     parts = weight.parts or ("query",)  # a weight that the user calls one of heads

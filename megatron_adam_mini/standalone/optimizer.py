@@ -16,8 +16,11 @@ from megatron_adam_mini.config import AdamMiniConfig, check_adam_values
 from megatron_adam_mini.kernels import select_backend
 from megatron_adam_mini.standalone.block_sums import complete_
 from megatron_adam_mini.standalone.local_shard import LocalShard
-from megatron_adam_mini.standalone.partition import partition_groups
+from megatron_adam_mini.standalone.partition import partition_groups, warn_of_unknown
 from megatron_adam_mini.standalone.scalar_pool import ScalarPool
+
+#: Options that a parameter group cannot have.
+_OF_THE_OPTIMIZER = {"preset", "value_as_block", "full_v", "rules", "backend"}
 
 
 class AdamMini(Optimizer):
@@ -68,10 +71,11 @@ class AdamMini(Optimizer):
         )
         self._shards: dict[Tensor, LocalShard] = {}
         self._scalars = ScalarPool()
+        self._made = False
         values = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         heads = {"num_heads": num_heads, "num_query_groups": num_query_groups}
         super().__init__(params, {**values, **heads, "head_dim": head_dim})
-        self._local_shards()
+        self._check()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -123,12 +127,17 @@ class AdamMini(Optimizer):
                 id(item[1] if isinstance(item, tuple) else item): item for item in [*params][::-1]
             }
             param_group["params"] = list(unique.values())[::-1]
+        if misplaced := sorted(_OF_THE_OPTIMIZER & param_group.keys()):
+            raise ValueError(
+                f"A parameter group has {', '.join(misplaced)}, which all groups share; give it to "
+                "AdamMini(...) itself. A group may have lr, betas, eps, weight_decay, num_heads, "
+                "num_query_groups and head_dim."
+            )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         check_adam_values(**{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")})
-        if self._shards:
-            self._shards = {}
-            self._local_shards()
+        if self._made:
+            self._check()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load state of the same partition; see ``torch.optim.Optimizer``.
@@ -154,6 +163,13 @@ class AdamMini(Optimizer):
         """Return name, shape, rule and number of second moments of each parameter."""
         return [shard.blocks.manifest_entry() for shard in self._local_shards().values()]
 
+    def _check(self) -> None:
+        """Refuse what cannot be updated, and list what is not known."""
+        shards = self._local_shards()
+        warn_of_unknown({p: shard.blocks for p, shard in shards.items()}, self.config)
+        # accelerate exchanges parameters before the first step, and whole ones take much memory.
+        self._shards, self._made = {}, True
+
     def _local_shards(self) -> dict[Tensor, LocalShard]:
         """Return what this rank holds, made anew if parameters were replaced or moved."""
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
@@ -170,4 +186,4 @@ class AdamMini(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._shards, self._scalars = {}, ScalarPool()
+        self._shards, self._scalars, self._made = {}, ScalarPool(), True

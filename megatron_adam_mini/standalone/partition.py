@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -53,15 +54,6 @@ def partition_groups(
             f"Adam-mini rules for {', '.join(map(repr, unmatched))} match no parameter; there are "
             f"{', '.join(list(named)[:8])}, ... Remedy: patterns that match, one of them for each."
         )
-    _warn_of_unknown(
-        [
-            name
-            for name, (param, _) in named.items()
-            if weights[name].role == "unknown"
-            and blocks[name].rule == "element"
-            and param.requires_grad
-        ]
-    )
     return {param: blocks[name] for name, (param, _) in named.items()}
 
 
@@ -104,7 +96,16 @@ def _check(name: str, param: Tensor) -> None:
     check_placements(name, param)
 
 
-def _warn_of_unknown(names: Sequence[str]) -> None:
+def warn_of_unknown(blocks: Mapping[Tensor, Blocks], config: AdamMiniConfig) -> None:
+    """List the trained parameters that have a full v only because nothing else is known of them."""
+    chosen = [pattern for pattern, rule in config.overrides() if rule == "element"]
+    names = [
+        made.name
+        for param, made in blocks.items()
+        if param.requires_grad
+        and not made.known
+        and not any(fnmatchcase(made.name, pattern) for pattern in chosen)
+    ]
     if names and not (distributed.is_initialized() and distributed.get_rank()):
         logger.warning(
             f"Adam-mini keeps one second moment per element, as AdamW does, for {len(names)} "
