@@ -36,6 +36,8 @@ class BlockSums:
         sum_sq_S: float32, one sum per row of this rank.
         cut_C: float32, the sums of blocks that other ranks hold parts of; empty if nothing is cut.
         groups: process groups that add them up, one after the other.
+        in_one_pass: each row is a block that this rank holds all of, so that the update itself can
+            sum up, and nothing here is used.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class BlockSums:
             first_S * row_numel, np.append(first_S[1:], rows.count) * row_numel
         )
         self._rows_are_blocks = blocks.rule == "row"
+        self.in_one_pass = self._rows_are_blocks and rows.cut is not None
         if self._rows_are_blocks:
             if rows.cut is None:
                 self.cut_C = self.sum_sq_S

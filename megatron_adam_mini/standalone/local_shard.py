@@ -120,7 +120,7 @@ class LocalShard:
         if isinstance(grad, DTensor) and isinstance(param, DTensor):
             grad = grad.redistribute(placements=param.placements)
         self._grad = None if grad is None else local(grad)
-        if self.sums is not None:
+        if self.sums is not None and not self.sums.in_one_pass:
             self.sums.sum_squares_(None if grad is None else self._gradient(), self._kernels)
 
     def update_(self, state: State, scalars: StepScalars) -> None:
@@ -144,8 +144,11 @@ class LocalShard:
                         tensors, v_E, self._table, self._vectors, scalars
                     )
                 return
-            self.sums.spread_()
             vectors = self._vectors._replace(exp_avg_sq_S=local(state[self.v_key]))
+            if self.sums.in_one_pass:
+                self._kernels.update_in_one_pass_(tensors, self._table, vectors, scalars)
+                return
+            self.sums.spread_()
             self._kernels.segment_step_size_(vectors, scalars)
             self._kernels.update_(tensors, self._table, vectors, scalars)
 
