@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import re
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -542,3 +544,48 @@ def test_state_of_another_partition_is_refused():
     train(model, adamw, range(1))
     with pytest.raises(ValueError, match="exp_avg_sq of shape"):
         optimizer.load_state_dict(adamw.state_dict())
+
+
+# Documents.
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/standalone.md"])
+def test_python_in_the_documents_runs(document):
+    text = (Path(__file__).parents[1] / document).read_text()
+    found = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    blocks = [block for block in found if "AdamMini(" in block]
+    assert blocks
+    shapes = {name: tuple(32 for _ in shape) for name, shape in shapes_of_llama().items()}
+    for name in ("k_proj", "v_proj"):
+        shapes[f"model.layers.0.self_attn.{name}.weight"] = (8, 32)
+    model = module_of(shapes)
+    names: dict[str, Any] = {"model": model}
+    for block in blocks:
+        exec(block, names)
+        before = model.lm_head.weight.detach().clone()
+        train(model, names["optimizer"], range(1))
+        assert not torch.equal(model.lm_head.weight, before)
+
+
+def test_state_takes_half_of_adamws():
+    """The numbers of docs/standalone.md, without the memory: shapes of 23.2M parameters."""
+    shapes = {"model.embed_tokens.weight": (8192, 512), "model.norm.weight": (512,)}
+    for layer in range(6):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            shapes[f"model.layers.{layer}.self_attn.{name}.weight"] = (512, 512)
+        for name in ("gate_proj", "up_proj"):
+            shapes[f"model.layers.{layer}.mlp.{name}.weight"] = (1376, 512)
+        shapes[f"model.layers.{layer}.mlp.down_proj.weight"] = (512, 1376)
+    sizes = []
+    with torch.device("meta"):
+        named = [(name, nn.Parameter(torch.empty(shape))) for name, shape in shapes.items()]
+    optimizer = AdamMini(named, num_heads=8)
+    for shard in optimizer._local_shards().values():
+        sizes += [t.nbytes for t in shard.new_state().values() if isinstance(t, Tensor)]
+    elements = sum(param.numel() for _, param in named)
+    assert (round(elements / 1e6, 1), round(sum(sizes) / 1e6, 1)) == (23.2, 92.8)
+    assert round((8 * elements + 4 * len(named)) / 1e6, 1) == 185.3
+    assert (
+        "23.2M parameters takes 92.8 MB of state, with AdamW 185.3 MB"
+        in (Path(__file__).parents[1] / "docs/standalone.md").read_text()
+    )
