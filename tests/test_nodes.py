@@ -99,7 +99,7 @@ def run(folder: Path, started: list[Launch]) -> tuple[list[str], list[str]]:
             assert one.wait(TIMEOUT_S) == 0, one.output()[-4000:]
         text = "\n".join(one.output() for one in agents)
     losses = re.findall(r"iteration +(\d+)/.*?lm loss: (\S+)", text)
-    places = re.findall(r"rank \d: node \d, TP .*?, DP .*", text)
+    places = re.findall(r"rank \d: node \d, TP \[[\d, ]+\], DP \[[\d, ]+\]", text)
     return sorted(f"{iteration}: {loss}" for iteration, loss in losses), sorted(places)
 
 
