@@ -131,6 +131,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], tuple[Feature, ...]]] = {
             Feature("conversion from and to the public adam_mini"),
             Feature("state moved away, reset, reloaded by RL frameworks"),
             Feature("Megatron-Bridge: recipes, YAML, overrides, scheduler, metrics"),
+            Feature("selection in frameworks that build Megatron's config"),
             Feature("memory of each rank before a run"),
             Feature("search of layouts that fit a GPU's memory"),
             Feature("CPU kernels: instruction sets, threads"),

@@ -352,10 +352,7 @@ def real_class(folder: str) -> None:
 
 
 def has_bridge() -> bool:
-    try:
-        return importlib.util.find_spec("megatron.bridge.training") is not None
-    except ImportError:
-        return False
+    return importlib.util.find_spec("megatron.bridge") is not None
 
 
 @pytest.mark.skipif(not has_bridge(), reason="Megatron-Bridge is not installed")

@@ -5,5 +5,5 @@ May import everything but ``convert`` and ``estimate``: a run needs no tools.
 Data flow: ``compat``, ``preflight``, ``slices``, ``model_space`` (Megatron's objects) ->
 ``arguments``, ``param_info``, ``entries`` (as ours) -> ``adam_import`` -> ``checkpoint`` ->
 ``distributed_optimizer`` (what Megatron's loop calls) -> ``metrics`` -> ``factory`` (builds it) ->
-``registration`` (makes Megatron call the factory).
+``registration`` (makes Megatron call the factory) -> ``workers``, ``bridge`` (frameworks).
 """

@@ -43,6 +43,7 @@ from megatron_adam_mini.mcore.preflight import (
 from megatron_adam_mini.mcore.qk_clip import follow
 from megatron_adam_mini.mcore.quantized import drop_initial_values, is_quantized
 from megatron_adam_mini.mcore.slices import buffers_of, sharded_buffers, whole_parameters
+from megatron_adam_mini.mcore.unattached import options_of_process
 from megatron_adam_mini.optimizer import AdamMini
 from megatron_adam_mini.plan.manifest import BUCKETS, manifest_of, partition_fields
 from megatron_adam_mini.plan.partition import partition_parameter, unmatched_patterns
@@ -62,7 +63,7 @@ def build_optimizer(
 
     Args:
         config: ``optimizer="adam_mini"``; its attribute ``adam_mini``, an
-            :class:`AdamMiniConfig`, holds Adam-mini's options (defaults if missing).
+            :class:`AdamMiniConfig`, holds Adam-mini's options (see ``unattached`` if missing).
         model_chunks: chunks wrapped in megatron.core's ``DistributedDataParallel``.
         config_overrides: per-parameter overrides of learning rate and weight decay.
         pg_collection: process groups; default Megatron's global ones.
@@ -73,7 +74,7 @@ def build_optimizer(
         TypeError: a chunk is not wrapped in ``DistributedDataParallel``.
         RuntimeError: ranks disagree on the plan, or another rank failed.
     """
-    given: AdamMiniConfig = getattr(config, "adam_mini", None) or AdamMiniConfig()
+    given: AdamMiniConfig = getattr(config, "adam_mini", None) or options_of_process()
     planned = agree_on_plan(
         lambda: _plan(config, given, model_chunks, pg_collection),
         patterns=[pattern for pattern, _ in given.overrides()],

@@ -1,0 +1,47 @@
+"""Options of Adam-mini where Megatron's config comes without them: frameworks that build it.
+
+Imports ``arguments``. Data flow: ``ADAM_MINI_FLAGS``, or arguments kept -> options -> ``factory``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+
+from megatron_adam_mini.config import EXP_AVG_DTYPES, AdamMiniConfig
+from megatron_adam_mini.mcore.arguments import OPTIMIZER, add_arguments, config_from_args
+
+VARIABLE = "ADAM_MINI_FLAGS"
+
+_kept: AdamMiniConfig | None = None
+
+
+def keep(options: AdamMiniConfig) -> None:
+    """Use these options in this process from now on."""
+    global _kept
+    _kept = options
+
+
+def options_of_process() -> AdamMiniConfig:
+    """Return the options that were kept, or else those of the environment, or else the defaults.
+
+    Raises:
+        ValueError: the environment has a flag that is not known, or a value that is not allowed.
+    """
+    return _kept or _parse(os.environ.get(VARIABLE, ""))
+
+
+def _parse(flags: str) -> AdamMiniConfig:
+    def fail(message: str) -> None:
+        raise ValueError(
+            f"{VARIABLE}={flags!r} is not allowed: {message}. It takes --adam-mini-* and "
+            "--exp-avg-dtype, as on Megatron's command line."
+        )
+
+    parser = argparse.ArgumentParser(prog=VARIABLE, add_help=False, allow_abbrev=False)
+    parser.error = fail  # type: ignore[assignment, method-assign]
+    parser.add_argument("--optimizer", choices=["adam"], default=OPTIMIZER, help=argparse.SUPPRESS)
+    parser.add_argument("--exp-avg-dtype", choices=EXP_AVG_DTYPES, default="fp32")
+    args = add_arguments(parser).parse_args(shlex.split(flags))
+    return config_from_args(args)
