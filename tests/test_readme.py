@@ -36,11 +36,14 @@ DOCUMENTS = [
 #: Files and folders of this project by their endings; other names in backticks may be anything.
 PATH = re.compile(r"[\w.*-]+(/[\w.*-]+)*(/|\.(py|md|sh|cpp|inc|toml|txt|patch))|[\w-]+(/[\w*-]+)+")
 #: The user's own.
-ELSEWHERE = {"pretrain_gpt.py"}
+ELSEWHERE = {"pretrain_gpt.py", "train.py"}
+#: Packages whose commands documents name.
+OTHERS = {"verl"}
 #: Flags of programs whose parsers are not asked: setup.py, git, torchrun, frameworks, train.sh,
 #: Slurm, Docker.
 OTHER_FLAGS = {"--inplace", "--nproc-per-node", "--help", "--reset-optimizer-states", "--plan"}
 OTHER_FLAGS |= {"--nodes", "--build-arg"}
+OTHER_FLAGS |= {"--config-name", "--external_plugins", "--custom-megatron-init-path"}
 
 
 @dataclass
@@ -214,7 +217,8 @@ def check_python(words: list[str]) -> None:
     """Check modules and scripts of this repository in the arguments of python or torchrun."""
     for flag, module in zip(["", *words], words, strict=False):
         if flag == "-m":
-            assert importlib.util.find_spec(module), f"no module {module}"
+            known = module.split(".")[0] in OTHERS
+            assert known or importlib.util.find_spec(module), f"no module {module}"
         elif module.endswith(".py"):
             assert module in ELSEWHERE or (ROOT / module).exists(), f"no file {module}"
 
