@@ -31,9 +31,9 @@ ADAM_ONLY: dict[str, Any] = {
 #: Why main parameters, once rounded, can differ from the weights; and what to do.
 UNSOUND_CAUSE = (
     "Megatron-Core 0.16.1 to 0.19.2 write such fully_reshardable checkpoints when a bucket other "
-    "than the last is padded at its end (upstream #5077). Save again from the original run as "
-    "dp_reshardable (without --dist-ckpt-optim-fully-reshardable) and load that in an Adam-mini "
-    "run, or start from the weights alone with --no-load-optim."
+    "than the last is padded at its end (upstream #5077, fixed for 0.20). Save again from the "
+    "original run as dp_reshardable (without --dist-ckpt-optim-fully-reshardable) and load that in "
+    "an Adam-mini run, or start from the weights alone with --no-load-optim."
 )
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_adam_mini.plan.manifest import short_hash
+
+P = TypeVar("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def check_agreement(
         )
 
 
-def agree_on_plan[P](
+def agree_on_plan(
     make: Callable[[], tuple[P, PlanRecord]],
     *,
     patterns: Sequence[str],
@@ -110,7 +113,7 @@ def agree_on_plan[P](
     return plan
 
 
-def on_all_ranks[T](
+def on_all_ranks(
     work: Callable[[], T], failure: str, group: distributed.ProcessGroup | None = None
 ) -> T:
     """Do something on all ranks, and raise on all of them if it fails on any.

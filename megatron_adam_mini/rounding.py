@@ -11,8 +11,13 @@ same weights. The rules differ at exact ties only. Transformer Engine's remainde
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+#: A number, or numbers.
+Numbers = TypeVar("Numbers", int, Tensor)
 
 
 def to_weight(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -46,7 +51,7 @@ def join(weight: Tensor, remainder: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
-def mix32[T: (int, Tensor)](value: T) -> T:
+def mix32(value: Numbers) -> Numbers:
     """Return a 32-bit hash of numbers (the finaliser of MurmurHash3, public domain).
 
     Args:

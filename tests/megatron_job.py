@@ -234,12 +234,14 @@ class Trainer:
         )
 
     def _build_optimizer(self) -> Any:
-        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-
         import megatron_adam_mini
         from megatron_adam_mini import AdamMiniConfig
 
         job = self.job
+        if job.optimizer == "adam_mini":
+            megatron_adam_mini.register()
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
         config = OptimizerConfig(
             optimizer=job.optimizer,
             lr=job.lr,
@@ -257,7 +259,6 @@ class Trainer:
             **job.optimizer_args,
         )
         if job.optimizer == "adam_mini":
-            megatron_adam_mini.register()
             # Another backend for all tests: ADAM_MINI_TEST_BACKEND, see test_backends.py.
             backend = os.environ.get("ADAM_MINI_TEST_BACKEND", AdamMiniConfig.backend)
             config.adam_mini = AdamMiniConfig(**{"backend": backend, **job.adam_mini})

@@ -13,6 +13,7 @@ from megatron_adam_mini import cpu_host
 
 cpu_host.enable()
 
+import contextlib
 import gc
 import multiprocessing.managers
 import multiprocessing.popen_fork
@@ -22,10 +23,8 @@ import megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_re
 import megatron.core.dist_checkpointing.strategies.fully_parallel
 import megatron.core.distributed
 import megatron.core.models.gpt.gpt_layer_specs
-import megatron.core.models.mimo.optimizer
 import megatron.core.optimizer
 import megatron.core.pipeline_parallel
-import megatron.core.tokenizers.utils.build_tokenizer
 import megatron.training.arguments
 import megatron.training.checkpointing
 import megatron.training.training
@@ -36,13 +35,19 @@ import torch._dynamo  # by the first torch optimizer of a process, in half a sec
 import torch.utils.serialization.config
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+with contextlib.suppress(ModuleNotFoundError):  # since 0.17
+    import megatron.core.models.mimo.optimizer
+    import megatron.core.tokenizers.utils.build_tokenizer
+
 import megatron_adam_mini.kernels.cpu
 import megatron_adam_mini.mcore.registration
 import tests.gather
 import tests.megatron_job
+import tests.older_megatron
 import tests.reference
 
 torch.set_num_threads(1)
+tests.older_megatron.install()
 
 # The writers of a checkpoint report through a process that Megatron would spawn on every rank, with
 # all imports of the main module; here it is forked, as the ranks are.

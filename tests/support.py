@@ -32,8 +32,30 @@ COLUMNS = {
     "reshard": "checkpoint reshard",
     "conversion": "conversion",
     "test": "shown by",
+    "train": "train",
+    "release overlap": "overlap",
+    "release reshard": "reshard",
+    "resume": "resume",
+    "adam": "import from Adam",
+    "experts": "experts",
+    "launch": "launch",
+    "register": "register",
+    "patch": "patch",
+    "neighbours": "checkpoints of the neighbours",
 }
 FOUR = ("oracle", "overlap", "reshard", "conversion")
+OF_RELEASES = (
+    "train", "release overlap", "release reshard", "resume", "adam", "experts", "launch",
+    "register", "patch", "neighbours",
+)  # fmt: skip
+#: Version -> row of the section on releases, oldest first.
+RELEASES = {
+    "0.16.1": "0.16.1 (tree core_v0.16.1)",
+    "0.17.1": "0.17.1",
+    "0.18.2": "0.18.2",
+    "0.19.2": "0.19.2",
+    "0.20.0": "main, 0.20.0 (d98e8a64, 2026-08-22)",
+}
 #: What a cell says where a feature cannot matter.
 NO_MATTER = "-"
 
@@ -138,6 +160,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], tuple[Feature, ...]]] = {
             Feature("Triton kernels in the interpreter; on one H100 by tools/gpu_check.sh"),
         ),
     ),
+    "Releases of Megatron-Core": (OF_RELEASES, tuple(map(Feature, RELEASES.values()))),
 }
 
 #: Feature, column, name of the test file without folder and ending.
@@ -200,6 +223,11 @@ def marks_of(module: Any) -> Iterator[pytest.Mark]:
                     for mark in getattr(method, "pytestmark", [])
                     if mark.name == "support"
                 )
+
+
+def claimed_of_releases() -> set[Shown]:
+    """Return what ``tests/releases.py`` shows if it passes on every release."""
+    return {(row, column, "releases") for row in RELEASES.values() for column in OF_RELEASES}
 
 
 # The plugin: what the marked tests of a run have shown.
@@ -288,7 +316,10 @@ about the feature.
 * *overlap parity*: with gradient reduction and parameter gather overlapped, the same bits as
   without.
 * *checkpoint reshard*: saved under one layout, loaded under another, every value bit for bit.
-* *conversion*: from and to Megatron's Adam, offline or with `--load`."""
+* *conversion*: from and to Megatron's Adam, offline or with `--load`.
+
+The rows of releases come from `tools/releases.sh`, which runs `tests/releases.py` on each; all
+other tables are of 0.19.2."""
 
 #: Flag, reason and remedy: the table of preflight.py, and what arguments.py checks besides.
 REFUSALS = (

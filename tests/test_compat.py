@@ -83,7 +83,7 @@ def probes_of_this_release() -> dict[str, Any]:
 
 def test_what_is_wrapped_exists_in_this_release():
     (found,) = run_ranks(1, hooks_of_this_release)
-    assert len(found) == 15
+    assert len(found) == 16
     assert found == dict.fromkeys(found, True)
 
 

@@ -6,10 +6,10 @@ import re
 import subprocess
 import sys
 import tarfile
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 
 from tests.test_imports import MODULES
 

@@ -12,11 +12,13 @@ from pathlib import Path
 import megatron.training
 import pytest
 
-from megatron_adam_mini.mcore.compat import TESTED_VERSIONS
+from megatron_adam_mini.mcore.compat import SUITE_VERSION
+from tests.support import RELEASES
 from tests.test_examples import TINY_MODEL
 
 ROOT = Path(__file__).resolve().parent.parent
 PATCHES = sorted((ROOT / "patches").glob("*.patch"))
+LINE = SUITE_VERSION.rpartition(".")[0]
 TIMEOUT_S = 150
 
 #: What a GPU would make unnecessary. Nothing here registers Adam-mini.
@@ -33,16 +35,23 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_there_is_a_patch_for_each_tested_release() -> None:
-    releases = {version.rpartition(".")[0] for version in TESTED_VERSIONS}
-    assert [patch.name for patch in PATCHES] == [
-        f"megatron-lm-core_v{release}.patch" for release in sorted(releases)
-    ]
+    releases = {version.rpartition(".")[0] for version in RELEASES}
+    names = [f"megatron-lm-core_v{release}.patch" for release in sorted(releases)]
+    assert [patch.name for patch in PATCHES] == names
+    table = (ROOT / "patches/README.md").read_text(encoding="utf-8")
+    for name, version in zip(names, sorted(RELEASES), strict=True):
+        (row,) = (line for line in table.splitlines() if f"`{name}`" in line)
+        assert version in row
+        assert name in (ROOT / "patches" / name).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("launcher", [False, True], ids=["plain", "launcher"])
-@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
-def test_patched_tree_trains(patch: Path, launcher: bool, tmp_path: Path) -> None:
-    """Also with the launcher, which registers before the tree does."""
+def test_patched_tree_trains(launcher: bool, tmp_path: Path) -> None:
+    """Also with the launcher, which registers before the tree does.
+
+    ``tests/releases.py`` does so with the other releases.
+    """
+    patch = ROOT / "patches" / f"megatron-lm-core_v{LINE}.patch"
     tree = tmp_path / "megatron" / "training"
     shutil.copytree(Path(megatron.training.__file__).parent, tree)
     applied = subprocess.run(

@@ -26,7 +26,8 @@ spec.loader.exec_module(support_table)
 def test_the_table_says_what_the_markers_say() -> None:
     found = support_table.TABLE.read_text(encoding="utf-8")
     shown = support.read_table(found)
-    claimed = support.claimed()
+    # An empty cell of a release did not run: another command writes those rows, release by release.
+    claimed = support.claimed() | (shown & support.claimed_of_releases())
     assert shown == claimed, "run python tools/support_table.py with the test files that differ"
     assert found == support.table(claimed), "run python tools/support_table.py"
 

@@ -2,8 +2,8 @@
 
 Imports megatron.core, and megatron.training only if it is installed. For a new release, check this
 module and ``slices``, which reads DDP's buffers. Statements about releases come from the sources of
-0.16.1, 0.17.1, 0.18.2, 0.19.2 and main (0.20); "all" means these. The tests run on
-:data:`TESTED_VERSIONS` only.
+0.16.1, 0.17.1, 0.18.2, 0.19.2 and main (0.20); "all" means these. ``tools/releases.sh`` runs tests
+on each.
 """
 
 from __future__ import annotations
@@ -29,10 +29,39 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, get_process_group_ranks
 from torch.nn import Module, Parameter
 
-#: Releases that the test-suite ran on.
-TESTED_VERSIONS = ("0.19.2",)
+#: Releases that ``tools/releases.sh`` ran on, oldest first; 0.20.0 is main, not released yet.
+TESTED_VERSIONS = ("0.17.1", "0.18.2", "0.19.2", "0.20.0")
+#: The one that the whole test-suite runs on.
+SUITE_VERSION = "0.19.2"
 
 logger = logging.getLogger(__name__)
+
+
+def refuse_unsupported_release() -> None:
+    """Check that Megatron-Core has what this module needs and cannot do without.
+
+    Raises:
+        ImportError: the release is too old, or lacks it for another reason.
+    """
+    getter = getattr(mcore_optimizer, "get_megatron_optimizer", None)
+    needed = {
+        "get_megatron_optimizer with config_overrides": getter is not None
+        and "config_overrides" in inspect.signature(getter).parameters,
+        "_get_param_groups": hasattr(mcore_optimizer, "_get_param_groups"),
+        "checkpoint_fully_reshardable_formats": hasattr(
+            DistributedOptimizer, "checkpoint_fully_reshardable_formats"
+        ),
+    }
+    missing = [name for name, found in needed.items() if not found]
+    if missing:
+        raise ImportError(
+            f"megatron-adam-mini does not support megatron-core {MCORE_VERSION}, which has no "
+            f"{', no '.join(missing)}; allowed are {', '.join(TESTED_VERSIONS)}. Remedy: install "
+            f"megatron-core=={SUITE_VERSION}."
+        )
+
+
+refuse_unsupported_release()
 
 
 class Hook(NamedTuple):
@@ -45,17 +74,35 @@ class Hook(NamedTuple):
     module: str
     name: str
     owner: str = ""  # class in the module
+    imported: bool = False  # by name, into modules that call it
 
     def place(self) -> Any:
         """Return the module or class that holds the function."""
         module = importlib.import_module(self.module)
         return getattr(module, self.owner) if self.owner else module
 
+    def places(self) -> list[Any]:
+        """Return :meth:`place`, and the modules that have imported the function from there."""
+        place = self.place()
+        if not self.imported:
+            return [place]
+        function = vars(place)[self.name]
+        others = [
+            module
+            for module in list(sys.modules.values())
+            if module is not place and vars(module).get(self.name) is function
+        ]
+        return [place, *others]
 
-#: ``get_megatron_optimizer`` calls it for every optimizer that is neither Adam nor SGD. Private;
-#: since 0.18. Before, there is no such function, and megatron.training.training in 0.17.1 calls
-#: the getter by an imported name.
-FACTORY = Hook("megatron.core.optimizer", "_get_megatron_emerging_optimizer")
+
+#: Builds the optimizer. Since 0.18, ``get_megatron_optimizer`` calls a private function for all
+#: that is neither Adam nor SGD. Before, there is only the getter itself, which
+#: megatron.training.training and scripts import by name.
+FACTORY = (
+    Hook("megatron.core.optimizer", "_get_megatron_emerging_optimizer")
+    if hasattr(mcore_optimizer, "_get_megatron_emerging_optimizer")
+    else Hook("megatron.core.optimizer", "get_megatron_optimizer", imported=True)
+)
 #: Saves a checkpoint. Public; all.
 CHECKPOINT_SAVE = Hook("megatron.core.dist_checkpointing", "save")
 #: Loads a checkpoint; the next two read its common state before that. Public; all.
@@ -101,11 +148,11 @@ def warn_if_untested() -> None:
     if MCORE_VERSION.partition("+")[0] not in TESTED_VERSIONS:
         logger.warning(
             "megatron-adam-mini was tested with megatron-core %s, but this is %s. Run "
-            "`make test` of megatron-adam-mini against it before a long run, or install "
+            "`tools/releases.sh` of megatron-adam-mini with it before a long run, or install "
             "megatron-core==%s.",
             ", ".join(TESTED_VERSIONS),
             MCORE_VERSION,
-            TESTED_VERSIONS[-1],
+            SUITE_VERSION,
         )
 
 
@@ -181,13 +228,30 @@ def grad_norm_skip_threshold(config: Any) -> float:
 def factory_defaults(factory: Callable[..., Any]) -> dict[str, Any]:
     """Return the defaults of the keyword arguments with which optimizers are built.
 
-    No release passes more than four arguments to :data:`FACTORY`; ``get_megatron_optimizer`` takes
-    two more.
+    Since 0.18 :data:`FACTORY` is passed no more than four arguments; ``get_megatron_optimizer``
+    takes two more.
     """
     return {
         name: parameter.default
         for function in (mcore_optimizer.get_megatron_optimizer, factory)
         for name, parameter in inspect.signature(function).parameters.items()
+    }
+
+
+def factory_arguments(
+    factory: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of a call of :data:`FACTORY` by name, also those that it does not know.
+
+    Whether there are gloo groups is left out: before 0.18 the getter takes it; they are looked for
+    where they are needed.
+    """
+    known = inspect.signature(factory).parameters
+    given = {**dict(zip(known, args, strict=False)), **kwargs}
+    return {
+        name: value
+        for name, value in given.items()
+        if name != "use_gloo_process_groups" or name not in known
     }
 
 
@@ -344,6 +408,11 @@ def gather_again(chunk: Any) -> None:
 
 #: Checkpoint formats that load under any layout; all.
 RESHARDABLE_FORMATS: set[str] = DistributedOptimizer.checkpoint_fully_reshardable_formats
+#: Whether Megatron's Adam writes ``fully_reshardable`` state as it holds it, also behind a bucket
+#: that is padded at its end. Since 0.20 (#5077) it counts the padding, in a variable of this name.
+WRITES_SOUND_RESHARDABLE: bool = "cumulative_padding_stripped" in (
+    DistributedOptimizer.sharded_param_state_fully_reshardable.__code__.co_varnames
+)
 #: Lays out parameters in buffers, a static method; since 0.19.
 PARAM_LAYOUT: Any = vars(DistributedOptimizer).get("compute_full_param_layout")
 

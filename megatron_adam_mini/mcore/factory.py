@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -51,6 +51,8 @@ from megatron_adam_mini.plan.step_plan import DENSE, EXPERT, DomainLayout, StepP
 from megatron_adam_mini.state import Buffer, check_remainders
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def build_optimizer(
@@ -371,7 +373,7 @@ def _gather_manifest(
     )
 
 
-def _gathered[T](value: T, group: ProcessGroup) -> list[T]:
+def _gathered(value: T, group: ProcessGroup) -> list[T]:
     found: list[Any] = [None] * group.size()
     distributed.all_gather_object(found, value, group=group)
     return found

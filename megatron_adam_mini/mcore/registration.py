@@ -50,6 +50,9 @@ from megatron_adam_mini.mcore.metrics import (
 from megatron_adam_mini.mcore.preflight import refuse_keywords, refuse_mimo
 from megatron_adam_mini.mcore.qk_clip import wrap_clip_qk
 
+#: What is read of a call that builds an optimizer.
+BUILD_ARGUMENTS = ("config", "model_chunks", "config_overrides", "pg_collection")
+
 
 class Registration:
     """Handle that :func:`register` returns; ``undo()`` restores Megatron's functions.
@@ -62,11 +65,11 @@ class Registration:
 
     def replace(self, hook: Hook, wrap: Callable[[Any], Any]) -> None:
         """Put ``wrap(original)`` in the place of a function of Megatron."""
-        place = hook.place()
-        original = getattr(place, hook.name)
+        original = getattr(hook.place(), hook.name)
         wrapper = wrap(original)
-        setattr(place, hook.name, wrapper)
-        self._replaced.append((place, hook.name, original, wrapper))
+        for place in hook.places():
+            setattr(place, hook.name, wrapper)
+            self._replaced.append((place, hook.name, original, wrapper))
 
     def undo(self) -> None:
         """Restore what was replaced; a second call does nothing.
@@ -113,7 +116,8 @@ def register() -> Registration:
     compat.warn_if_untested()
     handle = Registration()
     handle.replace(compat.FACTORY, _wrap_factory)
-    handle.replace(compat.MIMO, _wrap_mimo)
+    if compat.optional_module(compat.MIMO.module) is not None:  # since 0.17
+        handle.replace(compat.MIMO, _wrap_mimo)
     handle.replace(compat.CHECKPOINT_SAVE, wrap_save)
     handle.replace(compat.CHECKPOINT_LOAD, wrap_load)
     handle.replace(compat.CHECKPOINT_COMMON, wrap_load_common)
@@ -138,19 +142,15 @@ def _wrap_factory(original: Callable[..., Any]) -> Callable[..., Any]:
     defaults = compat.factory_defaults(original)
 
     @functools.wraps(original)
-    def get_emerging_optimizer(
-        config: Any,
-        model_chunks: Any,
-        config_overrides: Any = None,
-        pg_collection: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        if config.optimizer != OPTIMIZER:
-            return original(config, model_chunks, config_overrides, pg_collection, **kwargs)
-        refuse_keywords(kwargs, defaults)
-        return build_optimizer(config, model_chunks, config_overrides, pg_collection)
+    def get_optimizer(*args: Any, **kwargs: Any) -> Any:
+        given = compat.factory_arguments(original, args, kwargs)
+        if given["config"].optimizer != OPTIMIZER:
+            return original(*args, **kwargs)
+        read = [given.pop(name, None) for name in BUILD_ARGUMENTS]
+        refuse_keywords(given, defaults)
+        return build_optimizer(*read)
 
-    return get_emerging_optimizer
+    return get_optimizer
 
 
 def _wrap_mimo(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -217,9 +217,10 @@ def _wrap_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_megatron_optimizer_config(args: argparse.Namespace) -> Any:
         if args.optimizer != OPTIMIZER:
             return original(args)
-        # Other dtypes are options of Adam-mini.
-        megatrons = argparse.Namespace(**vars(args) | PLAIN)
+        # Other dtypes are options of Adam-mini, and not every release takes other names.
+        megatrons = argparse.Namespace(**vars(args) | PLAIN | {"optimizer": "adam"})
         config, overrides = original(megatrons)
+        config.optimizer = OPTIMIZER
         config.adam_mini = config_from_args(args)
         return config, overrides
 

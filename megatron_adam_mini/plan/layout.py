@@ -20,6 +20,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,8 @@ from numpy.typing import NDArray
 from megatron_adam_mini.plan.partition import IntArray, ParameterBlocks, RowPattern
 
 BoolArray = NDArray[np.bool_]
+#: A number, or numbers.
+Numbers = TypeVar("Numbers", int, IntArray)
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class BufferLayout:
 STATE_ALIGNMENT = 16
 
 
-def state_starts[T: (int, IntArray)](buffer: BufferLayout, rank: T) -> tuple[list[T], T]:
+def state_starts(buffer: BufferLayout, rank: Numbers) -> tuple[list[Numbers], Numbers]:
     """Return where the state of each slice of a rank starts, and the length of all of it.
 
     The slices follow one another, each at the next position that equals that of its gradients

@@ -10,12 +10,14 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_adam_mini.plan.partition import IntArray
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class SegmentTable:
             self.shifts[chosen_S],
         )
 
-    def derived[T](self, make: Callable[..., T], *key: Hashable) -> T:
+    def derived(self, make: Callable[..., T], *key: Hashable) -> T:
         """Return ``make(self, *key)``, computed once and cached with the table.
 
         Launch tables depend on the segments alone, so the table caches them; their form depends on

@@ -1,0 +1,37 @@
+"""The oldest wheel that we claim, with a part of ``tests/releases.py``; the rest: its own tool."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_adam_mini.mcore.compat import SUITE_VERSION, TESTED_VERSIONS
+from tests.support import RELEASES
+
+ROOT = Path(__file__).resolve().parent.parent
+OLDEST = TESTED_VERSIONS[0]
+PART = "test_a_run_equals or saved_under or wrapped"
+TIMEOUT_S = 240
+
+
+def test_the_table_has_the_releases_that_do_not_warn() -> None:
+    assert set(TESTED_VERSIONS) <= set(RELEASES)
+    assert SUITE_VERSION in RELEASES
+
+
+def test_the_oldest_wheel_trains_and_reshards(tmp_path: Path) -> None:
+    install = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", sys.executable]
+    wheels = ["--no-deps", "--target", str(tmp_path), f"megatron-core=={OLDEST}", "pyyaml"]
+    subprocess.run([*install, *wheels], check=True, timeout=TIMEOUT_S)
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n", "0", "-q", "tests/releases.py", "-k", PART],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert ended.returncode == 0, ended.stdout[-4000:]
+    assert "3 passed" in ended.stdout
