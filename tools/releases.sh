@@ -7,7 +7,7 @@
 # --megatron all. CHECKOUT is a git folder of Megatron-LM, bare or not: main is built from it, and 0.16.1, whose wheel
 # lacks megatron.training, gets that from its tag. Then each release loads what its neighbours have saved.
 #
-# uv installs each release, without what it depends on, into a folder of build/releases that stands before .venv, so
+# pip installs each release, without what it depends on, into a folder of build/releases that stands before .venv, so
 # that torch is on the disk once. About three minutes per release on two idle cores.
 set -eu
 
@@ -38,7 +38,7 @@ unpack() {
 }
 
 install() {
-    "$PYTHON" -m uv pip install --quiet --python "$PYTHON" --no-deps --target "$1" "$2" pyyaml
+    "$PYTHON" -m pip install --quiet --no-deps --target "$1" "$2" pyyaml
 }
 
 for release; do
@@ -54,7 +54,7 @@ for release; do
         unpack "core_v$release" "$SITES/tree-$release"
         install "$site" "megatron-core==$release"
         cp -R "$SITES/tree-$release/megatron/." "$site/megatron/"
-        "$PYTHON" -m uv pip install --quiet --python "$PYTHON" --target "$site" six regex pydantic
+        "$PYTHON" -m pip install --quiet --target "$site" six regex pydantic
         ;;
     *) install "$site" "megatron-core==$release" ;;
     esac
