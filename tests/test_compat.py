@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,3 +151,19 @@ def test_what_other_releases_lack():
         "help": [True, True],
         "threshold": float("inf"),
     }
+
+
+def places_of_an_imported_function() -> list[str]:
+    from megatron_adam_mini.mcore.compat import Hook
+
+    importer = ModuleType("importer")
+    importer.dumps = json.dumps  # type: ignore[attr-defined]
+    sys.modules.update(none_=None, object_=object(), importer_=importer)  # type: ignore[arg-type]
+    return [place.__name__ for place in Hook("json", "dumps", imported=True).places()]
+
+
+def test_what_is_no_module_is_passed_over_where_a_function_was_imported():
+    """``sys.modules`` may hold anything: None forbids an import."""
+    (found,) = run_ranks(1, places_of_an_imported_function)
+    assert found[0] == "json"
+    assert "importer" in found

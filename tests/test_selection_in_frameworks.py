@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 
 from megatron_adam_mini import AdamMiniConfig
 from megatron_adam_mini.mcore import unattached
 from tests.megatron_job import Job, Trainer
-from tests.ranks import run_ranks
+from tests.ranks import RankError, run_ranks
 
 JOB = Job(layers=1, bf16=True, batch=4)
 FLAGS = "--adam-mini-preset first --adam-mini-full-v '*.a b' x --exp-avg-dtype bf16"
@@ -39,6 +40,7 @@ def test_options_come_from_the_environment(monkeypatch: pytest.MonkeyPatch):
         ("--adam-mini-preset rows", "invalid choice: 'rows'"),
         ("--lr 1", "unrecognized arguments"),
         ("--adam-mini-stochastic-rounding", "exp_avg_dtype='bf16'"),
+        ("--adam-mini-full-v '*.a", "ADAM_MINI_FLAGS=.* No closing quotation"),
     ],
 )
 def test_wrong_flags_in_the_environment_are_an_error(
@@ -80,6 +82,29 @@ def verl() -> AdamMiniConfig:
     values |= {"bf16": True, "params_dtype": torch.bfloat16, "use_distributed_optimizer": True}
     values |= {"use_precision_aware_optimizer": True}  # override_optimizer_config
     return options_of(OptimizerConfig(**values))
+
+
+def one_rank_is_started_with_wrong_flags() -> None:
+    from megatron.core.optimizer import OptimizerConfig
+
+    rank = distributed.get_rank()
+    os.environ[unattached.VARIABLE] = f"--adam-mini-{'prest' if rank else 'preset'} first"
+    importlib.import_module("megatron_adam_mini.mcore.workers")
+    values: dict[str, Any] = {
+        "optimizer": "adam_mini",
+        "lr": 1e-3,
+        "use_distributed_optimizer": True,
+    }
+    values |= {"bf16": True, "params_dtype": torch.bfloat16}
+    FrameworksTrainer(JOB, OptimizerConfig(**values))
+
+
+def test_wrong_flags_of_one_rank_are_an_error_on_all():
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, one_rank_is_started_with_wrong_flags)
+    assert caught.value.errors[0][0] == "RuntimeError"
+    assert "rank 1 found ValueError: ADAM_MINI_FLAGS=" in caught.value.errors[0][1]
+    assert caught.value.errors[1][0] == "ValueError"
 
 
 def slime(hook: str) -> AdamMiniConfig:

@@ -486,6 +486,63 @@ def test_parameters_may_be_exchanged_before_the_first_step():
     )
 
 
+def test_a_loaded_state_does_not_change_the_partition():
+    """A state dict has the groups of its optimizer, also what they say of the model."""
+    model = module_of(shapes_of_llama())
+    optimizer = adam_mini(model, preset="row")
+    before = blocks_of(optimizer)
+    wrong = {"num_heads": 2, "num_query_groups": None}
+    fresh = AdamMini(model.named_parameters(), preset="row", **HYPER).state_dict()
+    for group in fresh["param_groups"]:
+        group.update(wrong, param_names=group["param_names"][::-1])
+    optimizer.load_state_dict(fresh)
+    assert blocks_of(optimizer) == before
+    assert {key: optimizer.param_groups[0][key] for key in GEOMETRY} == GEOMETRY
+    adamw = torch.optim.AdamW(model.parameters(), **HYPER)
+    train(model, adamw, range(1))
+    full = adam_mini(model, full_v=("*",))
+    full.load_state_dict(adamw.state_dict())  # the same state, without names and heads
+    train(model, full, range(1, 2))
+
+
+def test_the_state_of_a_frozen_parameter_keeps_its_dtype():
+    """It may be trained again, and kernels take v for float32."""
+    model = module_of(shapes_of_llama(), torch.bfloat16)
+    optimizer, resumed = adam_mini(model), adam_mini(model)
+    train(model, optimizer, range(1))
+    model.zero_grad()
+    model.lm_head.weight.requires_grad_(False)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.state[model.lm_head.weight]["row_exp_avg_sq"].dtype == torch.float32
+
+
+def test_a_frozen_parameter_with_a_gradient_is_updated_as_by_adamw():
+    model, other = module_of(shapes_of_llama()), module_of(shapes_of_llama())
+    ours = pickle.loads(pickle.dumps((model, adam_mini(model, full_v=("*",)))))
+    for module, optimizer in (ours, (other, torch.optim.AdamW(other.parameters(), **HYPER))):
+        module.lm_head.weight.requires_grad_(False)
+        train(module, optimizer, range(2))
+    torch.testing.assert_close(ours[0].lm_head.weight, other.lm_head.weight, **ADAMW_TOLERANCE)
+
+
+def test_parameters_without_elements_and_scalars():
+    shapes = {"a.weight": (0, 4), "b.weight": (4, 0), "c.bias": (0,), "d.scale": ()}
+    for rule in ("row", "tensor", "element"):
+        model = module_of(shapes)
+        train(model, AdamMini(model.named_parameters(), rules={"*": rule}, **HYPER))
+        assert model.d.scale.isfinite()
+
+
+def test_frozen_parameters_may_have_any_dtype():
+    model = module_of({"fc.weight": (3, 4), "base.weight": (3, 4)})
+    base = model.base.weight.detach().double()
+    model.base.weight = nn.Parameter(base, requires_grad=False)
+    optimizer = AdamMini(model.named_parameters(), rules={"*": "row"}, **HYPER)
+    model.fc.weight.grad = torch.ones(3, 4)
+    optimizer.step()
+    assert torch.equal(model.base.weight, base)
+
+
 # What is refused.
 
 
@@ -505,6 +562,16 @@ def test_parameters_may_be_exchanged_before_the_first_step():
         (lambda m: adam_mini(m, rules={"lm_head.weight": "head"}), ValueError, "head_dim="),
         (lambda m: adam_mini(m, full_v="norm"), TypeError, "one string"),
         (lambda m: adam_mini(m.double()), TypeError, "torch.float64"),
+        (
+            lambda m: AdamMini([("fc.weight", nn.Parameter(torch.zeros(2, dtype=torch.cfloat)))]),
+            TypeError,
+            "torch.complex64",
+        ),
+        (
+            lambda m: AdamMini([{"params": m.named_parameters(), "maximize": True}], **GEOMETRY),
+            NotImplementedError,
+            "asks for maximize",
+        ),
         (
             lambda m: AdamMini([*m.named_parameters(), ("lm_head.weight", torch.ones(1))]),
             ValueError,
@@ -530,6 +597,16 @@ def test_gpt2_with_heads_that_do_not_fit_the_projection():
     }
     with pytest.raises(ValueError, match="do not agree on the size of a head"):
         adam_mini(module_of(shapes))
+
+
+def test_projections_of_a_group_without_heads_are_not_compared():
+    shapes = {
+        "decoder.layers.0.self_attention.linear_qkv.weight": (32, 16),
+        "decoder.layers.0.self_attention.linear_proj.weight": (16, 16),
+    }
+    fused, projection = module_of(shapes).named_parameters()
+    optimizer = AdamMini([{"params": [fused], **GEOMETRY}, {"params": [projection]}])
+    assert [blocks for _, blocks in blocks_of(optimizer).values()] == [HEADS + GROUPS + 8, 16]
 
 
 def test_state_of_another_partition_is_refused():

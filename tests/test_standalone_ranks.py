@@ -252,6 +252,31 @@ def test_a_parameter_without_a_gradient_stays_as_it_is():
     run_ranks(2, missing_gradients)
 
 
+def unusual_shards() -> None:
+    """Rows without columns on one rank; and a mesh whose parameters lie in other memory."""
+    mesh = init_device_mesh("cpu", (2,))
+    weight = nn.Parameter(distribute_tensor(torch.ones(4, 1), mesh, [Shard(1)]))
+    weight.grad = distribute_tensor(torch.tensor([[1.0], [2.0], [3.0], [4.0]]), mesh, [Shard(1)])
+    for rule in ("row", "tensor"):
+        optimizer = AdamMini([("fc.weight", weight)], rules={"*": rule}, **HYPER)
+        optimizer.step()
+        v = optimizer.state[weight]["row_exp_avg_sq"].to_local()
+        squares = torch.tensor([1.0, 4.0, 9.0, 16.0] if rule == "row" else [7.5] * 4)
+        torch.testing.assert_close(v, (1 - HYPER["betas"][1]) * squares)  # type: ignore[index]
+    # What from_local reads of a mesh of GPUs, while CPUOffloadPolicy keeps parameters on the host.
+    weight = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
+    weight.grad = distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)])
+    mesh._device_type = "meta"
+    assert mesh.device_type == "meta"
+    optimizer = AdamMini([("fc.weight", weight)], rules={"*": "row"}, **HYPER)
+    optimizer.step()
+    assert optimizer.state[weight]["row_exp_avg_sq"].to_local().device.type == "cpu"
+
+
+def test_ranks_without_columns_know_v_and_v_lies_where_the_parameter_does():
+    run_ranks(2, unusual_shards)
+
+
 def train_and_save(layout: str, path: str) -> None:
     model = Given(shapes_of_llama())
     shard_model(model, layout)

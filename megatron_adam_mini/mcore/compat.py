@@ -90,7 +90,8 @@ class Hook(NamedTuple):
         others = [
             module
             for module in list(sys.modules.values())
-            if module is not place and vars(module).get(self.name) is function
+            # What stands there need not be a module: None forbids an import.
+            if module is not place and getattr(module, "__dict__", {}).get(self.name) is function
         ]
         return [place, *others]
 

@@ -20,7 +20,7 @@ from torch import distributed
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
-from megatron_adam_mini.agreement import PlanRecord, agree_on_plan
+from megatron_adam_mini.agreement import PlanRecord, agree_on_plan, on_all_ranks
 from megatron_adam_mini.collectives import DomainGroups
 from megatron_adam_mini.config import AdamMiniConfig, check_adam_values
 from megatron_adam_mini.kernels import select_backend
@@ -76,7 +76,10 @@ def build_optimizer(
         TypeError: a chunk is not wrapped in ``DistributedDataParallel``.
         RuntimeError: ranks disagree on the plan, or another rank failed.
     """
-    given: AdamMiniConfig = getattr(config, "adam_mini", None) or options_of_process()
+    given: AdamMiniConfig = on_all_ranks(
+        lambda: getattr(config, "adam_mini", None) or options_of_process(),
+        "Adam-mini could not read its options",
+    )
     planned = agree_on_plan(
         lambda: _plan(config, given, model_chunks, pg_collection),
         patterns=[pattern for pattern, _ in given.overrides()],

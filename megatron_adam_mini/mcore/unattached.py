@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+from typing import NoReturn
 
 from megatron_adam_mini.config import EXP_AVG_DTYPES, AdamMiniConfig
 from megatron_adam_mini.mcore.arguments import OPTIMIZER, add_arguments, config_from_args
@@ -33,15 +34,18 @@ def options_of_process() -> AdamMiniConfig:
 
 
 def _parse(flags: str) -> AdamMiniConfig:
-    def fail(message: str) -> None:
+    def fail(message: str) -> NoReturn:
         raise ValueError(
             f"{VARIABLE}={flags!r} is not allowed: {message}. It takes --adam-mini-* and "
             "--exp-avg-dtype, as on Megatron's command line."
         )
 
     parser = argparse.ArgumentParser(prog=VARIABLE, add_help=False, allow_abbrev=False)
-    parser.error = fail  # type: ignore[assignment, method-assign]
+    parser.error = fail  # type: ignore[method-assign]
     parser.add_argument("--optimizer", choices=["adam"], default=OPTIMIZER, help=argparse.SUPPRESS)
     parser.add_argument("--exp-avg-dtype", choices=EXP_AVG_DTYPES, default="fp32")
-    args = add_arguments(parser).parse_args(shlex.split(flags))
-    return config_from_args(args)
+    try:
+        words = shlex.split(flags)
+    except ValueError as error:
+        fail(str(error))
+    return config_from_args(add_arguments(parser).parse_args(words))

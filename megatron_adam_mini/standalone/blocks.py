@@ -189,8 +189,9 @@ def check_head_dims(
     for name, made in blocks.items():
         if weights[name].role == "attention_projection":
             found = sizes.get(_module(name), {})
-            if any(len(weights[other].parts) == 3 for other in found):
-                found[name] = made.row_numel / heads[name].count("query")
+            count = heads[name].count("query")
+            if count and any(len(weights[other].parts) == 3 for other in found):
+                found[name] = made.row_numel / count
     for module, found in sizes.items():
         if len(set(found.values())) > 1:
             raise ValueError(

@@ -57,7 +57,7 @@ class LocalShard:
         self.sums = BlockSums(rows, blocks, row_numel=width, device=self._device)
         start_S = np.arange(rows.count, dtype=np.int64) * width
         self._table = SegmentTable(start_S, start_S + width)
-        block_numel = np.bincount(blocks.block_of_row) * blocks.row_numel
+        block_numel = np.maximum(np.bincount(blocks.block_of_row) * blocks.row_numel, 1)
         inv_numel = 1.0 / block_numel[blocks.block_of_row[rows.first : rows.first + rows.count]]
         inv_numel_S = torch.from_numpy(inv_numel.astype(np.float32)).to(self._device)
         self._vectors = _vectors(inv_numel_S, self.sums.sum_sq_S)
@@ -132,6 +132,9 @@ class LocalShard:
         """
         if local(self.param).numel():
             self._update(state, scalars)
+        elif self.sums is not None and len(self.sums.cut_C):
+            # Rows without columns on this rank: a checkpoint may take their v from here.
+            self._advance_v(state, self.sums, scalars)
         self._grad = None
 
     def _update(self, state: State, scalars: StepScalars) -> None:
@@ -144,13 +147,19 @@ class LocalShard:
                         tensors, v_E, self._table, self._vectors, scalars
                     )
                 return
-            vectors = self._vectors._replace(exp_avg_sq_S=local(state[self.v_key]))
             if self.sums.in_one_pass:
+                vectors = self._vectors._replace(exp_avg_sq_S=local(state[self.v_key]))
                 self._kernels.update_in_one_pass_(tensors, self._table, vectors, scalars)
                 return
-            self.sums.spread_()
-            self._kernels.segment_step_size_(vectors, scalars)
+            vectors = self._advance_v(state, self.sums, scalars)
             self._kernels.update_(tensors, self._table, vectors, scalars)
+
+    def _advance_v(self, state: State, sums: BlockSums, scalars: StepScalars) -> SegmentVectors:
+        """Advance v, and return it with the step sizes that follow from it."""
+        vectors = self._vectors._replace(exp_avg_sq_S=local(state[self.v_key]))
+        sums.spread_()
+        self._kernels.segment_step_size_(vectors, scalars)
+        return vectors
 
     def _gradient(self) -> Tensor:
         assert self._grad is not None

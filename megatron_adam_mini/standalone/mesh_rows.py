@@ -117,17 +117,19 @@ def row_placements(param: DTensor, row_dim: int) -> list[Any]:
 
 def zeros_of_rows(param: Tensor, rows: MeshRows, blocks: Blocks) -> Tensor:
     """Return float32 zeros with one element per row, sharded as the parameter's rows are."""
-    zeros = torch.zeros(rows.count, device=param.device)
     if not isinstance(param, DTensor):
-        return zeros
-    return DTensor.from_local(
-        zeros,
+        return torch.zeros(rows.count, device=param.device)
+    # From a meta tensor, since others would be moved to the mesh's kind of device, and the
+    # parameter may lie in host memory (CPUOffloadPolicy).
+    layout = DTensor.from_local(
+        torch.empty(rows.count, device="meta"),
         param.device_mesh,
         row_placements(param, blocks.row_dim),
         run_check=False,
         shape=torch.Size((blocks.num_rows,)),
         stride=(1,),
     )
+    return torch.zeros_like(layout, device=param.device)
 
 
 def _is_replicate(placement: Any) -> bool:

@@ -16,11 +16,15 @@ from megatron_adam_mini.config import AdamMiniConfig, check_adam_values
 from megatron_adam_mini.kernels import select_backend
 from megatron_adam_mini.standalone.block_sums import complete_
 from megatron_adam_mini.standalone.local_shard import LocalShard
-from megatron_adam_mini.standalone.partition import partition_groups, warn_of_unknown
+from megatron_adam_mini.standalone.partition import is_trained, partition_groups, warn_of_unknown
 from megatron_adam_mini.standalone.scalar_pool import ScalarPool
 
 #: Options that a parameter group cannot have.
 _OF_THE_OPTIMIZER = {"preset", "value_as_block", "full_v", "rules", "backend"}
+#: Options of ``torch.optim.AdamW`` that would change the step, and that there is nothing like here.
+_MISSING = ("amsgrad", "maximize")
+#: What a parameter group says of the model; a loaded state does not change it.
+_OF_THE_MODEL = ("param_names", "num_heads", "num_query_groups", "head_dim")
 
 
 class AdamMini(Optimizer):
@@ -133,6 +137,11 @@ class AdamMini(Optimizer):
                 "AdamMini(...) itself. A group may have lr, betas, eps, weight_decay, num_heads, "
                 "num_query_groups and head_dim."
             )
+        if asked := [name for name in _MISSING if param_group.get(name)]:
+            raise NotImplementedError(
+                f"A parameter group asks for {' and '.join(asked)}, which AdamMini does not have. "
+                "Remedy: leave it out, or torch.optim.AdamW for these parameters."
+            )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         check_adam_values(**{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")})
@@ -145,19 +154,21 @@ class AdamMini(Optimizer):
         Raises:
             ValueError: it is the state of another partition, layout or optimizer.
         """
-        shards, names = self._local_shards(), [group["param_names"] for group in self.param_groups]
+        own = [{key: group[key] for key in _OF_THE_MODEL} for group in self.param_groups]
         params = (param for group in self.param_groups for param in group["params"])
         numbers = (number for group in state_dict["param_groups"] for number in group["params"])
         saved = {
             param: state_dict["state"].get(number)
             for number, param in zip(numbers, params, strict=False)  # torch checks the lengths
         }
-        # torch would cast v to the dtype of the parameter, and take over the names.
-        adopted = {p: shards[p].adopt(state) for p, state in saved.items() if state and p in shards}
+        # torch would cast v to the dtype of the parameter, and take over names and heads. What is
+        # frozen now may be trained later.
+        shards = self._shards_of(lambda param: bool(saved.get(param)))
+        adopted = {param: shard.adopt(saved[param]) for param, shard in shards.items()}
         super().load_state_dict(state_dict)
         self.state.update(adopted)
-        for group, own in zip(self.param_groups, names, strict=True):
-            group["param_names"] = own
+        for group, kept in zip(self.param_groups, own, strict=True):
+            group.update(kept)
 
     def manifest(self) -> list[dict[str, Any]]:
         """Return name, shape, rule and number of second moments of each parameter."""
@@ -172,14 +183,17 @@ class AdamMini(Optimizer):
 
     def _local_shards(self) -> dict[Tensor, LocalShard]:
         """Return what this rank holds, made anew if parameters were replaced or moved."""
-        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        params = [p for group in self.param_groups for p in group["params"] if is_trained(p)]
         if any(param not in self._shards or self._shards[param].moved for param in params):
-            self._shards = {
-                param: LocalShard(param, blocks, select_backend(self.config.backend, param.device))
-                for param, blocks in partition_groups(self.param_groups, self.config).items()
-                if param.requires_grad
-            }
+            self._shards = self._shards_of(is_trained)
         return self._shards
+
+    def _shards_of(self, wanted: Callable[[Tensor], bool]) -> dict[Tensor, LocalShard]:
+        return {
+            param: LocalShard(param, blocks, select_backend(self.config.backend, param.device))
+            for param, blocks in partition_groups(self.param_groups, self.config).items()
+            if wanted(param)
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "config": self.config}

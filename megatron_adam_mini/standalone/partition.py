@@ -77,9 +77,14 @@ def _named(
                     "optimizer for each model, or a prefix to the names."
                 )
             seen.add(name)
-            if param.is_floating_point():
+            if param.is_floating_point() or param.is_complex():
                 _check(name, param)
                 yield name, (param, heads)
+
+
+def is_trained(param: Tensor) -> bool:
+    """Return whether a step may update a parameter; as in AdamW, a frozen one with a gradient."""
+    return param.requires_grad or param.grad is not None
 
 
 def _check(name: str, param: Tensor) -> None:
@@ -88,7 +93,7 @@ def _check(name: str, param: Tensor) -> None:
             f"Parameter {name!r} is flattened by FullyShardedDataParallel, so its rows are not "
             "known. Remedy: torch.distributed.fsdp.fully_shard (FSDP2)."
         )
-    if param.dtype not in _DTYPES:
+    if param.dtype not in _DTYPES and is_trained(param):
         raise TypeError(
             f"Parameter {name!r} has dtype {param.dtype}; AdamMini allows "
             f"{', '.join(map(str, _DTYPES))}. Remedy: param.float(), or another optimizer for it."
