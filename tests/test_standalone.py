@@ -525,6 +525,26 @@ def test_a_frozen_parameter_with_a_gradient_is_updated_as_by_adamw():
     torch.testing.assert_close(ours[0].lm_head.weight, other.lm_head.weight, **ADAMW_TOLERANCE)
 
 
+@pytest.mark.parametrize("rule", ["row", "tensor", "element"])
+def test_gradients_and_parameters_that_are_not_contiguous(rule):
+    shapes = {"a.weight": (4, 3), "b.weight": (4, 1), "c.bias": (4,)}
+    model, other = module_of(shapes), module_of(shapes)
+    for param in other.parameters():
+        strided = torch.zeros(*param.shape, 2)
+        param.data = strided[..., 1].copy_(param)
+    for module in (model, other):
+        optimizer = AdamMini(module.named_parameters(), rules={"*": rule}, **HYPER)
+        for step in range(2):
+            give_gradients(module, step)
+            if module is other:
+                for param in module.parameters():
+                    param.grad = torch.stack([param.grad, param.grad], dim=-1)[..., 0]
+                    assert not param.grad.is_contiguous()
+            optimizer.step()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_parameters_without_elements_and_scalars():
     shapes = {"a.weight": (0, 4), "b.weight": (4, 0), "c.bias": (0,), "d.scale": ()}
     for rule in ("row", "tensor", "element"):

@@ -163,7 +163,7 @@ class LocalShard:
 
     def _gradient(self) -> Tensor:
         assert self._grad is not None
-        return self._rows_of(self._grad).reshape(-1)
+        return _flat(self._rows_of(self._grad))
 
     def _rows_of(self, tensor: Tensor) -> Tensor:
         return tensor.movedim(self.blocks.row_dim, 0) if tensor.ndim else tensor
@@ -177,10 +177,15 @@ class LocalShard:
         """
         rows = self._rows_of(local(tensor.detach()))
         wide = rows.float() if tensor is self.param else rows
-        flat = wide.reshape(-1)
+        flat = _flat(wide)
         yield flat
         if flat.data_ptr() != rows.data_ptr():
             rows.copy_(flat.view(rows.shape))
+
+
+def _flat(rows: Tensor) -> Tensor:
+    """Return adjacent elements, row after row; of a column, ``reshape`` alone makes a view."""
+    return rows.reshape(-1).contiguous()
 
 
 def _m_dtype(param: Tensor) -> torch.dtype:
