@@ -643,6 +643,22 @@ def test_state_of_another_partition_is_refused():
         optimizer.load_state_dict(adamw.state_dict())
 
 
+def test_state_of_a_wider_model_is_refused():
+    model, wider = module_of({"fc.weight": (4, 3)}), module_of({"fc.weight": (4, 5)})
+    optimizer, other = (AdamMini(m.named_parameters(), rules={"*": "row"}) for m in (model, wider))
+    train(wider, other, range(1))
+    with pytest.raises(ValueError, match=r"exp_avg of shape \(4, 5\).*shape \(4, 3\)"):
+        optimizer.load_state_dict(other.state_dict())
+
+
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(4, 3, sparse=True)
+    optimizer = AdamMini(embedding.named_parameters(), rules={"*": "row"})
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(TypeError, match=r"'weight' has layout torch.sparse_coo.*sparse=False"):
+        optimizer.step()
+
+
 # Documents.
 
 

@@ -90,6 +90,12 @@ class LocalShard:
         shape = self.blocks.shape if self.sums is None else (self.blocks.num_rows,)
         v = saved.get(self.v_key)
         blocks = saved.get("num_blocks", self.blocks.num_blocks)
+        m = saved.get("exp_avg")
+        if m is None or tuple(m.shape) != self.blocks.shape:
+            raise ValueError(
+                f"The loaded state of {name!r} has {_described(saved)}; needed is exp_avg of shape "
+                f"{self.blocks.shape}, that of the parameter. Remedy: the state of this model."
+            )
         if v is None or tuple(v.shape) != shape or blocks != self.blocks.num_blocks:
             raise ValueError(
                 f"The loaded state of {name!r} has {_described(saved)}; needed is {self.v_key} of "
@@ -115,8 +121,16 @@ class LocalShard:
 
         Tensor parallelism may leave the gradient of a replicated weight as partial sums; all ranks
         of its mesh then add them up here.
+
+        Raises:
+            TypeError: the gradient is sparse.
         """
         grad, param = self.param.grad, self.param
+        if grad is not None and grad.layout != torch.strided:
+            raise TypeError(
+                f"The gradient of {self.blocks.name!r} has layout {grad.layout}; AdamMini allows "
+                "dense ones. Remedy: nn.Embedding(..., sparse=False), or torch.optim.SparseAdam."
+            )
         if isinstance(grad, DTensor) and isinstance(param, DTensor):
             grad = grad.redistribute(placements=param.placements)
         self._grad = None if grad is None else local(grad)
@@ -196,7 +210,7 @@ def _described(saved: State) -> str:
     return ", ".join(
         f"{key} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{key} {value}"
         for key, value in saved.items()
-        if key not in ("step", "exp_avg")
+        if key != "step"
     )
 
 
