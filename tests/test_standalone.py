@@ -467,6 +467,18 @@ def test_an_optimizer_can_be_pickled_and_grow():
     assert float(gadget[0, 0]) < 1.0
 
 
+def test_a_refused_group_leaves_nothing():
+    model = module_of(shapes_of_llama())
+    optimizer = adam_mini(model)
+    other = nn.Parameter(torch.ones(3, 2))
+    for options, text in (({"lr": -1.0}, "lr"), ({"num_heads": 7}, "num_heads")):
+        named = [("layers.9.self_attn.q_proj.weight", other)]
+        with pytest.raises(ValueError, match=text):
+            optimizer.add_param_group({"params": named, **options})
+        assert len(optimizer.param_groups) == 1
+    train(model, optimizer, range(1))
+
+
 def test_parameters_may_be_exchanged_before_the_first_step():
     """As accelerate does: it makes the optimizer first, and puts sharded parameters in later."""
     model = module_of(shapes_of_llama())

@@ -75,6 +75,6 @@ class StepScalars:
         if self._device is not self._host:
             self._device.copy_(self._host, non_blocking=True)
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self._device.device))
         if isinstance(grad_scale, Tensor):
             self.grad_scale.copy_(grad_scale)

@@ -144,9 +144,13 @@ class AdamMini(Optimizer):
             )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        check_adam_values(**{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")})
-        if self._made:
-            self._check()
+        try:
+            check_adam_values(**{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")})
+            if self._made:
+                self._check()
+        except Exception:
+            self.param_groups.pop()
+            raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load state of the same partition; see ``torch.optim.Optimizer``.
