@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 #: Tables of rules by role; see ``partition.rule_for``.
-PRESETS = ("paper", "row", "first", "tensor")
+PRESETS = ("paper", "row", "row-column", "slim", "first", "tensor")
+
+#: Presets with one second moment per column of Value.
+BY_COLUMNS = ("row-column", "slim")
 
 #: Rules that a user may set for parameters by name.
-RULES = ("row", "head", "tensor", "element")
+RULES = ("row", "column", "head", "tensor", "element")
 
 #: How m may be stored; Megatron's names.
 EXP_AVG_DTYPES = ("fp32", "bf16")
@@ -31,14 +34,17 @@ class AdamMiniConfig:
     Args:
         preset: ``"paper"`` (default): one block per head of Query and Key, one per row of Value,
             projections, MLP, embedding and output. ``"row"``: the same with one per row of Query
-            and Key. ``"first"``: one block per head of Query and Key, one second moment per
-            element of embedding and output, one block per tensor elsewhere. ``"tensor"``: one
-            block per tensor (Query, Key and Value are one each).
+            and Key. ``"row-column"``: the same with one per column (input) of Value and attention
+            projection. ``"slim"``: SlimAdam's table, as ``"row-column"`` with one per column of the
+            MLP, too, and one per element of norms. ``"first"``: one block per head of Query and
+            Key, one second moment per element of embedding and output, one block per tensor
+            elsewhere. ``"tensor"``: one block per tensor (Query, Key and Value are one each).
         value_as_block: make Value of one layer one block instead of one per row; not with the
-            preset ``"row"``.
+            presets ``"row"``, ``"row-column"`` and ``"slim"``.
         full_v: ``fnmatch`` patterns of parameter names that keep one second moment per element.
         rules: ``(pattern, rule)`` pairs that override the preset, first match wins;
-            rule is one of ``row``, ``head``, ``tensor``, ``element``. ``full_v`` comes first.
+            rule is one of ``row``, ``column``, ``head``, ``tensor``, ``element``. ``full_v`` comes
+            first.
         backend: kernels to use: ``auto``, ``reference`` (plain torch), ``cpu`` (C++) or
             ``triton`` (GPU).
         exp_avg_dtype: how m is stored: ``fp32`` (default) or ``bf16``.
@@ -91,10 +97,11 @@ class AdamMiniConfig:
         object.__setattr__(self, "full_v", tuple(self.full_v))
         object.__setattr__(self, "rules", tuple((str(p), str(r)) for p, r in self.rules))
         _one_of("preset", self.preset, PRESETS)
-        if self.value_as_block and self.preset == "row":
+        if self.value_as_block and self.preset in ("row", *BY_COLUMNS):
+            part = "column" if self.preset in BY_COLUMNS else "row"
             raise ValueError(
-                "Adam-mini value_as_block=True has no meaning with preset='row', where each row of "
-                "Value is a block; drop one of them, or use preset='paper'."
+                f"Adam-mini value_as_block=True has no meaning with preset={self.preset!r}, where "
+                f"each {part} of Value is a block; drop one of them, or use preset='paper'."
             )
         _one_of("backend", self.backend, BACKENDS)
         _one_of("exp_avg_dtype", self.exp_avg_dtype, EXP_AVG_DTYPES)

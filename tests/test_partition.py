@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from itertools import groupby
+from itertools import chain, groupby
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,6 +32,7 @@ from megatron_adam_mini.plan.manifest import (
     config_of,
     format_problem,
     identity_of,
+    is_coarsening,
     manifest_of,
     partition_fields,
     short_hash,
@@ -43,7 +44,8 @@ from megatron_adam_mini.plan.roles import is_expert, role_of
 
 LAYER = "decoder.layers.0."
 
-#: What the presets ask for, written apart from the package: role -> (paper, row, first, tensor).
+#: What the presets ask for, written apart from the package: role -> (paper, row, first, tensor);
+#: ``row-column`` and ``slim`` differ from ``row`` by :data:`EXPECTED_COLUMNS`.
 EXPECTED_RULES = {
     "embedding": ("row", "row", "element", "tensor"),
     "output": ("row", "row", "element", "tensor"),
@@ -70,6 +72,19 @@ EXPECTED_RULES = {
     "bias": ("element", "element", "element", "tensor"),
     "router": ("element", "element", "element", "tensor"),
     "unknown": ("element", "element", "element", "element"),
+}
+#: role -> (row-column, slim).
+EXPECTED_COLUMNS = {
+    # by rows of Query and Key, and by columns of Value
+    "qkv": ("qkv", "qkv"),
+    "query": ("qkv", "qkv"),
+    "key_value": ("qkv", "qkv"),
+    "latent_query": ("qkv", "qkv"),
+    "latent_key_value": ("qkv", "qkv"),
+    "attention_projection": ("column", "column"),
+    "mixer_output": ("column", "column"),
+    "mlp": ("row", "column"),
+    "norm": ("tensor", "element"),
 }
 
 #: Tied embeddings, learned positions, biases, gated attention, Megatron's own layers.
@@ -103,6 +118,19 @@ GEOMETRIES = [
 
 def info_of(role: str = "mlp", shape: tuple[int, ...] = (6, 4), **facts: object) -> ParameterInfo:
     return ParameterInfo(name=f"{LAYER}{role}.weight", shape=shape, role=role, **facts)
+
+
+def expected_rule(role: str, preset: str) -> str:
+    paper, row, first, tensor = EXPECTED_RULES[role]
+    row_column, slim = EXPECTED_COLUMNS.get(role, (row, row))
+    return {
+        "paper": paper,
+        "row": row,
+        "row-column": row_column,
+        "slim": slim,
+        "first": first,
+        "tensor": tensor,
+    }[preset]
 
 
 def qkv_info(heads: int, groups: int, dim: int, gated: bool, width: int = 3) -> ParameterInfo:
@@ -171,7 +199,7 @@ def assert_pattern_equals_labels(pattern, labels):
 @pytest.mark.parametrize("role", EXPECTED_RULES)
 def test_rule_table(role, preset):
     config = AdamMiniConfig(preset=preset)
-    assert rule_for(info_of(role), config) == EXPECTED_RULES[role][PRESETS.index(preset)]
+    assert rule_for(info_of(role), config) == expected_rule(role, preset)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -437,13 +465,107 @@ def test_heads_of_other_attention_weights(role, key_rows, value_rows, options, k
     assert_pattern_equals_labels(blocks.pattern, labels)
 
 
-def test_value_as_block_contradicts_rows():
+@pytest.mark.parametrize(
+    ("preset", "part"), [("row", "row"), ("row-column", "column"), ("slim", "column")]
+)
+def test_value_as_block_contradicts_rows_and_columns(preset, part):
     text = (
-        "Adam-mini value_as_block=True has no meaning with preset='row', where each row of Value "
-        "is a block; drop one of them, or use preset='paper'."
+        f"Adam-mini value_as_block=True has no meaning with preset={preset!r}, where each {part} "
+        "of Value is a block; drop one of them, or use preset='paper'."
     )
     with pytest.raises(ValueError, match=message(text)):
-        AdamMiniConfig(preset="row", value_as_block=True)
+        AdamMiniConfig(preset=preset, value_as_block=True)
+
+
+# Columns.
+
+
+def block_of_elements(pattern, num_columns):
+    """Return the block of each element, row by row and column by column."""
+    blocks, column_set = pattern.block_of_rows(), pattern.column_set_of_rows()
+    return [
+        [int(block) + (column if in_set >= 0 else 0) for column in range(num_columns)]
+        for block, in_set in zip(blocks, column_set, strict=True)
+    ]
+
+
+def assert_elements_are_labelled(pattern, labels):
+    """Compare the blocks of elements with one label per element, and numbers with counts."""
+    num_columns = len(labels[0])
+    found = block_of_elements(pattern, num_columns)
+    flat = list(chain.from_iterable(found))
+    expected = list(chain.from_iterable(labels))
+    pairs = set(zip(flat, expected, strict=True))
+    assert len(pairs) == len(set(flat)) == len(set(expected))
+    assert set(flat) == set(range(pattern.num_blocks))
+    sizes = Counter(flat)
+    index = np.arange(pattern.num_row_segments)
+    rows_of, in_set = pattern.rows_of_block(index), pattern.column_set_of(index) >= 0
+    first_row, _ = pattern.row_bounds(index)
+    for row, rows, columns in zip(first_row, rows_of, in_set, strict=True):
+        assert sizes[found[row][0]] == rows * (1 if columns else num_columns)
+    assert not pattern.is_of_several(index)[in_set].any()
+
+
+@pytest.mark.parametrize("preset", ["row-column", "slim"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_value_by_columns_equals_labels_of_elements(geometry, preset):
+    pattern = partition_parameter(qkv_info(*geometry), AdamMiniConfig(preset=preset)).pattern
+    labels = [
+        [("v", column) if label[0] == "v" else label for column in range(3)]
+        for label in label_rows(*geometry, q="row", k="row")
+    ]
+    assert_elements_are_labelled(pattern, labels)
+
+
+@pytest.mark.parametrize(
+    ("facts", "shards"),
+    [({}, 1), ({"tp_dim": 0, "tp_size": 2}, 2), ({"tp_dim": 1, "tp_size": 2}, 1)],
+)
+@pytest.mark.parametrize("num_stacked", [1, 2, 3])
+def test_columns_of_each_stacked_matrix(num_stacked, facts, shards):
+    info = info_of("mlp", (6, 4), num_stacked=num_stacked, **facts)
+    pattern = partition_parameter(info, AdamMiniConfig(preset="slim")).pattern
+    rows, columns = info.global_shape
+    labels = [
+        [(row % (rows // shards) // (rows // shards // num_stacked), c) for c in range(columns)]
+        for row in range(rows)
+    ]
+    assert_elements_are_labelled(pattern, labels)
+
+
+def test_columns_of_a_vector_are_one_block():
+    config = AdamMiniConfig(rules=(("*", "column"),))
+    blocks = partition_parameter(info_of("bias", (5,)), config)
+    assert_pattern_equals_labels(blocks.pattern, [0] * 5)
+
+
+def test_columns_of_matrices_that_are_not_equal():
+    text = (
+        "Parameter 'decoder.layers.0.mlp.weight' has 10 rows, which are not 3 matrices of equal "
+        "size on 2 tensor-parallel ranks; give it another rule than 'column'."
+    )
+    info = info_of("mlp", (5, 4), num_stacked=3, tp_dim=0, tp_size=2)
+    with pytest.raises(ValueError, match=message(text)):
+        partition_parameter(info, AdamMiniConfig(preset="slim"))
+
+
+@pytest.mark.parametrize("fine", [*RULES, "slim"])
+@pytest.mark.parametrize("coarse", [*RULES, "slim"])
+def test_coarser_blocks_equal_unions_of_elements(fine, coarse):
+    info = qkv_info(4, 2, 2, False)
+
+    def blocks_of(rule):
+        options = {"preset": rule} if rule in PRESETS else {"rules": (("*", rule),)}
+        return partition_parameter(info, AdamMiniConfig(**options))
+
+    def labels(blocks):
+        if blocks.pattern is None:
+            return np.arange(blocks.num_blocks)
+        return np.concatenate(block_of_elements(blocks.pattern, 3))
+
+    found = blocks_of(fine), blocks_of(coarse)
+    assert is_coarsening(*found) == are_unions(labels(found[1]), labels(found[0]))
 
 
 def test_rows_that_do_not_fit_latent_heads():
@@ -754,7 +876,10 @@ def message(text: str) -> str:
 
 
 def test_unknown_preset():
-    text = "Adam-mini preset='adam' is not known; allowed: paper, row, first, tensor."
+    text = (
+        "Adam-mini preset='adam' is not known; allowed: paper, row, row-column, slim, "
+        "first, tensor."
+    )
     with pytest.raises(ValueError, match=message(text)):
         AdamMiniConfig(preset="adam")
 
@@ -767,11 +892,11 @@ def test_unknown_backend():
 
 def test_unknown_rule():
     text = (
-        "Adam-mini rule 'column' for pattern '*.bias' is not known; allowed: row, head, tensor, "
-        "element."
+        "Adam-mini rule 'diagonal' for pattern '*.bias' is not known; allowed: row, column, head, "
+        "tensor, element."
     )
     with pytest.raises(ValueError, match=message(text)):
-        AdamMiniConfig(rules=(("*.norm", "row"), ("*.bias", "column")))
+        AdamMiniConfig(rules=(("*.norm", "row"), ("*.bias", "diagonal")))
 
 
 def test_one_pattern_as_a_bare_string_is_refused():
@@ -899,5 +1024,5 @@ def test_rules_file_that_cannot_be_read(tmp_path, content, reason):
 def test_rules_file_with_a_rule_that_does_not_exist(tmp_path, value):
     path = tmp_path / "rules.json"
     path.write_text(f'{{"*": {value}}}')
-    with pytest.raises(ValueError, match=r"for pattern '\*' is not known; allowed: row, head"):
+    with pytest.raises(ValueError, match=r"for pattern '\*' is not known; allowed: row, column"):
         AdamMiniConfig(rules=read_rules(path))

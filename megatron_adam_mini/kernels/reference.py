@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_adam_mini.kernels.arguments import BufferTensors, SegmentVectors
 from megatron_adam_mini.kernels.scalars import StepScalars
+from megatron_adam_mini.plan.column_table import ColumnTable
 from megatron_adam_mini.plan.segment_table import Run, SegmentTable
 from megatron_adam_mini.rounding import (
     join,
@@ -41,6 +42,23 @@ def segment_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: SegmentTable) -> N
     for run in table.runs:
         rows = _rows(grad_N[run.in_buffer], run).float()
         sum_sq_SR[run.entries] = (rows * rows).double().sum(dim=1)
+
+
+def column_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: ColumnTable) -> None:
+    """Write the sum of squares of each segment of runs of rows.
+
+    Args:
+        sum_sq_SR: float32, the table's entries are overwritten.
+        grad_N: gradients of the buffer; squared and added as by :func:`segment_sum_sq_`.
+        table: runs; none is a part of a longer one (``skip`` is 0).
+    """
+    for run in range(len(table)):
+        entries, in_buffer, _ = _column_run(table, run)
+        first, count = int(table.index_C[run]), int(table.counts[run])
+        grad = grad_N[in_buffer].float()
+        total = torch.zeros(count, dtype=torch.float64, device=grad.device)
+        total.index_add_(0, entries.to(grad.device) - first, (grad * grad).double())
+        sum_sq_SR[first : first + count] = total
 
 
 def norm_partials_(stats_D2: Tensor, sum_sq_SR: Tensor, domain_SR: Tensor) -> None:
@@ -107,6 +125,29 @@ def update_(
         _store(tensors, run, p, m, _noise(vectors, run, scalars))
 
 
+def update_columns_(
+    tensors: BufferTensors, table: ColumnTable, vectors: SegmentVectors, scalars: StepScalars
+) -> None:
+    """Update the elements of runs of rows, each with the step size of its column.
+
+    Args: as of :func:`update_`.
+    """
+    if not scalars.grad_scale.isfinite():
+        return
+    decay_SR = scalars.hyper_G3[:, 2][vectors.group_SR.long()]
+    for number in range(len(table)):
+        entries, in_buffer, row = _column_run(table, number)
+        entries, row = entries.to(decay_SR.device), row.to(decay_SR.device)
+        run = Run(0, 1, in_buffer.start, len(entries), int(table.shift_C[number]))
+        m = _advanced_m(tensors, run, scalars)
+        p = _main_param(tensors, run) * decay_SR[entries] - m * vectors.step_size_S[entries]
+        noise = None
+        if vectors.origin_SR is not None:
+            numbers = vectors.origin_SR[entries].long() + row * int(table.row_stride_C[number])
+            noise = noise16(numbers, scalars.noise_key)
+        _store(tensors, run, p, m, noise)
+
+
 def update_in_one_pass_(
     tensors: BufferTensors, table: SegmentTable, vectors: SegmentVectors, scalars: StepScalars
 ) -> None:
@@ -162,6 +203,14 @@ def update_elementwise_(
 
 def _rows(flat: Tensor, run: Run) -> Tensor:
     return flat.view(run.count, run.length)
+
+
+def _column_run(table: ColumnTable, run: int) -> tuple[Tensor, slice, Tensor]:
+    """Return entry of each element of a run, its place in the buffer, and number in its segment."""
+    start, end = int(table.start_C[run]), int(table.end_C[run])
+    position = torch.arange(end - start) + int(table.skip_C[run])
+    width = int(table.width_C[run])
+    return int(table.index_C[run]) + position % width, slice(start, end), position // width
 
 
 def _advanced_m(tensors: BufferTensors, run: Run, scalars: StepScalars) -> Tensor:

@@ -218,6 +218,11 @@ def segment_slice(
         if blocks.pattern is None:
             ranges.append((first + shift, last + shift, placement.parameter))
             continue
+        if blocks.pattern.num_column_sets:
+            raise NotImplementedError(
+                f"Parameter {blocks.info.name!r} has one second moment per column, which only the "
+                "stand-alone AdamMini has; give it the rule 'row'."
+            )
         width = blocks.info.row_numel
         offset = blocks.info.row_offset
         between = _segments_between(blocks, blocks.pattern, first, last)

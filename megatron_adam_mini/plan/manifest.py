@@ -232,6 +232,10 @@ def is_coarsening(fine: ParameterBlocks, coarse: ParameterBlocks) -> bool:
         return True
     if coarse.pattern is None:
         return False
+    # A row is no union of parts of columns.
+    of_rows = fine.pattern.column_set_of_rows() < 0
+    if (coarse.pattern.column_set_of_rows()[of_rows] >= 0).any():
+        return False
     return are_unions(coarse.pattern.block_of_rows(), fine.pattern.block_of_rows())
 
 

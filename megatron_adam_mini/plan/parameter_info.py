@@ -150,6 +150,8 @@ class ParameterInfo:
         expert: whether it is reduced over the expert-data-parallel group.
         in_norm: whether it counts in the gradient norm on this rank (not shared, not a TP
             duplicate).
+        num_stacked: matrices of equal size that the rows of each tensor-parallel shard hold, one
+            after the other: 2 for the first weight of a gated MLP (gate, up), else 1.
         key: its key in checkpoints, layer number included; ``""``: as ``name``. Models that name
             their parameters differently can share checkpoints.
     """
@@ -163,6 +165,7 @@ class ParameterInfo:
     heads: HeadGeometry | None = None
     expert: bool = False
     in_norm: bool = True
+    num_stacked: int = 1
     key: str = ""
 
     @classmethod

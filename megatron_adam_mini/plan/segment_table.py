@@ -57,8 +57,24 @@ class Run:
         return slice(start, start + self.count * self.length)
 
 
+class DerivedTables:
+    """Caches what is made of a table. Its form depends on the backend, so the caller makes it."""
+
+    def derived(self, make: Callable[..., T], *key: Hashable) -> T:
+        """Return ``make(self, *key)``, computed once and cached with the table."""
+        kept: dict[Any, Any] = self._derived
+        if (make, key) not in kept:
+            kept[make, key] = make(self, *key)
+        found: T = kept[make, key]
+        return found
+
+    @cached_property
+    def _derived(self) -> dict[Any, Any]:
+        return {}
+
+
 @dataclass(frozen=True, eq=False)
-class SegmentTable:
+class SegmentTable(DerivedTables):
     """Segments (or element ranges) of a rank in one buffer, ascending and disjoint.
 
     Positions in buffer and state differ, because gradients and weights lie in Megatron's buffer,
@@ -89,22 +105,6 @@ class SegmentTable:
             self.indices[chosen_S],
             self.shifts[chosen_S],
         )
-
-    def derived(self, make: Callable[..., T], *key: Hashable) -> T:
-        """Return ``make(self, *key)``, computed once and cached with the table.
-
-        Launch tables depend on the segments alone, so the table caches them; their form depends on
-        the backend, so the caller makes them.
-        """
-        kept: dict[Any, Any] = self._derived
-        if (make, key) not in kept:
-            kept[make, key] = make(self, *key)
-        found: T = kept[make, key]
-        return found
-
-    @cached_property
-    def _derived(self) -> dict[Any, Any]:
-        return {}
 
     @cached_property
     def indices(self) -> IntArray:
