@@ -56,7 +56,8 @@ class ColumnTable(DerivedTables):
     @cached_property
     def counts(self) -> IntArray:
         """Segments of each run."""
-        return np.minimum(self.width_C, self.skip_C + self.end_C - self.start_C)
+        found: IntArray = np.minimum(self.width_C, self.skip_C + self.end_C - self.start_C)
+        return found
 
     @cached_property
     def numel(self) -> int:

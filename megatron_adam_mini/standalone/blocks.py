@@ -124,6 +124,8 @@ def partition(
 def _block_of_row(info: ParameterInfo, rule: str, config: AdamMiniConfig) -> IntArray:
     pattern = partition_by_rule(info, rule, config).pattern
     assert pattern is not None  # only the rule "element" has none
+    if pattern.num_column_sets:
+        raise NotImplementedError(f"Parameter {info.name!r} has one second moment per column.")
     return pattern.block_of_rows()
 
 
