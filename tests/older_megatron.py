@@ -7,36 +7,53 @@ the newer names, in terms of the older ones, where they are missing.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import multiprocessing
 import sys
 import types
 from functools import cache
+from importlib.machinery import PathFinder
 from typing import Any
 
 
 def install() -> None:
     """Define what is missing; in 0.19 and later, nothing."""
-    import megatron.training
+    from megatron.training import argument_utils
+
+    if not hasattr(argument_utils, "gpt_config_from_args"):
+        install_core()
+        _install_training()
+
+
+def install_core() -> None:
+    """Define what is missing in megatron.core, which may be all that there is."""
     from megatron.core import utils
     from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.training import argument_utils, arguments
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+    from megatron.core.transformer.moe import moe_utils
 
-    if hasattr(argument_utils, "gpt_config_from_args"):
-        return
     if not hasattr(filesystem_async, "get_write_results_queue"):  # before 0.17
+        write = TorchDistSaveShardedStrategy.__init__
+        write.__defaults__ = ("torch_dist", 1, *write.__defaults__)
         filesystem_async.get_write_results_queue = cache(
             lambda mode="spawn": multiprocessing.get_context(mode).Manager().Queue()
         )
         filesystem_async._get_write_results_queue = lambda: (
             filesystem_async.get_write_results_queue()
         )
+    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 defines it with Transformer Engine only
+        moe_utils.te_general_gemm = None
     split = utils.get_batch_on_this_cp_rank
     if "is_hybrid_cp" not in inspect.signature(split).parameters:
         utils.get_batch_on_this_cp_rank = lambda batch, is_hybrid_cp, cp_group: split(
             batch, cp_group
         )
+
+
+def _install_training() -> None:
+    import megatron.training
+    from megatron.training import argument_utils, arguments
+
     _define_tokenizer()
     argument_utils.gpt_config_from_args = lambda args: None
     pretrain = megatron.training.pretrain
@@ -61,11 +78,14 @@ def install() -> None:
 
 def _define_tokenizer() -> None:
     """Before 0.17, the function that builds a tokenizer is in megatron.training."""
-    if importlib.util.find_spec("megatron.core.tokenizers.utils") is not None:
+    from megatron.core import tokenizers
+
+    package = "megatron.core.tokenizers.utils"
+    # On the disk: what stands in sys.modules may have been put there by an earlier call.
+    if PathFinder.find_spec(package, tokenizers.__path__) is not None:
         return
     from megatron.training.tokenizer import build_tokenizer
 
-    package = "megatron.core.tokenizers.utils"
     module = types.ModuleType(f"{package}.build_tokenizer")
     module.build_tokenizer = build_tokenizer  # type: ignore[attr-defined]
     sys.modules |= {package: types.ModuleType(package), module.__name__: module}

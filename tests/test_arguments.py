@@ -562,8 +562,8 @@ def warnings_at_registration(version: str | None) -> list[str]:
 def test_untested_version_of_megatron_core_warns_once_with_both_versions():
     (warning,) = only(run_ranks(1, warnings_at_registration, "0.99.0"))
     assert warning.startswith(
-        "WARNING megatron-adam-mini was tested with megatron-core 0.17.1, 0.18.2, 0.19.2, 0.20.0, "
-        "but this is 0.99.0."
+        "WARNING megatron-adam-mini was tested with megatron-core 0.16.1, 0.17.1, 0.18.2, 0.19.2, "
+        "0.20.0, but this is 0.99.0."
     )
     assert "tools/releases.sh" in warning
     assert "install megatron-core==0.19.2" in warning

@@ -60,6 +60,7 @@ def hooks_of_this_release() -> dict[str, bool]:
     return {
         f"{hook.module}.{hook.name}": callable(getattr(hook.place(), hook.name, None))
         for hook in hooks
+        if hook is not compat.MIMO or compat.optional_module(hook.module) is not None
     }
 
 

@@ -30,7 +30,7 @@ from torch.distributed import ProcessGroup, get_process_group_ranks
 from torch.nn import Module, Parameter
 
 #: Releases that ``tools/releases.sh`` ran on, oldest first; 0.20.0 is main, not released yet.
-TESTED_VERSIONS = ("0.17.1", "0.18.2", "0.19.2", "0.20.0")
+TESTED_VERSIONS = ("0.16.1", "0.17.1", "0.18.2", "0.19.2", "0.20.0")
 #: The one that the whole test-suite runs on.
 SUITE_VERSION = "0.19.2"
 
