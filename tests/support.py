@@ -320,8 +320,8 @@ about the feature.
 
 The rows of releases come from `tools/releases.sh`, which runs `tests/releases.py` on each; all
 other tables are of 0.19.2. The wheel of 0.16.1 contains megatron.core alone, with which scripts
-that call `register()` train; the rest ran with megatron.training of its tag. Its router of experts needs
-Transformer Engine, for whose absence the tests define one name."""
+that call `register()` train; the rest ran with megatron.training of its tag. Its router of experts
+needs Transformer Engine, for whose absence the tests define one name."""
 
 #: Flag, reason and remedy: the table of preflight.py, and what arguments.py checks besides.
 REFUSALS = (
