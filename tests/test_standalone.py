@@ -83,6 +83,53 @@ def test_llama_trains_as_the_oracle_does(backend):
     compare_with_oracle(module_of(shapes), labels, backend=backend)
 
 
+def column_labels(rows: int, columns: int) -> Tensor:
+    return torch.arange(columns).expand(rows, columns).contiguous()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("preset", ["row-column", "slim"])
+def test_presets_by_columns_train_as_the_oracle_does(preset, backend):
+    model = module_of(shapes_of_llama())
+    by_columns = ("v_proj", "o_proj", *(["gate_proj", "up_proj", "down_proj"] * (preset == "slim")))
+    labels = {}
+    for name, shape in shapes_of_llama().items():
+        if len(shape) == 1:
+            labels[name] = (element_labels if preset == "slim" else one_label)(*shape)
+        else:
+            of_columns = name.endswith(tuple(f"{part}.weight" for part in by_columns))
+            labels[name] = (column_labels if of_columns else row_labels)(*shape)
+    # Rows of Query and Key need no numbers of heads.
+    compare_with_oracle(
+        model, labels, preset=preset, backend=backend, num_heads=None, num_query_groups=None
+    )
+
+
+def test_columns_of_a_transposed_weight_are_its_rows():
+    shapes = {"transformer.h.0.mlp.c_proj.weight": (6, 4), "transformer.h.0.mlp.c_fc.bias": (4,)}
+    model = module_of(shapes | {"transformer.h.0.attn.c_attn.weight": (4, 12)})
+    labels = {
+        "transformer.h.0.mlp.c_proj.weight": row_labels(6, 4),
+        "transformer.h.0.mlp.c_fc.bias": one_label(4),
+        "transformer.h.0.attn.c_attn.weight": row_labels(4, 12),
+    }
+    compare_with_oracle(model, labels, rules={"*": "column"}, num_heads=None, num_query_groups=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "rules", "words"),
+    [
+        ("layers.0.self_attn.qkv_proj.weight", (12, 4), {}, "holds query, key, value in one"),
+        ("layers.0.mlp.gate_up_proj.weight", (12, 4), {}, "has the matrices of an MLP"),
+        ("stem.weight", (3, 2, 2), {"*": "column"}, r"of shape \(3, 2, 2\) has 3 dimensions"),
+    ],
+)
+def test_columns_of_several_matrices_are_refused(name, shape, rules, words):
+    model = module_of({name: shape})
+    with pytest.raises(NotImplementedError, match=f"{words}.*Remedy: .*'row'"):
+        AdamMini(model.named_parameters(), preset="slim", rules=rules)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_full_v_everywhere_is_adamw(backend):
     model = module_of(shapes_of_llama())
@@ -653,6 +700,15 @@ def test_state_of_another_partition_is_refused():
     train(model, adamw, range(1))
     with pytest.raises(ValueError, match="exp_avg_sq of shape"):
         optimizer.load_state_dict(adamw.state_dict())
+
+
+def test_v_of_rows_is_not_taken_for_v_of_columns():
+    name, rules = "model.layers.0.self_attn.o_proj.weight", {"*.o_proj.weight": "column"}
+    model = module_of({name: (8, 8)})
+    by_rows = adam_mini(model)
+    train(model, by_rows)
+    with pytest.raises(ValueError, match="needed is column_exp_avg_sq"):
+        adam_mini(model, rules=rules).load_state_dict(by_rows.state_dict())
 
 
 def test_state_of_a_wider_model_is_refused():

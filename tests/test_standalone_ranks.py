@@ -172,6 +172,8 @@ def train_sharded(layout: str, options: dict[str, Any], family: str = "llama") -
         ("tp", 2, {}, [32]),
         ("tp", 4, {"value_as_block": True}, None),
         ("fsdp tp", 4, {}, None),
+        ("fsdp", 3, {"preset": "slim"}, None),
+        ("fsdp tp", 4, {"preset": "slim"}, None),
     ],
 )
 def test_blocks_are_completed_over_the_mesh(layout, world, options, sizes):

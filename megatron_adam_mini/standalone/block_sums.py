@@ -55,7 +55,7 @@ class BlockSums:
         self._table = SegmentTable(
             first_S * row_numel, np.append(first_S[1:], rows.count) * row_numel
         )
-        self._rows_are_blocks = blocks.rule == "row"
+        self._rows_are_blocks = blocks.rows_are_blocks
         self.in_one_pass = self._rows_are_blocks and rows.cut is not None
         if self._rows_are_blocks:
             if rows.cut is None:

@@ -1,5 +1,7 @@
 """What a parameter is -> its blocks: for each row of the whole parameter, the block that it is in.
 
+Blocks of columns are blocks of rows of the transposed weight.
+
 Imports numpy, ``config``, ``plan`` and ``names``. The rules are those of ``plan.partition``.
 """
 
@@ -12,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.config import BY_COLUMNS, AdamMiniConfig
 from megatron_adam_mini.plan.parameter_info import HeadGeometry, ParameterInfo
 from megatron_adam_mini.plan.partition import (
     IntArray,
@@ -50,7 +52,7 @@ class Blocks:
         name: bare name.
         shape: of the whole parameter.
         rule: the rule that made them.
-        row_dim: dimension whose indices are rows.
+        row_dim: dimension whose indices are rows; with the rule ``column``, the other one.
         block_of_row: int64, shape ``(rows,)``; ``None``: one second moment per element.
         head_dim: rows of a head, 0 if heads are not used.
         known: whether its name has a role.
@@ -63,6 +65,11 @@ class Blocks:
     block_of_row: IntArray | None
     head_dim: int = 0
     known: bool = True
+
+    @property
+    def rows_are_blocks(self) -> bool:
+        """Whether each row is a block of its own."""
+        return self.rule in ("row", "column")
 
     @property
     def num_rows(self) -> int:
@@ -99,11 +106,18 @@ def partition(
     Raises:
         ValueError: heads are needed and their numbers are missing or do not fit.
     """
-    row_dim = 1 if weight.transposed else 0
+    row_dim = weight.output_dim
     num_rows = shape[row_dim] if shape else 1
     width = math.prod(shape) // max(num_rows, 1)
     info = ParameterInfo(name=name, shape=(num_rows, width), role=weight.role)
-    rule = rule_for(info, config)
+    rule = _rule(info, weight, config)
+    if rule == "column" and len(shape) < 2:
+        rule = "tensor"  # a vector is one column
+    if rule == "column":
+        _check_columns(info, weight, shape)
+        num_rows, width, row_dim = width, num_rows, 1 - row_dim
+        info = ParameterInfo(name=name, shape=(num_rows, width), role=weight.role)
+        return Blocks(name, shape, rule, row_dim, np.arange(num_rows, dtype=np.int64))
     if rule == "element":
         return Blocks(name, shape, rule, row_dim, None, known=weight.role != "unknown")
     if rule not in ("qkv", "head"):
@@ -121,11 +135,39 @@ def partition(
     return Blocks(name, shape, rule, row_dim, np.concatenate(blocks), head_dim)
 
 
+def _rule(info: ParameterInfo, weight: Weight, config: AdamMiniConfig) -> str:
+    """Return the rule of a parameter; weights of Query, Key and Value may lie apart."""
+    rule = rule_for(info, config)
+    if rule != "qkv" or config.preset not in BY_COLUMNS:
+        return rule
+    if "value" not in weight.parts:
+        return "row"
+    if weight.parts == ("value",):
+        return "column"
+    raise NotImplementedError(
+        f"Parameter {info.name!r} holds {', '.join(weight.parts)} in one weight; AdamMini with "
+        f"preset={config.preset!r} needs the columns of Value in one of their own. Remedy: "
+        f"preset='row', or rules={{{info.name!r}: 'row'}}."
+    )
+
+
+def _check_columns(info: ParameterInfo, weight: Weight, shape: tuple[int, ...]) -> None:
+    """Check that the columns of a parameter are those of one matrix.
+
+    Raises:
+        NotImplementedError: they are not.
+    """
+    held = "the matrices of an MLP" if weight.stacked else f"{len(shape)} dimensions"
+    if weight.stacked or len(shape) != 2:
+        raise NotImplementedError(
+            f"Parameter {info.name!r} of shape {shape} has {held}; AdamMini's rule 'column' allows "
+            f"one matrix. Remedy: rules={{{info.name!r}: 'row'}}."
+        )
+
+
 def _block_of_row(info: ParameterInfo, rule: str, config: AdamMiniConfig) -> IntArray:
     pattern = partition_by_rule(info, rule, config).pattern
     assert pattern is not None  # only the rule "element" has none
-    if pattern.num_column_sets:
-        raise NotImplementedError(f"Parameter {info.name!r} has one second moment per column.")
     return pattern.block_of_rows()
 
 
@@ -193,7 +235,7 @@ def check_head_dims(
             found = sizes.get(_module(name), {})
             count = heads[name].count("query")
             if count and any(len(weights[other].parts) == 3 for other in found):
-                found[name] = made.row_numel / count
+                found[name] = made.shape[1 - weights[name].output_dim] / count
     for module, found in sizes.items():
         if len(set(found.values())) > 1:
             raise ValueError(

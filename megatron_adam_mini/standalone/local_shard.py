@@ -37,7 +37,7 @@ class LocalShard:
     Attributes:
         sums: of squared gradients per block; ``None`` if every element has its own v.
         v_key: name of v in the state: ``exp_avg_sq`` per element, as Adam's, or ``row_exp_avg_sq``
-            per row.
+            per row; ``column_exp_avg_sq`` per column.
     """
 
     def __init__(self, param: Tensor, blocks: Blocks, kernels: ModuleType) -> None:
@@ -52,7 +52,7 @@ class LocalShard:
             self._table = SegmentTable(np.zeros(1, np.int64), np.full(1, numel, np.int64))
             self._vectors = _vectors(torch.zeros(1, device=self._device))
             return
-        self.v_key = "row_exp_avg_sq"
+        self.v_key = "column_exp_avg_sq" if blocks.rule == "column" else "row_exp_avg_sq"
         rows, width = self.rows, numel // max(self.rows.count, 1)
         self.sums = BlockSums(rows, blocks, row_numel=width, device=self._device)
         start_S = np.arange(rows.count, dtype=np.int64) * width

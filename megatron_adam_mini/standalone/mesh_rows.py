@@ -90,7 +90,7 @@ def mesh_rows(param: Tensor, blocks: Blocks) -> MeshRows:
     sizes = tuple(mesh.shape)
     by_row, by_width = ([d for d in dims if sizes[d] > 1] for dims in (by_row, by_width))
     (count,), (first,) = shape_and_offset((blocks.num_rows,), sizes, list(coordinate), placements)
-    own = blocks.rule == "row" or blocks.block_of_row is None
+    own = blocks.rows_are_blocks or blocks.block_of_row is None
     cut: IntArray | None = no_blocks
     if by_width and blocks.block_of_row is not None:
         cut = None if own else np.arange(blocks.num_blocks)

@@ -28,12 +28,19 @@ class Weight:
         interleaved: whether these repeat for each query group (Megatron), instead of coming one
             after the other.
         transposed: whether output neurons are columns.
+        stacked: whether it may hold several matrices, one after the other, such as gate and up.
     """
 
     role: str
     parts: tuple[str, ...] = ()
     interleaved: bool = False
     transposed: bool = False
+    stacked: bool = False
+
+    @property
+    def output_dim(self) -> int:
+        """Dimension of the output neurons, of a matrix."""
+        return 1 if self.transposed else 0
 
 
 _QKV = ("query", "key", "value")
@@ -55,7 +62,8 @@ _MATRICES = tuple(
             r"(?:o_proj|wo|attn\.c_proj|attn\.out_proj|attention\.output\.dense)\.weight",
             Weight("attention_projection"),
         ),
-        (r"(?:gate_proj|up_proj|down_proj|gate_up_proj|c_fc|mlp\.c_proj)\.weight", Weight("mlp")),
+        (r"(?:gate_proj|up_proj|down_proj|c_fc|mlp\.c_proj)\.weight", Weight("mlp")),
+        (r"(?:gate_up_proj|linear_fc1)\.weight", Weight("mlp", stacked=True)),
         (r"(?:feed_forward|shared_experts?|experts\.\d+)\.w[123]\.weight", Weight("mlp")),
         (r"(?:intermediate\.dense|output\.dense|mlp\.fc[12])\.weight", Weight("mlp")),
         (r"layers\.\d+\.linear[12]\.weight", Weight("mlp")),

@@ -38,8 +38,9 @@ class AdamMini(Optimizer):
         num_query_groups: heads of Key and Value; default: ``num_heads``.
         head_dim: rows of a head; default: from the shapes of Query and Key.
         preset, value_as_block, full_v, backend: see :class:`~megatron_adam_mini.AdamMiniConfig`.
-        rules: ``{pattern of names: "row" | "head" | "tensor" | "element"}``, first match wins;
-            ``{"*": "tensor"}`` is the paper's Algorithm 3, for models that are no Transformers.
+        rules: ``{pattern of names: "row" | "column" | "head" | "tensor" | "element"}``, first
+            match wins; ``{"*": "tensor"}`` is the paper's Algorithm 3, for models that are no
+            Transformers.
 
     Raises:
         ValueError, TypeError, NotImplementedError: a value, dtype or layout that is not allowed;
