@@ -48,6 +48,13 @@ STEPS = 5
 
 BACKENDS = ["reference", "cpu"]
 
+#: All experts of a layer in one weight, (experts, out, in), and (experts, in, out).
+EXPERTS = {
+    "mlp.experts.gate_up_proj": (3, 2 * FFN, HIDDEN),
+    "mlp.experts.down_proj": (3, HIDDEN, FFN),
+}
+TURNED_EXPERTS = {name: (e, b, a) for name, (e, a, b) in EXPERTS.items()}
+
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range = range(STEPS)) -> None:
     for step in steps:
@@ -199,6 +206,17 @@ def test_conv1d_of_gpt2_trains_as_the_linear_layer_that_it_is():
     compare_with_oracle(module_of(conv1d), labels, num_query_groups=None)
 
 
+@pytest.mark.parametrize(("experts", "dim"), [(EXPERTS, 1), (TURNED_EXPERTS, 2)])
+def test_each_expert_has_one_v_per_output_neuron_or_per_input(experts, dim):
+    rules = {"*.down_proj": "column"}
+    for dims, options in (((dim, dim), {}), ((dim, 3 - dim), {"rules": rules})):
+        labels = {}
+        for (name, shape), kept in zip(experts.items(), dims, strict=True):
+            rows = torch.arange(shape[0] * shape[kept]).reshape(shape[0], shape[kept])
+            labels[name] = rows.unsqueeze(3 - kept).expand(shape).contiguous()
+        compare_with_oracle(module_of(experts), labels, **options)
+
+
 @pytest.mark.parametrize("preset", ["row", "first", "tensor"])
 def test_presets_are_those_of_the_megatron_path(preset):
     model = module_of(shapes_of_llama())
@@ -223,6 +241,30 @@ def test_value_as_block_and_rules():
     assert found["q_proj"] == HEADS * DIM
 
 
+def test_towers_of_gpt2_names_are_told_apart():
+    """A GPT-2 of transformers, a nanoGPT and a CLIP in one model, and one that says nothing."""
+    hidden = HIDDEN
+    shapes = {
+        "decoder.h.0.attn.c_attn.weight": (hidden, 3 * hidden),
+        "decoder.h.0.mlp.c_fc.weight": (hidden, FFN),
+        "decoder.h.0.mlp.experts.3.c_fc.weight": (hidden, FFN),
+        "encoder.h.0.attn.c_attn.weight": (3 * hidden, hidden),
+        "encoder.h.1.mlp.c_fc.weight": (FFN, hidden),
+        "visual.resblocks.0.attn.in_proj_weight": (3 * hidden, hidden),
+        "visual.resblocks.0.mlp.c_fc.weight": (FFN, hidden),
+        "other.0.c_proj.weight": (FFN, hidden),
+    }
+    optimizer = adam_mini(module_of(shapes), num_query_groups=None)
+    found = {name: blocks for name, (_, blocks) in blocks_of(optimizer).items()}
+    assert found.pop("other.0.c_proj.weight") == FFN * hidden
+    fused = 2 * HEADS + hidden
+    assert list(found.values()) == [fused, FFN, FFN, fused, FFN, fused, FFN]
+    shapes["encoder.h.1.attn.c_attn.weight"] = (hidden, 3 * hidden)
+    with pytest.raises(ValueError, match=r"encoder.h.0.*True.*differ") as caught:
+        adam_mini(module_of(shapes), num_query_groups=None)
+    assert "decoder" not in str(caught.value)
+
+
 # Names.
 
 QUERY, KEY = (HEADS * DIM, HIDDEN), (GROUPS * DIM, HIDDEN)
@@ -236,6 +278,29 @@ KNOWN = {
         "model.layers.0.mlp.gate.weight": ((4, HIDDEN), 4 * HIDDEN),
         "model.layers.0.mlp.shared_expert.up_proj.weight": ((FFN, HIDDEN), FFN),
         "model.layers.0.mlp.shared_expert_gate.weight": ((1, HIDDEN), HIDDEN),
+    },
+    "qwen3_moe, mixtral, deepseek_v3": {
+        "model.layers.0.mlp.experts.gate_up_proj": ((4, 2 * FFN, HIDDEN), 4 * 2 * FFN),
+        "model.layers.0.mlp.experts.down_proj": ((4, HIDDEN, FFN), 4 * HIDDEN),
+    },
+    "gpt_oss, llama4": {
+        "model.layers.0.mlp.router.weight": ((4, HIDDEN), 4 * HIDDEN),
+        "model.layers.0.mlp.experts.gate_up_proj": ((4, HIDDEN, 2 * FFN), 4 * 2 * FFN),
+        "model.layers.0.mlp.experts.gate_up_proj_bias": ((4, 2 * FFN), 4 * 2 * FFN),
+        "model.layers.0.mlp.experts.down_proj": ((4, FFN, HIDDEN), 4 * HIDDEN),
+        "model.layers.0.mlp.experts.down_proj_bias": ((4, HIDDEN), 4 * HIDDEN),
+    },
+    "longcat_flash, whose identity experts have no down_proj": {
+        "model.layers.0.mlp.experts.gate_up_proj": ((5, 2 * FFN, HIDDEN), 5 * 2 * FFN),
+        "model.layers.0.mlp.experts.down_proj": ((4, HIDDEN, FFN), 4 * HIDDEN),
+    },
+    "nemotron_h": {
+        "model.layers.0.mixer.experts.up_proj": ((4, FFN, HIDDEN), 4 * FFN),
+        "model.layers.0.mixer.experts.down_proj": ((4, HIDDEN, FFN), 4 * HIDDEN),
+    },
+    "jetmoe": {
+        "model.layers.0.mlp.input_linear.weight": ((4, 2 * FFN, HIDDEN), 4 * 2 * FFN),
+        "model.layers.0.mlp.output_linear.weight": ((4, HIDDEN, FFN), 4 * HIDDEN),
     },
     "phi3": {
         "model.layers.0.self_attn.qkv_proj.weight": ((32, HIDDEN), HEADS + GROUPS + 8),
@@ -251,6 +316,8 @@ KNOWN = {
         "layers.0.feed_forward.w1.weight": ((FFN, HIDDEN), FFN),
         "layers.0.attention_norm.weight": ((HIDDEN,), 1),
         "layers.0.moe.router.gate.weight": ((4, HIDDEN), 4 * HIDDEN),
+        "layers.0.moe.experts.w1_EFD": ((4, FFN, HIDDEN), 4 * FFN),
+        "layers.0.moe.experts.w2_EDF": ((4, HIDDEN, FFN), 4 * HIDDEN),
         "norm.weight": ((HIDDEN,), 1),
         "output.weight": ((VOCAB, HIDDEN), VOCAB),
     },
@@ -330,6 +397,17 @@ def test_what_is_not_known_keeps_full_v_and_is_listed(caplog):
     adam_mini(model, full_v=("*gadget*",))
     assert blocks_of(adam_mini(model, rules={"*gadget*": "row"}))["model.gadget.weight"][1] == 3
     assert not caplog.records
+
+
+def test_experts_whose_layout_nothing_tells():
+    """One of a pair alone, or a name of nobody: full v, unless a rule says that rows are right."""
+    shapes = {"layers.0.experts.down_proj": (4, HIDDEN, FFN), "layers.0.experts.w1": (4, 3, 5)}
+    assert set(blocks_of(adam_mini(module_of(shapes))).values()) == {
+        ("element", 4 * HIDDEN * FFN),
+        ("element", 60),
+    }
+    rows = blocks_of(adam_mini(module_of(shapes), rules={"*.experts.*": "row"}))
+    assert [blocks for _, blocks in rows.values()] == [4 * HIDDEN, 12]
 
 
 def test_groups_as_torchtitan_makes_them():

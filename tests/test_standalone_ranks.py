@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import pytest
@@ -23,9 +24,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._utils import (
+    _compute_local_shape_and_global_offset as compute_local_shape_and_global_offset,
+)
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
 from megatron_adam_mini import AdamMini
+from megatron_adam_mini.standalone.mesh_rows import rows_of_ranks
 from tests.megatron_job import Job, Trainer
 from tests.plain_models import (
     GEOMETRY,
@@ -48,6 +54,16 @@ OTHERS = {
     "transformer.h.0.attn.c_attn.bias": (48,),
     "decoder.layers.0.mlp.linear_fc1.weight": (24, 16),
 }
+
+
+#: Experts in one weight, (experts, out, in), and (experts, in, out).
+EXPERTS = {
+    "a.experts.gate_up_proj": (3, 8, 6),
+    "a.experts.down_proj": (3, 6, 4),
+    "b.experts.gate_up_proj": (3, 6, 8),
+    "b.experts.down_proj": (3, 4, 6),
+}
+FAMILIES = {"llama": shapes_of_llama(), "others": OTHERS, "experts": EXPERTS}
 
 
 class Given(nn.Module):
@@ -131,6 +147,9 @@ def shard_model(model: nn.Module, layout: str) -> None:
     elif layout == "fsdp columns":
         mesh = init_device_mesh("cpu", (world,))
         fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(p.ndim - 1))
+    elif layout == "fsdp middle":
+        mesh = init_device_mesh("cpu", (world,))
+        fully_shard(model, mesh=mesh, shard_placement_fn=lambda _: Shard(1))
     elif layout == "hsdp":
         mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
         fully_shard(model, mesh=mesh)
@@ -144,7 +163,7 @@ def shard_model(model: nn.Module, layout: str) -> None:
 
 def train_sharded(layout: str, options: dict[str, Any], family: str = "llama") -> list[int]:
     """Return the sizes of the all-reduces of one step."""
-    shapes = shapes_of_llama() if family == "llama" else OTHERS
+    shapes = FAMILIES[family]
     model, expected = Given(shapes), Given(shapes)
     shard_model(model, layout)
     assert all(isinstance(param, DTensor) for param in model.parameters())
@@ -184,6 +203,31 @@ def test_blocks_are_completed_over_the_mesh(layout, world, options, sizes):
 @pytest.mark.parametrize(("layout", "world"), [("fsdp", 3), ("tp", 2), ("fsdp tp", 4)])
 def test_fused_and_transposed_weights_are_completed(layout, world):
     run_ranks(world, train_sharded, layout, {"num_query_groups": None}, "others")
+
+
+@pytest.mark.parametrize(
+    ("layout", "sizes"),
+    # Whole experts; else dimension 1 or 2 is cut: inputs of one of the two layouts, three experts
+    # with 8 + 6 outputs.
+    [("fsdp", []), ("fsdp middle", [42]), ("fsdp columns", [42])],
+)
+def test_experts_in_one_weight_are_completed(layout, sizes):
+    assert run_ranks(2, train_sharded, layout, {}, "experts") == [sizes] * 2
+
+
+def test_rows_of_ranks_are_those_that_torch_cuts():
+    """Also uneven ones, and what fully_shard makes of tensor-parallel weights where it is even."""
+    for num_rows, first, second in product(range(1, 20), range(1, 5), range(1, 5)):
+        cases = {((first, 1), (second, 1)): (Shard(0), Shard(0))}
+        if num_rows % (first * second) == 0:
+            cases[(first, second), (second, 1)] = _StridedShard(0, split_factor=second), Shard(0)
+        for cuts, placements in cases.items():
+            ranks = product(range(first), range(second))
+            for rank, rows in zip(ranks, rows_of_ranks(num_rows, cuts), strict=True):
+                (count,), (begin,) = compute_local_shape_and_global_offset(
+                    (num_rows,), (first, second), list(rank), placements
+                )
+                assert rows.tolist() == list(range(begin, begin + count))
 
 
 def train_with_ddp() -> None:

@@ -46,14 +46,13 @@ class BlockSums:
         def to_device(values: IntArray) -> Tensor:
             return torch.from_numpy(values).to(device)
 
-        assert blocks.block_of_row is not None
-        block_S = blocks.block_of_row[rows.first : rows.first + rows.count]
+        block_S, num_rows = rows.block_S, len(rows.block_S)
         self.groups = rows.groups
-        self.sum_sq_S = torch.zeros(rows.count, device=device)
+        self.sum_sq_S = torch.zeros(num_rows, device=device)
         self.cut_C = torch.zeros(0, device=device)
         first_S = np.flatnonzero(np.diff(block_S, prepend=-1))
         self._table = SegmentTable(
-            first_S * row_numel, np.append(first_S[1:], rows.count) * row_numel
+            first_S * row_numel, np.append(first_S[1:], num_rows) * row_numel
         )
         self._rows_are_blocks = blocks.rows_are_blocks
         self.in_one_pass = self._rows_are_blocks and rows.cut is not None

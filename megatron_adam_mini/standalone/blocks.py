@@ -52,7 +52,8 @@ class Blocks:
         name: bare name.
         shape: of the whole parameter.
         rule: the rule that made them.
-        row_dim: dimension whose indices are rows; with the rule ``column``, the other one.
+        row_dims: dimensions whose indices are rows: one, or that of experts and one more; with the
+            rule ``column``, those of the inputs.
         block_of_row: int64, shape ``(rows,)``; ``None``: one second moment per element.
         head_dim: rows of a head, 0 if heads are not used.
         known: whether its name has a role.
@@ -61,7 +62,7 @@ class Blocks:
     name: str
     shape: tuple[int, ...]
     rule: str
-    row_dim: int
+    row_dims: tuple[int, ...]
     block_of_row: IntArray | None
     head_dim: int = 0
     known: bool = True
@@ -72,9 +73,14 @@ class Blocks:
         return self.rule in ("row", "column")
 
     @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of v if it has one number per row."""
+        return tuple(self.shape[dim] for dim in self.row_dims) if self.shape else (1,)
+
+    @property
     def num_rows(self) -> int:
         """Rows of the whole parameter."""
-        return self.shape[self.row_dim] if self.shape else 1
+        return math.prod(self.row_shape)
 
     @property
     def row_numel(self) -> int:
@@ -106,22 +112,23 @@ def partition(
     Raises:
         ValueError: heads are needed and their numbers are missing or do not fit.
     """
-    row_dim = weight.output_dim
-    num_rows = shape[row_dim] if shape else 1
-    width = math.prod(shape) // max(num_rows, 1)
-    info = ParameterInfo(name=name, shape=(num_rows, width), role=weight.role)
-    rule = _rule(info, weight, config)
+    rule = _rule(ParameterInfo(name=name, shape=shape, role=weight.role), weight, config)
     if rule == "column" and len(shape) < 2:
         rule = "tensor"  # a vector is one column
     if rule == "column":
-        _check_columns(info, weight, shape)
-        num_rows, width, row_dim = width, num_rows, 1 - row_dim
-        info = ParameterInfo(name=name, shape=(num_rows, width), role=weight.role)
-        return Blocks(name, shape, rule, row_dim, np.arange(num_rows, dtype=np.int64))
+        _check_columns(name, weight, shape)
+        num_rows = math.prod(shape[dim] for dim in weight.column_dims)
+        return Blocks(name, shape, rule, weight.column_dims, np.arange(num_rows, dtype=np.int64))
+    row_dims = weight.row_dims if rule == "row" else weight.row_dims[-1:]
+    if rule in ("tensor", "element"):
+        row_dims = (0,)  # any would do, and these are adjacent in memory
+    num_rows = math.prod(shape[dim] for dim in row_dims) if shape else 1
+    width = math.prod(shape) // max(num_rows, 1)
+    info = ParameterInfo(name=name, shape=(num_rows, width), role=weight.role)
     if rule == "element":
-        return Blocks(name, shape, rule, row_dim, None, known=weight.role != "unknown")
+        return Blocks(name, shape, rule, row_dims, None, known=weight.role != "unknown")
     if rule not in ("qkv", "head"):
-        return Blocks(name, shape, rule, row_dim, _block_of_row(info, rule, config))
+        return Blocks(name, shape, rule, row_dims, _block_of_row(info, rule, config))
     parts = weight.parts or ("query",)  # a weight that the user calls one of heads
     head_dim = _head_dim(name, num_rows, parts, heads, known=bool(weight.parts))
     blocks: list[IntArray] = [np.empty(0, dtype=np.int64)]
@@ -132,7 +139,7 @@ def partition(
         )
         before = max((int(part.max(initial=-1)) + 1 for part in blocks), default=0)
         blocks.append(_block_of_row(info, rule, config) + before)
-    return Blocks(name, shape, rule, row_dim, np.concatenate(blocks), head_dim)
+    return Blocks(name, shape, rule, row_dims, np.concatenate(blocks), head_dim)
 
 
 def _rule(info: ParameterInfo, weight: Weight, config: AdamMiniConfig) -> str:
@@ -151,17 +158,17 @@ def _rule(info: ParameterInfo, weight: Weight, config: AdamMiniConfig) -> str:
     )
 
 
-def _check_columns(info: ParameterInfo, weight: Weight, shape: tuple[int, ...]) -> None:
-    """Check that the columns of a parameter are those of one matrix.
+def _check_columns(name: str, weight: Weight, shape: tuple[int, ...]) -> None:
+    """Check that the columns of a parameter are those of one matrix, or of one per expert.
 
     Raises:
         NotImplementedError: they are not.
     """
     held = "the matrices of an MLP" if weight.stacked else f"{len(shape)} dimensions"
-    if weight.stacked or len(shape) != 2:
+    if weight.stacked or len(shape) != (3 if weight.experts else 2):
         raise NotImplementedError(
-            f"Parameter {info.name!r} of shape {shape} has {held}; AdamMini's rule 'column' allows "
-            f"one matrix. Remedy: rules={{{info.name!r}: 'row'}}."
+            f"Parameter {name!r} of shape {shape} has {held}; AdamMini's rule 'column' allows "
+            f"one matrix. Remedy: rules={{{name!r}: 'row'}}."
         )
 
 
@@ -235,7 +242,7 @@ def check_head_dims(
             found = sizes.get(_module(name), {})
             count = heads[name].count("query")
             if count and any(len(weights[other].parts) == 3 for other in found):
-                found[name] = made.shape[1 - weights[name].output_dim] / count
+                found[name] = made.shape[weights[name].column_dims[-1]] / count
     for module, found in sizes.items():
         if len(set(found.values())) > 1:
             raise ValueError(

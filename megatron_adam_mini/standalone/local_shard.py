@@ -53,12 +53,12 @@ class LocalShard:
             self._vectors = _vectors(torch.zeros(1, device=self._device))
             return
         self.v_key = "column_exp_avg_sq" if blocks.rule == "column" else "row_exp_avg_sq"
-        rows, width = self.rows, numel // max(self.rows.count, 1)
+        rows, width = self.rows, numel // max(len(self.rows.block_S), 1)
         self.sums = BlockSums(rows, blocks, row_numel=width, device=self._device)
-        start_S = np.arange(rows.count, dtype=np.int64) * width
+        start_S = np.arange(len(rows.block_S), dtype=np.int64) * width
         self._table = SegmentTable(start_S, start_S + width)
         block_numel = np.maximum(np.bincount(blocks.block_of_row) * blocks.row_numel, 1)
-        inv_numel = 1.0 / block_numel[blocks.block_of_row[rows.first : rows.first + rows.count]]
+        inv_numel = 1.0 / block_numel[rows.block_S]
         inv_numel_S = torch.from_numpy(inv_numel.astype(np.float32)).to(self._device)
         self._vectors = _vectors(inv_numel_S, self.sums.sum_sq_S)
 
@@ -77,7 +77,7 @@ class LocalShard:
         state = {"step": torch.tensor(0.0), "exp_avg": exp_avg}
         if self.sums is None:
             return {**state, self.v_key: torch.zeros_like(param, dtype=torch.float32)}
-        zeros = zeros_of_rows(param, self.rows, self.blocks)
+        zeros = zeros_of_rows(param, self.blocks)
         return {**state, self.v_key: zeros, "num_blocks": self.blocks.num_blocks}
 
     def adopt(self, saved: State) -> State:
@@ -87,7 +87,7 @@ class LocalShard:
             ValueError: it is the state of another partition, layout or optimizer.
         """
         param, name = self.param, self.blocks.name
-        shape = self.blocks.shape if self.sums is None else (self.blocks.num_rows,)
+        shape = self.blocks.shape if self.sums is None else self.blocks.row_shape
         v = saved.get(self.v_key)
         blocks = saved.get("num_blocks", self.blocks.num_blocks)
         m = saved.get("exp_avg")
@@ -109,11 +109,12 @@ class LocalShard:
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
             )
         dtype = _m_dtype(param)
+        v = v.to(device=param.device, dtype=torch.float32)
         return {
             **saved,
             "step": torch.as_tensor(saved["step"], dtype=torch.float32, device="cpu"),
             "exp_avg": saved["exp_avg"].to(device=param.device, dtype=dtype),
-            self.v_key: v.to(device=param.device, dtype=torch.float32),
+            self.v_key: v if self.sums is None else v.contiguous(),
         }
 
     def sum_squares_(self) -> None:
@@ -162,7 +163,7 @@ class LocalShard:
                     )
                 return
             if self.sums.in_one_pass:
-                vectors = self._vectors._replace(exp_avg_sq_S=local(state[self.v_key]))
+                vectors = self._vectors._replace(exp_avg_sq_S=local(state[self.v_key]).view(-1))
                 self._kernels.update_in_one_pass_(tensors, self._table, vectors, scalars)
                 return
             vectors = self._advance_v(state, self.sums, scalars)
@@ -170,7 +171,7 @@ class LocalShard:
 
     def _advance_v(self, state: State, sums: BlockSums, scalars: StepScalars) -> SegmentVectors:
         """Advance v, and return it with the step sizes that follow from it."""
-        vectors = self._vectors._replace(exp_avg_sq_S=local(state[self.v_key]))
+        vectors = self._vectors._replace(exp_avg_sq_S=local(state[self.v_key]).view(-1))
         sums.spread_()
         self._kernels.segment_step_size_(vectors, scalars)
         return vectors
@@ -180,7 +181,8 @@ class LocalShard:
         return _flat(self._rows_of(self._grad))
 
     def _rows_of(self, tensor: Tensor) -> Tensor:
-        return tensor.movedim(self.blocks.row_dim, 0) if tensor.ndim else tensor
+        dims = self.blocks.row_dims
+        return tensor.movedim(dims, tuple(range(len(dims)))) if tensor.ndim else tensor
 
     @contextmanager
     def _in_rows(self, tensor: Tensor) -> Iterator[Tensor]:

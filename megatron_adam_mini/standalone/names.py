@@ -1,15 +1,15 @@
 """Name of a plain PyTorch parameter -> what it is: role, parts of attention, orientation.
 
-Imports ``plan.roles`` only. Knows the names that Llama, Qwen, Mistral, GPT-2, Phi-3 and BERT have
-in transformers, those of torchtitan's Llama, of nanoGPT, of ``nn.TransformerEncoderLayer``, and
-Megatron-Core's.
+Imports ``plan.roles`` only. Knows the names that Llama, Qwen, Mistral, GPT-2, Phi-3, BERT and
+mixtures of experts have in transformers, those of torchtitan's Llama, of nanoGPT, of
+``nn.TransformerEncoderLayer``, and Megatron-Core's.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from megatron_adam_mini.plan.parameter_info import HEAD_PARTS
 from megatron_adam_mini.plan.roles import role_of
@@ -27,8 +27,9 @@ class Weight:
         parts: of an attention weight: ``query``, ``key``, ``value`` in the order of its rows.
         interleaved: whether these repeat for each query group (Megatron), instead of coming one
             after the other.
-        transposed: whether output neurons are columns.
+        transposed: whether output neurons are the last dimension, not the one before it.
         stacked: whether it may hold several matrices, one after the other, such as gate and up.
+        experts: whether dimension 0 counts experts, and each has a matrix in the other two.
     """
 
     role: str
@@ -36,11 +37,19 @@ class Weight:
     interleaved: bool = False
     transposed: bool = False
     stacked: bool = False
+    experts: bool = False
 
     @property
-    def output_dim(self) -> int:
-        """Dimension of the output neurons, of a matrix."""
-        return 1 if self.transposed else 0
+    def row_dims(self) -> tuple[int, ...]:
+        """Dimensions whose indices say which output neuron an element belongs to."""
+        if self.experts:
+            return (0, 2) if self.transposed else (0, 1)
+        return (1,) if self.transposed else (0,)
+
+    @property
+    def column_dims(self) -> tuple[int, ...]:
+        """Dimensions whose indices say which input an element belongs to."""
+        return replace(self, transposed=not self.transposed).row_dims
 
 
 _QKV = ("query", "key", "value")
@@ -75,9 +84,14 @@ _MATRICES = tuple(
 _OUTPUT = re.compile(r"^\.(?:model\.)?output\.weight$")
 _NORM = re.compile(r"\.(?:\w*norm\w*|ln_\w+)\.weight$", re.IGNORECASE)
 _BIAS = re.compile(r"(?:\.|_proj_)bias$")
-#: Weights of GPT-2, which transformers stores transposed and nanoGPT does not.
+#: Weights of GPT-2, which transformers stores transposed, but nanoGPT and CLIP do not.
 _GPT2 = re.compile(r"\.(?:c_attn|c_proj|c_fc)\.weight$")
-_GPT2_QKV = re.compile(r"\.attn\.c_attn\.weight$")
+_GPT2_QKV = re.compile(r"\.attn\.(?:c_attn\.weight|in_proj_weight)$")
+#: Weights of all experts of a layer, and those that have their output neurons in dimension 1:
+#: torchtitan's (dimensions in the name: E experts, D model, F hidden) and JetMoE's.
+_STACKED = re.compile(r"\.\w*experts?(?:\.[A-Za-z_]\w*)+$|\.(?:in|out)put_linear\.weight$")
+_STACKED_ROWS = re.compile(r"\.experts\.w\d_E(?:FD|DF)$|\.(?:in|out)put_linear\.weight$")
+_STACKED_BIAS = re.compile(r"experts\.\w+_proj_bias$")
 
 
 def bare(name: str) -> str:
@@ -95,16 +109,26 @@ def weights_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Weight]:
         shapes: bare name -> shape of the whole parameter.
 
     Raises:
-        ValueError: fused QKV weights of GPT-2 contradict each other in their orientation.
+        ValueError: fused QKV weights of one GPT-2 contradict each other in their orientation.
     """
-    transposed = _gpt2_is_transposed(shapes)
+    towers = _transposed_towers(shapes)
     found = {}
     for name, shape in shapes.items():
-        weight = _weight(name, len(shape))
         if _GPT2.search(f".{name}") and len(shape) == 2:
-            # Only a c_attn says which way round a c_proj is.
-            weight = _UNKNOWN if transposed is None else _turned(weight, transposed)
-        found[name] = weight
+            # Only the fused QKV weights of the same tower say which way round a c_proj is.
+            turned = next((towers[tower] for tower in _towers(name) if tower in towers), None)
+            found[name] = _UNKNOWN
+            if turned is not None:
+                found[name] = replace(_weight(name, 2), transposed=turned)
+        elif _STACKED.search(f".{name}") and len(shape) == 3:
+            turned = _experts_are_transposed(name, shapes)
+            role = "unknown" if turned is None else "mlp"
+            stacked = name.endswith("gate_up_proj")
+            found[name] = Weight(role, transposed=bool(turned), stacked=stacked, experts=True)
+        elif _STACKED_BIAS.search(name) and len(shape) == 2:
+            found[name] = Weight("bias")
+        else:
+            found[name] = _weight(name, len(shape))
     return found
 
 
@@ -126,20 +150,47 @@ def _weight(name: str, num_dimensions: int) -> Weight:
     return Weight(role, HEAD_PARTS.get(role, ()), interleaved=True)
 
 
-def _turned(weight: Weight, transposed: bool) -> Weight:
-    return Weight(weight.role, weight.parts, weight.interleaved, transposed)
+def _towers(name: str) -> Iterator[str]:
+    """Yield what stands before a layer's number: of the innermost modules, then of outer ones."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, -1, -1):
+        if parts[end].isdigit():
+            yield ".".join(parts[:end])
+    if not any(part.isdigit() for part in parts):
+        yield ""
 
 
-def _gpt2_is_transposed(shapes: Mapping[str, tuple[int, ...]]) -> bool | None:
-    """Return whether GPT-2's weights are ``(in, out)``; ``None``: no weight tells."""
-    found = {
-        name: shape[0] < shape[1]
-        for name, shape in shapes.items()
-        if _GPT2_QKV.search(f".{name}") and len(shape) == 2 and shape[0] != shape[1]
-    }
-    if len(set(found.values())) > 1:
-        raise ValueError(
-            f"Adam-mini cannot tell whether weights of GPT-2 are stored transposed: {found} "
-            "differ. Remedy: one optimizer for each of the models."
-        )
-    return next(iter(found.values()), None)
+def _transposed_towers(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, bool]:
+    """Return, for each tower of GPT-2's names, whether its weights are ``(in, out)``."""
+    towers: dict[str, dict[str, bool]] = {}
+    for name, shape in shapes.items():
+        if _GPT2_QKV.search(f".{name}") and len(shape) == 2 and shape[0] != shape[1]:
+            towers.setdefault(next(_towers(name)), {})[name] = shape[0] < shape[1]
+    for found in towers.values():
+        if len(set(found.values())) > 1:
+            raise ValueError(
+                f"Adam-mini cannot tell whether weights of GPT-2 are stored transposed: {found} "
+                "differ. Remedy: one optimizer for each of the models."
+            )
+    return {tower: next(iter(found.values())) for tower, found in towers.items()}
+
+
+def _experts_are_transposed(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool | None:
+    """Return whether experts are ``(experts, in, out)``; ``None``: nothing tells.
+
+    With hidden size H and intermediate size I, ``gate_up_proj`` of transformers is (2 I, H) beside
+    a ``down_proj`` of (H, I), or (H, 2 I) beside (I, H): the two tell which. Separate ``up_proj``,
+    whose shapes would not tell, are (I, H) in all its models.
+    """
+    if _STACKED_ROWS.search(f".{name}"):
+        return False
+    module, _, last = name.rpartition(".")
+    gate_up, up, down = (
+        shapes.get(f"{module}.{part}_proj", ())[1:] for part in ("gate_up", "up", "down")
+    )
+    if last in ("gate_up_proj", "down_proj") and len(gate_up) == len(down) == 2:
+        if gate_up == (2 * down[1], down[0]):
+            return False
+        return True if gate_up == (down[1], 2 * down[0]) else None
+    separate = last in ("gate_proj", "up_proj", "down_proj")
+    return False if separate and len(up) == 2 and up == down[::-1] else None
