@@ -623,6 +623,66 @@ def test_parameters_may_be_exchanged_before_the_first_step():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_goes_on_from_the_state_of_adamw(dtype):
+    shapes = shapes_of_llama() | EXPERTS | {"scale": ()}
+    model = module_of(shapes, dtype)
+    adamw = torch.optim.AdamW(model.parameters(), **HYPER | {"lr": 2e-3})
+    for step in range(2):
+        give_gradients(model, step)
+        model.model.norm.weight.grad = None
+        adamw.step()
+    saved = copy.deepcopy(adamw.state_dict())
+    optimizer = adam_mini(model, rules={"*.o_proj.weight": "column", "scale": "tensor"})
+    with pytest.raises(ValueError, match=r"load_adamw_state_dict\(...\)"):
+        optimizer.load_state_dict(saved)
+    optimizer.load_adamw_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 2e-3
+    assert model.model.norm.weight not in optimizer.state
+    for name, param in model.named_parameters():
+        if name == "model.norm.weight":
+            continue
+        old, new = adamw.state[param], optimizer.state[param]
+        assert torch.equal(new["exp_avg"], old["exp_avg"])
+        assert int(new["step"]) == 2
+        if "q_proj" in name or "k_proj" in name:
+            heads = HEADS if "q_proj" in name else GROUPS
+            v = old["exp_avg_sq"].double().view(heads, -1).mean(1).repeat_interleave(DIM)
+        elif "norm" in name or name == "scale":
+            v = old["exp_avg_sq"].double().mean().expand(max(param.numel(), 1))
+        else:
+            dim = 0 if "o_proj" in name else -1
+            v = old["exp_avg_sq"].double().mean(dim)
+        key = "column_exp_avg_sq" if "o_proj" in name else "row_exp_avg_sq"
+        assert new[key].dtype == torch.float32
+        assert torch.equal(new[key], v.float()), name
+    train(model, optimizer, range(2, 3))
+    assert all(
+        torch.equal(state["exp_avg"], adamw.state_dict()["state"][number]["exp_avg"])
+        for number, state in saved["state"].items()
+    ), "AdamW's state is not shared"
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda p: torch.optim.AdamW(p, amsgrad=True), NotImplementedError, "asks for amsgrad"),
+        (lambda p: torch.optim.Adam(p, weight_decay=0.1), NotImplementedError, "weight_decay=0.1"),
+        (lambda p: torch.optim.SGD(p, momentum=0.9), ValueError, "needed is exp_avg_sq"),
+        (lambda p: torch.optim.AdamW([*p][::-1]), ValueError, "of shape (16, 16), not sharded"),
+    ],
+)
+def test_other_states_are_not_taken_for_adamws(make, error, words):
+    model = module_of(shapes_of_llama())
+    other = make(model.parameters())
+    train(model, other, range(1))
+    optimizer = adam_mini(model)
+    with pytest.raises(error) as caught:
+        optimizer.load_adamw_state_dict(other.state_dict())
+    assert words in str(caught.value)
+    assert not optimizer.state
+
+
 def test_a_loaded_state_does_not_change_the_partition():
     """A state dict has the groups of its optimizer, also what they say of the model."""
     model = module_of(shapes_of_llama())
@@ -818,7 +878,7 @@ def test_python_in_the_documents_runs(document):
     for name in ("k_proj", "v_proj"):
         shapes[f"model.layers.0.self_attn.{name}.weight"] = (8, 32)
     model = module_of(shapes)
-    names: dict[str, Any] = {"model": model}
+    names: dict[str, Any] = {"model": model, "torch": torch}
     for block in blocks:
         exec(block, names)
         before = model.lm_head.weight.detach().clone()

@@ -44,6 +44,8 @@ from tests.ranks import RankError, run_ranks
 
 #: The sums of a block in float32, added up in another order, after a few steps of size 0.01.
 SUM_TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
+#: Means of a block in float64, added up in another order, rounded to float32.
+V_TOLERANCE = {"rtol": 1e-6, "atol": 1e-30}
 STEPS = 3
 MEGATRON_JOB = Job(bias=True, clip_grad=0.0, steps=5)
 
@@ -397,6 +399,32 @@ def test_a_distributed_checkpoint_loads_under_another_layout(
 
 def test_whole_state_goes_to_rank_0_and_back(tmp_path):
     run_ranks(2, whole_state, str(tmp_path))
+
+
+def go_on_from_adamw(layout: str) -> None:
+    shapes = {**shapes_of_llama(), **EXPERTS} if layout == "fsdp columns" else shapes_of_llama()
+    model, expected = Given(shapes), Given(shapes)
+    shard_model(model, layout)
+    optimizers = []
+    for module in (model, expected):
+        adamw = torch.optim.AdamW(module.parameters(), **HYPER)
+        train(module, adamw)  # type: ignore[arg-type]
+        optimizer = optimizer_of(module, lr=1.0)
+        optimizer.load_adamw_state_dict(adamw.state_dict())
+        optimizers.append(optimizer)
+    for a, b in zip(model.parameters(), expected.parameters(), strict=True):
+        for key in ("row_exp_avg_sq", "exp_avg_sq"):
+            if key in optimizers[1].state[b]:
+                sharded, value = (o.state[p][key] for o, p in zip(optimizers, (a, b), strict=True))
+                torch.testing.assert_close(whole(sharded), value, **V_TOLERANCE)
+    for module, optimizer in zip((model, expected), optimizers, strict=True):
+        train(module, optimizer, range(STEPS, 2 * STEPS))
+    compare(model, expected)
+
+
+@pytest.mark.parametrize(("layout", "world"), [("fsdp", 3), ("fsdp columns", 2), ("fsdp tp", 4)])
+def test_state_of_adamw_is_averaged_over_whole_blocks(layout, world):
+    run_ranks(world, go_on_from_adamw, layout)
 
 
 def train_in_megatron(plain: bool) -> tuple[list[float], dict[str, Any]]:

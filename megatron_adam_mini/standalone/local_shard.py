@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
 from megatron_adam_mini.kernels import BufferTensors, SegmentVectors, StepScalars
@@ -100,12 +100,13 @@ class LocalShard:
             raise ValueError(
                 f"The loaded state of {name!r} has {_described(saved)}; needed is {self.v_key} of "
                 f"shape {shape} for {self.blocks.num_blocks} blocks (rule {self.blocks.rule!r}). "
-                "Remedy: the rules, num_heads and num_query_groups that the state was saved with."
+                "Remedy: the rules, num_heads and num_query_groups that the state was saved with; "
+                "load_adamw_state_dict(...) for state of torch.optim.AdamW."
             )
         if isinstance(v, DTensor) != isinstance(param, DTensor):
             raise ValueError(
-                f"The loaded state of {name!r} is {'' if isinstance(v, DTensor) else 'not '}"
-                "sharded, but the parameter is otherwise. Remedy: load with "
+                f"The loaded state of {name!r} is {_sharded(v)}, but the parameter is otherwise. "
+                "Remedy: load with "
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
             )
         dtype = _m_dtype(param)
@@ -116,6 +117,49 @@ class LocalShard:
             "exp_avg": saved["exp_avg"].to(device=param.device, dtype=dtype),
             self.v_key: v if self.sums is None else v.contiguous(),
         }
+
+    def from_adamw(self, saved: State) -> State:
+        """Return a state of AdamW as one of this optimizer, with the mean v of each block.
+
+        Collectives: an all-reduce per group of ranks that hold parts of the parameter's blocks.
+
+        Args:
+            saved: not modified, and not shared.
+
+        Raises:
+            ValueError: it is not such a state, or of another model or layout.
+        """
+        param, v = self.param, saved.get("exp_avg_sq")
+        if (
+            v is None
+            or v.shape != param.shape
+            or isinstance(v, DTensor) != isinstance(param, DTensor)
+        ):
+            raise ValueError(
+                f"The state of {self.blocks.name!r} has {_described(saved)}; needed is exp_avg_sq "
+                f"of shape {tuple(param.shape)}, {_sharded(param)}. Remedy: the state_dict() of "
+                "the torch.optim.AdamW that has trained the same parameters."
+            )
+        state = {"step": saved["step"], "exp_avg": saved["exp_avg"].clone()}
+        if self.sums is None:
+            return {**state, self.v_key: v.clone()}
+        means = zeros_of_rows(param, self.blocks)
+        local(means).copy_(self._block_means(local(v)).view(local(means).shape))
+        return {**state, self.v_key: means, "num_blocks": self.blocks.num_blocks}
+
+    def _block_means(self, values: Tensor) -> Tensor:
+        """Return, for each row of this rank, the mean over its whole block, in float64."""
+        rows = self._rows_of(values.double())
+        row_dims = len(self.blocks.row_dims)
+        sum_S = rows.flatten(row_dims).sum(-1) if rows.ndim > row_dims else rows
+        block_S = torch.from_numpy(self.rows.block_S).to(sum_S.device)
+        num_blocks = len(block_S) if self.blocks.rows_are_blocks else self.blocks.num_blocks
+        sums = sum_S.new_zeros(num_blocks).index_add_(0, block_S, sum_S.reshape(-1))
+        for group in self.rows.groups:
+            distributed.all_reduce(sums, group=group)
+        assert self.blocks.block_of_row is not None
+        count = np.bincount(self.blocks.block_of_row)[self.rows.block_S] * self.blocks.row_numel
+        return sums[block_S] / torch.from_numpy(count).to(sums)
 
     def sum_squares_(self) -> None:
         """Sum the squares of the gradient over this rank's part of each block.
@@ -206,6 +250,10 @@ def _flat(rows: Tensor) -> Tensor:
 
 def _m_dtype(param: Tensor) -> torch.dtype:
     return torch.bfloat16 if param.dtype == torch.bfloat16 else torch.float32
+
+
+def _sharded(tensor: Tensor) -> str:
+    return "sharded" if isinstance(tensor, DTensor) else "not sharded"
 
 
 def _described(saved: State) -> str:

@@ -5,7 +5,7 @@ Imports torch, ``config``, ``kernels`` and the modules before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -138,11 +138,7 @@ class AdamMini(Optimizer):
                 "AdamMini(...) itself. A group may have lr, betas, eps, weight_decay, num_heads, "
                 "num_query_groups and head_dim."
             )
-        if asked := [name for name in _MISSING if param_group.get(name)]:
-            raise NotImplementedError(
-                f"A parameter group asks for {' and '.join(asked)}, which AdamMini does not have. "
-                "Remedy: leave it out, or torch.optim.AdamW for these parameters."
-            )
+        _refuse_missing(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -160,12 +156,7 @@ class AdamMini(Optimizer):
             ValueError: it is the state of another partition, layout or optimizer.
         """
         own = [{key: group[key] for key in _OF_THE_MODEL} for group in self.param_groups]
-        params = (param for group in self.param_groups for param in group["params"])
-        numbers = (number for group in state_dict["param_groups"] for number in group["params"])
-        saved = {
-            param: state_dict["state"].get(number)
-            for number, param in zip(numbers, params, strict=False)  # torch checks the lengths
-        }
+        saved = {p: state_dict["state"].get(number) for number, p in self._numbered(state_dict)}
         # torch would cast v to the dtype of the parameter, and take over names and heads. What is
         # frozen now may be trained later.
         shards = self._shards_of(lambda param: bool(saved.get(param)))
@@ -174,6 +165,38 @@ class AdamMini(Optimizer):
         self.state.update(adopted)
         for group, kept in zip(self.param_groups, own, strict=True):
             group.update(kept)
+
+    def load_adamw_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from ``torch.optim.AdamW``: v becomes its mean over each block, which is exact.
+
+        Rates and the like are loaded, too. All ranks that share a parameter must call it.
+
+        Args:
+            state_dict: AdamW's, of the same parameters in the same groups, sharded as they are.
+
+        Raises:
+            ValueError: it is no such state.
+            NotImplementedError: AdamW had options that this optimizer does not have.
+        """
+        for group in state_dict["param_groups"]:
+            _refuse_missing(group)
+            if group["weight_decay"] and not group.get("decoupled_weight_decay", True):
+                raise NotImplementedError(
+                    f"The state has weight_decay={group['weight_decay']} of torch.optim.Adam, "
+                    "which adds it to the gradient; AdamMini decays as AdamW does. Remedy: "
+                    "set weight_decay of its groups to 0, and that of AdamMini after loading."
+                )
+        numbers = {p: number for number, p in self._numbered(state_dict)}
+        saved = state_dict["state"]
+        shards = self._shards_of(lambda param: numbers.get(param) in saved)
+        converted = {numbers[p]: shard.from_adamw(saved[numbers[p]]) for p, shard in shards.items()}
+        self.load_state_dict({**state_dict, "state": converted})
+
+    def _numbered(self, state_dict: dict[str, Any]) -> Iterator[tuple[int, Tensor]]:
+        """Yield each parameter with its number in a state dict."""
+        params = (param for group in self.param_groups for param in group["params"])
+        numbers = (number for group in state_dict["param_groups"] for number in group["params"])
+        yield from zip(numbers, params, strict=False)  # torch checks the lengths
 
     def manifest(self) -> list[dict[str, Any]]:
         """Return name, shape, rule and number of second moments of each parameter."""
@@ -206,3 +229,11 @@ class AdamMini(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._shards, self._scalars, self._made = {}, ScalarPool(), True
+
+
+def _refuse_missing(group: Mapping[str, Any]) -> None:
+    if asked := [name for name in _MISSING if group.get(name)]:
+        raise NotImplementedError(
+            f"A parameter group asks for {' and '.join(asked)}, which AdamMini does not have. "
+            "Remedy: leave it out, or torch.optim.AdamW for these parameters."
+        )
