@@ -1,0 +1,177 @@
+"""Runs of a log -> losses of seeds, and gaps between optimizers with their intervals.
+
+Imports ``settings`` and ``grid``. A *gap* is the final validation loss of one optimizer minus that
+of another with the same initial weights and batches, so that what seeds have in common drops out.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from evidence.grid import Plan, Results, Setting, ablations, best_rate, final_loss
+from evidence.settings import Run
+
+#: 0.975 quantiles of Student's t distribution by degrees of freedom.
+_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The mean of paired differences, positive where the first optimizer is worse.
+
+    Attributes:
+        mean: in nats per token; not finite if a run diverged.
+        half_width: of the 95 % confidence interval by the t distribution; infinite with one seed.
+        values: of each seed.
+    """
+
+    mean: float
+    half_width: float
+    values: tuple[float, ...]
+
+    @property
+    def verdict(self) -> str:
+        """``worse``, ``better``, or that the interval holds 0."""
+        if not math.isfinite(self.mean):
+            return "diverged"
+        if self.mean - self.half_width > 0:
+            return "worse"
+        return "better" if self.mean + self.half_width < 0 else "not told apart"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One optimizer at one rate in one setting, beside AdamW.
+
+    Attributes:
+        optimizer, lr: what was trained.
+        losses: final validation loss of each seed.
+        gap: to AdamW at the rate of the comparison; ``None`` for AdamW itself.
+        second_moments: numbers in v.
+        at_edge: the rate is the lowest or highest of the grid, so a better one may lie outside.
+    """
+
+    optimizer: str
+    lr: float
+    losses: tuple[float, ...]
+    gap: Gap | None
+    second_moments: int
+    at_edge: bool
+
+    @property
+    def mean(self) -> float:
+        """Mean loss of the seeds."""
+        return statistics.fmean(self.losses)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the losses of the seeds."""
+        return statistics.stdev(self.losses) if len(self.losses) > 1 else math.nan
+
+
+def paired_gap(losses: Sequence[float], others: Sequence[float]) -> Gap:
+    """Return how far ``losses`` lie above ``others``, seed by seed."""
+    values = tuple(loss - other for loss, other in zip(losses, others, strict=True))
+    mean = statistics.fmean(values)
+    half_width = math.inf
+    if len(values) > 1 and math.isfinite(mean):
+        half_width = _T[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return Gap(mean, half_width, values)
+
+
+def tuned(plan: Plan, setting: Setting, results: Results) -> list[Comparison]:
+    """Compare each optimizer at its own best rate; those with missing runs are left out."""
+    rates = {one: best_rate(plan, setting, one, results) for one in plan.optimizers}
+    return _compare(plan, setting, rates, results)
+
+
+def at_equal_rate(plan: Plan, setting: Setting, results: Results) -> list[Comparison]:
+    """Compare all optimizers at AdamW's best rate; those with missing runs are left out."""
+    lr = best_rate(plan, setting, "adamw", results)
+    return _compare(plan, setting, dict.fromkeys(plan.optimizers, lr), results)
+
+
+def _compare(
+    plan: Plan, setting: Setting, rates: dict[str, float | None], results: Results
+) -> list[Comparison]:
+    found: list[Comparison] = []
+    adamw: tuple[float, ...] | None = None
+    for optimizer, lr in rates.items():
+        if lr is None:
+            continue
+        runs = [plan.run(setting, optimizer, lr, seed) for seed in plan.seeds]
+        losses = losses_of(runs, results)
+        if losses is None:
+            continue
+        adamw = losses if optimizer == "adamw" else adamw
+        gap = paired_gap(losses, adamw) if adamw and optimizer != "adamw" else None
+        second_moments = results[runs[0]]["second_moments"]
+        at_edge = lr in (min(setting.rates), max(setting.rates))
+        found.append(Comparison(optimizer, lr, losses, gap, second_moments, at_edge))
+    return found
+
+
+def losses_of(runs: Sequence[Run], results: Results) -> tuple[float, ...] | None:
+    """Return the final losses of runs, ``None`` if one is missing."""
+    if any(run not in results for run in runs):
+        return None
+    return tuple(final_loss(run, results[run]) for run in runs)
+
+
+def stability_map(plan: Plan, optimizer: str, results: Results) -> list[list[float]] | None:
+    """Return mean final losses, a list of rates for each warm-up; ``None``: a run is missing."""
+    assert plan.map is not None
+    setting = Setting(plan.map.size, plan.map.steps, plan.map.rates)
+    rows = []
+    for warmup in plan.map.warmups:
+        row = []
+        for lr in plan.map.rates:
+            runs = [replace(plan.run(setting, optimizer, lr, s), warmup=warmup) for s in plan.seeds]
+            losses = losses_of(runs, results)
+            if losses is None:
+                return None
+            row.append(statistics.fmean(losses))
+        rows.append(row)
+    return rows
+
+
+@dataclass(frozen=True)
+class Change:
+    """One line of the ablation.
+
+    Attributes:
+        name: what was changed.
+        losses: of the seeds.
+        to_adamw: gap to AdamW with the same beta2 and warm-up.
+        to_paper: gap to the unchanged Adam-mini; ``None`` for AdamW and for itself.
+    """
+
+    name: str
+    losses: tuple[float, ...]
+    to_adamw: Gap
+    to_paper: Gap | None
+
+
+def ablation(plan: Plan, results: Results) -> list[Change]:
+    """Return the lines of the ablation that are complete."""
+    if plan.ablation is None:
+        return []
+
+    def of(run: Run) -> tuple[float, ...] | None:
+        return losses_of([replace(run, seed=seed) for seed in plan.seeds], results)
+
+    changes = ablations(plan)
+    paper = of(changes["Adam-mini (paper)"])
+    found = []
+    for name, run in changes.items():
+        losses = of(run)
+        adamw = of(replace(run, optimizer="adamw", rules=(), value_as_block=False))
+        if losses is None or adamw is None or paper is None:
+            continue
+        is_change = run.optimizer != "adamw" and name != "Adam-mini (paper)"
+        to_paper = paired_gap(losses, paper) if is_change else None
+        found.append(Change(name, losses, paired_gap(losses, adamw), to_paper))
+    return found

@@ -1,0 +1,232 @@
+"""Which runs answer which question, and in which order.
+
+Imports ``settings``. Stages:
+
+* *tuned*: for each setting (size, length, corpus) and optimizer, all rates of the grid with the
+  first seed; then all seeds at the best rate, and at AdamW's best rate.
+* *map*: rates x warm-ups, to see where training is stable.
+* *ablation*: one change of rules, beta2 or warm-up at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from evidence.settings import OPTIMIZERS, Run
+
+#: What the log has found.
+Results = Mapping[Run, dict[str, Any]]
+
+#: Without presets that are coarser than the paper's.
+_COMPARED = tuple(name for name in OPTIMIZERS if name not in ("first", "tensor"))
+
+#: Kind of parameter -> patterns of its names in ``model.Llama``.
+KINDS = {
+    "embedding": ("embed_tokens.weight",),
+    "output": ("lm_head.weight",),
+    "Query": ("*q_proj.weight",),
+    "Key": ("*k_proj.weight",),
+    "Value": ("*v_proj.weight",),
+    "attention projection": ("*o_proj.weight",),
+    "MLP": ("*gate_proj.weight", "*up_proj.weight", "*down_proj.weight"),
+    "norms": ("*norm.weight",),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What optimizers are compared on, each with the same rates to choose from.
+
+    Attributes:
+        size, corpus, steps: see ``settings.Run``.
+        rates: the grid.
+    """
+
+    size: str
+    steps: int
+    rates: tuple[float, ...]
+    corpus: str = "source"
+
+
+@dataclass(frozen=True)
+class Map:
+    """A stability map."""
+
+    size: str
+    steps: int
+    rates: tuple[float, ...]
+    warmups: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Where changes of Adam-mini are tried, one at a time."""
+
+    size: str
+    steps: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is asked.
+
+    Attributes:
+        settings: of the stage *tuned*, the most important one first.
+        optimizers: of the stages *tuned* and *map*.
+        seeds: the first one tunes.
+        warmup: share of a run; not of the map's.
+        map, ablation: ``None``: left out.
+        device: see ``settings.Run``.
+    """
+
+    settings: tuple[Setting, ...]
+    optimizers: tuple[str, ...] = _COMPARED
+    seeds: tuple[int, ...] = (0, 1, 2)
+    warmup: float = 0.1
+    map: Map | None = None
+    ablation: Ablation | None = None
+    device: str = "cpu"
+
+    def run(self, setting: Setting, optimizer: str, lr: float, seed: int) -> Run:
+        """Return one run of a setting."""
+        return Run(
+            optimizer=optimizer,
+            size=setting.size,
+            corpus=setting.corpus,
+            lr=lr,
+            warmup=round(setting.steps * self.warmup),
+            steps=setting.steps,
+            seed=seed,
+            device=self.device,
+        )
+
+
+_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+_RATES_SMALL = (2e-3, 4e-3, 8e-3, 16e-3)
+_CPU = Plan(
+    settings=(
+        Setting("0.04M", 800, _RATES_SMALL),
+        Setting("0.13M", 800, _RATES),
+        Setting("0.38M", 800, _RATES),
+        Setting("0.85M", 800, _RATES[:3]),
+        Setting("0.04M", 200, _RATES_SMALL),
+        Setting("0.04M", 3200, _RATES_SMALL),
+        Setting("0.13M", 800, _RATES, "docstrings"),
+    ),
+    map=Map("0.04M", 200, (1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3), (0, 5, 20, 80)),
+    ablation=Ablation("0.13M", 800, 2e-3),
+)
+_RATES_LARGE = (2.5e-4, 5e-4, 1e-3, 2e-3)
+PLANS = {
+    "cpu": _CPU,
+    # 20 tokens per parameter of the paper's vocabulary, and its warm-up of 1 %.
+    "paper": replace(
+        _CPU,
+        settings=(
+            Setting("39M", 7800, _RATES_LARGE),
+            Setting("67M", 13400, _RATES_LARGE),
+        ),
+        warmup=0.01,
+        map=None,
+        ablation=None,
+    ),
+    "gpu": replace(
+        _CPU,
+        settings=(Setting("0.85M", 16000, _RATES), Setting("5M", 3200, _RATES_LARGE)),
+        map=None,
+        ablation=None,
+    ),
+    "toy": Plan(
+        settings=(Setting("0.04M", 8, (1e-3, 2e-3)), Setting("0.13M", 8, (1e-3, 2e-3))),
+        optimizers=("adamw", "paper", "row"),
+        seeds=(0, 1),
+        map=Map("0.04M", 4, (1e-3, 1e-2), (0, 2)),
+        ablation=Ablation("0.04M", 4, 1e-3),
+    ),
+}
+
+
+def pending(plan: Plan, results: Results) -> list[Run]:
+    """Return the runs that are not done yet and can be, the most important one first.
+
+    Args:
+        plan: what is asked.
+        results: what is done. Seeds of a setting follow once its rates are.
+    """
+    wanted = dict.fromkeys([*_tuned(plan, results), *_map(plan), *_ablation(plan)])
+    return [run for run in wanted if run not in results]
+
+
+def best_rate(plan: Plan, setting: Setting, optimizer: str, results: Results) -> float | None:
+    """Return the rate of the lowest final loss of the first seed; ``None``: not all are done."""
+    runs = [plan.run(setting, optimizer, lr, plan.seeds[0]) for lr in setting.rates]
+    if any(run not in results for run in runs):
+        return None
+    return min(runs, key=lambda run: final_loss(run, results[run])).lr
+
+
+def final_loss(run: Run, result: Mapping[str, Any]) -> float:
+    """Return the validation loss at the end of a run; infinity if it diverged."""
+    return float(result["validation"].get(str(run.steps), math.inf))
+
+
+def _tuned(plan: Plan, results: Results) -> Iterator[Run]:
+    for setting in plan.settings:
+        for optimizer in plan.optimizers:
+            for lr in setting.rates:
+                yield plan.run(setting, optimizer, lr, plan.seeds[0])
+        adamw = best_rate(plan, setting, "adamw", results)
+        for shared in (False, True):  # the tuned rates first
+            for optimizer in plan.optimizers:
+                lr = adamw if shared else best_rate(plan, setting, optimizer, results)
+                if lr is not None:
+                    yield from (plan.run(setting, optimizer, lr, seed) for seed in plan.seeds)
+
+
+def _map(plan: Plan) -> Iterator[Run]:
+    if plan.map is None:
+        return
+    setting = Setting(plan.map.size, plan.map.steps, plan.map.rates)
+    for seed in plan.seeds:
+        for optimizer in plan.optimizers:
+            for warmup in plan.map.warmups:
+                for lr in plan.map.rates:
+                    yield replace(plan.run(setting, optimizer, lr, seed), warmup=warmup)
+
+
+def ablations(plan: Plan) -> dict[str, Run]:
+    """Return what is changed -> the run with the first seed; the first two change nothing."""
+    assert plan.ablation is not None
+    setting = Setting(plan.ablation.size, plan.ablation.steps, ())
+    adamw = plan.run(setting, "adamw", plan.ablation.lr, plan.seeds[0])
+    paper = replace(adamw, optimizer="paper")
+
+    def by_rule(rule: str, *kinds: str) -> Run:
+        return replace(paper, rules=tuple((name, rule) for kind in kinds for name in KINDS[kind]))
+
+    short = round(plan.ablation.steps * 0.0125)
+    changes = {
+        "AdamW": adamw,
+        "Adam-mini (paper)": paper,
+        **{f"full v: {kind}": by_rule("element", kind) for kind in KINDS},
+        "full v: Query and Key": by_rule("element", "Query", "Key"),
+        "row: Query": by_rule("row", "Query"),
+        "row: Key": by_rule("row", "Key"),
+        "row: Query and Key (the preset row)": replace(paper, optimizer="row"),
+        "Value as one block": replace(paper, value_as_block=True),
+    }
+    for name, value in (("beta2 0.99", {"beta2": 0.99}), (f"warm-up {short}", {"warmup": short})):
+        changes[f"AdamW, {name}"] = replace(adamw, **value)
+        changes[f"Adam-mini (paper), {name}"] = replace(paper, **value)
+    return changes
+
+
+def _ablation(plan: Plan) -> Iterator[Run]:
+    if plan.ablation is None:
+        return
+    for run in ablations(plan).values():
+        yield from (replace(run, seed=seed) for seed in plan.seeds)

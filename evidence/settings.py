@@ -1,0 +1,95 @@
+"""What one run is: a model's size, an optimizer, a learning rate, a length, a seed.
+
+Imports ``config`` of the package only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_adam_mini.config import PRESETS
+
+#: AdamW, and each preset of Adam-mini.
+OPTIMIZERS = ("adamw", *PRESETS)
+
+CORPORA = ("source", "docstrings")
+
+
+@dataclass(frozen=True)
+class Size:
+    """A Llama-shaped model and its batches.
+
+    Attributes:
+        layers, hidden, ffn, heads, groups: of the model; groups are heads of Key and Value.
+        sequence: tokens of a sample.
+        batch: samples of a step.
+        vocabulary: numbers of tokens; 257 are bytes and an end of document.
+    """
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    sequence: int = 128
+    batch: int = 8
+    vocabulary: int = 257
+
+
+#: The first four train on a CPU. The others have the shapes of the paper's 39M and 67M, which have
+#: these numbers of parameters with its 32,000 tokens, its sequences, and about its batches.
+#: Source: examples/llama of github.com/zyushun/Adam-mini.
+SIZES = {
+    "0.04M": Size(layers=2, hidden=32, ffn=96, heads=2, groups=1),
+    "0.13M": Size(layers=2, hidden=64, ffn=192, heads=4, groups=2),
+    "0.38M": Size(layers=3, hidden=96, ffn=288, heads=4, groups=2),
+    "0.85M": Size(layers=4, hidden=128, ffn=384, heads=4, groups=2),
+    "5M": Size(layers=6, hidden=256, ffn=768, heads=4, groups=4, sequence=512, batch=64),
+    "39M": Size(8, 384, 1024, heads=6, groups=6, sequence=512, batch=192, vocabulary=32000),
+    "67M": Size(10, 512, 1536, heads=8, groups=8, sequence=512, batch=192, vocabulary=32000),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Settings of one run; equal settings are the same run.
+
+    Attributes:
+        optimizer: ``adamw`` or a preset of Adam-mini.
+        size: a key of ``SIZES``.
+        corpus: one of ``CORPORA``, or the path of a file of tokens; see ``corpora``.
+        lr: the highest learning rate.
+        warmup: steps of linear warm-up from 0; then the rate falls linearly to 0.
+        steps: length of the run.
+        seed: of initial weights and of batches, which are the same for all optimizers.
+        beta2: of v. beta1 is 0.9, eps 1e-8, weight decay 0.1 (none for norms), clipping at 1.0.
+        rules: names of parameters and their rule, before the preset's.
+        value_as_block: one block for Value of a layer.
+        device: ``cpu``: float32; ``cuda``: bfloat16 products, float32 weights.
+    """
+
+    optimizer: str
+    size: str
+    lr: float
+    warmup: int
+    steps: int
+    seed: int
+    corpus: str = "source"
+    beta2: float = 0.95
+    rules: tuple[tuple[str, str], ...] = ()
+    value_as_block: bool = False
+    device: str = "cpu"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a line of the log says of this run."""
+        return asdict(self) | {"rules": [list(rule) for rule in self.rules]}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Run:
+        """Return the run of a line of the log."""
+        return cls(**values | {"rules": tuple((name, rule) for name, rule in values["rules"])})
+
+    def describe(self) -> str:
+        """Return a short text for a progress bar."""
+        return f"{self.size} {self.optimizer} lr {self.lr:g} steps {self.steps} seed {self.seed}"
