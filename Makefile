@@ -2,16 +2,17 @@
 # make test   lint, types and all tests
 # make check  lint, types and the tests that need one process: for the inner loop
 # make lint   lint and types only
+# make evidence  train small models with AdamW and Adam-mini and compare: some hours, resumable; see evidence/README.md
 # make docs   the documents as a site, in build/site
 # make package  an sdist and a manylinux wheel in dist/, tried in clean environments; see tools/package.sh
 #
-# Each makes .venv first if it is missing; see tools/bootstrap.sh. ARGS go to the demo or to pytest;
+# Each makes .venv first if it is missing; see tools/bootstrap.sh. ARGS go to the demo, the evidence or pytest;
 # WORKERS=0 runs the tests one by one, more than 2 need more cores.
 
 SHELL := /bin/sh
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format docs package bootstrap clean
+.PHONY: help demo evidence test check lint format docs package bootstrap clean
 WORKERS := 2
 
 help:
@@ -22,6 +23,9 @@ bootstrap:
 
 demo: bootstrap
 	@$(BIN)/python examples/demo.py $(ARGS)
+
+evidence: bootstrap
+	@OMP_NUM_THREADS=1 $(BIN)/python -m evidence $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)

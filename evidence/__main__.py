@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -70,11 +71,15 @@ def main() -> int:
     from evidence.run_log import RunLog
     from evidence.sweep import sweep
 
+    # As Ctrl-C: the pool then ends its processes.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     complete = True
     if not arguments.report_only:
         complete = sweep(plan, RunLog(log), workers=arguments.workers, minutes=arguments.minutes)
         if not complete:
             print("evidence: not all is done; the same command goes on.", file=sys.stderr)
+    if not log.exists() or not log.read_text().strip():
+        return 3
     words = [word for word in sys.argv[1:] if word != "--report-only"]
     command = shlex.join(["python", "-m", "evidence", *words])
     print(*write(plan, log, arguments.report or log.with_suffix(".md"), command), sep="\n")

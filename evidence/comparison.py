@@ -94,6 +94,21 @@ def at_equal_rate(plan: Plan, setting: Setting, results: Results) -> list[Compar
     return _compare(plan, setting, dict.fromkeys(plan.optimizers, lr), results)
 
 
+def gaps_during(plan: Plan, setting: Setting, results: Results) -> dict[str, dict[int, Gap]]:
+    """Return optimizer -> step -> gap to AdamW at that step, each at its own best rate."""
+    losses: dict[str, dict[int, tuple[float, ...]]] = {}
+    for entry in tuned(plan, setting, results):
+        runs = [plan.run(setting, entry.optimizer, entry.lr, seed) for seed in plan.seeds]
+        seeds = [results[run]["validation"] for run in runs]
+        steps = (step for step in seeds[0] if all(step in seed for seed in seeds))
+        losses[entry.optimizer] = {int(s): tuple(seed[s] for seed in seeds) for s in steps}
+    adamw = losses.pop("adamw", {})
+    return {
+        name: {step: paired_gap(values[step], adamw[step]) for step in values if step in adamw}
+        for name, values in losses.items()
+    }
+
+
 def _compare(
     plan: Plan, setting: Setting, rates: dict[str, float | None], results: Results
 ) -> list[Comparison]:
@@ -124,12 +139,11 @@ def losses_of(runs: Sequence[Run], results: Results) -> tuple[float, ...] | None
 def stability_map(plan: Plan, optimizer: str, results: Results) -> list[list[float]] | None:
     """Return mean final losses, a list of rates for each warm-up; ``None``: a run is missing."""
     assert plan.map is not None
-    setting = Setting(plan.map.size, plan.map.steps, plan.map.rates)
     rows = []
     for warmup in plan.map.warmups:
         row = []
         for lr in plan.map.rates:
-            runs = [replace(plan.run(setting, optimizer, lr, s), warmup=warmup) for s in plan.seeds]
+            runs = plan.map.runs(plan, optimizer, lr, warmup)
             losses = losses_of(runs, results)
             if losses is None:
                 return None
@@ -145,13 +159,13 @@ class Change:
     Attributes:
         name: what was changed.
         losses: of the seeds.
-        to_adamw: gap to AdamW with the same beta2 and warm-up.
+        to_adamw: gap to AdamW with the same beta2 and warm-up; ``None`` for AdamW.
         to_paper: gap to the unchanged Adam-mini; ``None`` for AdamW and for itself.
     """
 
     name: str
     losses: tuple[float, ...]
-    to_adamw: Gap
+    to_adamw: Gap | None
     to_paper: Gap | None
 
 
@@ -171,7 +185,7 @@ def ablation(plan: Plan, results: Results) -> list[Change]:
         adamw = of(replace(run, optimizer="adamw", rules=(), value_as_block=False))
         if losses is None or adamw is None or paper is None:
             continue
-        is_change = run.optimizer != "adamw" and name != "Adam-mini (paper)"
-        to_paper = paired_gap(losses, paper) if is_change else None
-        found.append(Change(name, losses, paired_gap(losses, adamw), to_paper))
+        to_adamw = paired_gap(losses, adamw) if run.optimizer != "adamw" else None
+        to_paper = paired_gap(losses, paper) if to_adamw and losses != paper else None
+        found.append(Change(name, losses, to_adamw, to_paper))
     return found

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from evidence.settings import Size
 
@@ -34,10 +34,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Return what attention adds; x has shape ``(samples, sequence, hidden)``."""
         weight = torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
-        qkv = F.linear(x, weight).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        qkv = functional.linear(x, weight).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         query_key, value = qkv.split((self.heads + self.groups, self.groups), dim=1)
         query, key = _rotate(query_key, cos, sin).split((self.heads, self.groups), dim=1)
-        mixed = F.scaled_dot_product_attention(
+        mixed = functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, enable_gqa=self.heads != self.groups
         )
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
@@ -54,9 +54,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the MLP adds."""
-        both = F.linear(x, torch.cat((self.gate_proj.weight, self.up_proj.weight)))
+        both = functional.linear(x, torch.cat((self.gate_proj.weight, self.up_proj.weight)))
         gate, up = both.chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(functional.silu(gate) * up)
 
 
 class Layer(nn.Module):
@@ -103,7 +103,7 @@ class Llama(nn.Module):
         for layer in self.layers:
             x = layer(x, self.cos, self.sin)
         logits = self.lm_head(self.norm(x))
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        return functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

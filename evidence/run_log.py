@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import platform
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ class RunLog:
             raise RuntimeError(
                 f"Another sweep writes to {path}; wait for it, or give another --log."
             ) from error
+        text = path.read_text(encoding="utf-8")
+        if text and not text.endswith("\n"):  # a kill cut off the last line
+            self._file.write("\n")
         self.results = read(path)
 
     def append(self, run: Run, result: dict[str, Any]) -> None:
@@ -48,21 +52,22 @@ class RunLog:
 
 
 def read(path: Path) -> dict[Run, dict[str, Any]]:
-    """Return what the lines of a log say; a line that a kill cut off is left out."""
-    results = {}
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        results[Run.from_json(line["run"])] = line["result"]
-    return results
+    """Return what the lines of a log say, without lines that a kill cut off."""
+    return {Run.from_json(line["run"]): line["result"] for line in _lines(path)}
 
 
 def environments(path: Path) -> list[dict[str, str]]:
     """Return the different environments in which the runs of a log were made."""
-    found = [json.loads(text)["environment"] for text in path.read_text().splitlines()]
+    found = [line["environment"] for line in _lines(path)]
     return [one for number, one in enumerate(found) if one not in found[:number]]
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(text)
+        except json.JSONDecodeError:
+            continue
 
 
 def _environment(device: str) -> dict[str, str]:

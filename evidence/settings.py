@@ -37,10 +37,11 @@ class Size:
     vocabulary: int = 257
 
 
-#: The first four train on a CPU. The others have the shapes of the paper's 39M and 67M, which have
-#: these numbers of parameters with its 32,000 tokens, its sequences, and about its batches.
+#: Four that train on a CPU, and the shapes of the paper's 39M and 67M, which have these numbers of
+#: parameters with its 32,000 tokens; with its sequences, and about its batches.
 #: Source: examples/llama of github.com/zyushun/Adam-mini.
 SIZES = {
+    "toy": Size(layers=1, hidden=16, ffn=32, heads=2, groups=1, sequence=16, batch=2),
     "0.04M": Size(layers=2, hidden=32, ffn=96, heads=2, groups=1),
     "0.13M": Size(layers=2, hidden=64, ffn=192, heads=4, groups=2),
     "0.38M": Size(layers=3, hidden=96, ffn=288, heads=4, groups=2),

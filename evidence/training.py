@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -156,11 +157,7 @@ def _means(losses: list[float]) -> list[float]:
     """Return the means of ``POINTS`` equal parts, of fewer if there are fewer steps."""
     count = min(POINTS, len(losses))
     cuts = [round(part * len(losses) / count) for part in range(count + 1)]
-    return [
-        sum(losses[low:high]) / (high - low)
-        for low, high in zip(cuts, cuts[1:], strict=False)
-        if high > low
-    ]
+    return [sum(losses[low:high]) / (high - low) for low, high in pairwise(cuts)]
 
 
 def _second_moments(optimizer: Optimizer, model: nn.Module) -> int:

@@ -30,6 +30,7 @@ DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "evidence/README.md",
     *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")),
 ]
 
@@ -39,6 +40,8 @@ PATH = re.compile(r"[\w.*-]+(/[\w.*-]+)*(/|\.(py|md|sh|cpp|inc|toml|txt|patch))|
 ELSEWHERE = {"pretrain_gpt.py", "train.py"}
 #: Packages whose commands documents name.
 OTHERS = {"verl"}
+#: Of programs whose flags documents may name.
+FOLDERS = ("examples", "benchmarks", "tools", "evidence")
 #: Flags of programs whose parsers are not asked: setup.py, git, torchrun, frameworks, train.sh,
 #: Slurm, Docker.
 OTHER_FLAGS = {"--inplace", "--nproc-per-node", "--help", "--reset-optimizer-states", "--plan"}
@@ -234,7 +237,7 @@ def flags_of_megatron() -> list[str]:
 def known_flags() -> set[str]:
     (found,) = run_ranks(1, flags_of_megatron)
     known = {*found, *options_of(adam_mini_parser()), *options_of(cli._parser()), *OTHER_FLAGS}
-    sources = (ROOT.glob(f"{folder}/**/*.py") for folder in ("examples", "benchmarks", "tools"))
+    sources = (ROOT.glob(f"{folder}/**/*.py") for folder in FOLDERS)
     for path in (PACKAGE / "launch.py", *chain.from_iterable(sources)):
         known |= set(re.findall(r'"(--[\w-]+)"', path.read_text()))
     return known

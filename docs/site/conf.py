@@ -20,6 +20,7 @@ include_patterns = [
     "docs/site/*.md",
     "benchmarks/results/*",
     "examples/**/README.md",
+    "evidence/README.md",
     "patches/README.md",
 ]
 
