@@ -115,12 +115,17 @@ def compare(model: nn.Module, expected: nn.Module) -> None:
 
 @contextmanager
 def counted() -> Iterator[list[Any]]:
-    """Note the group and the size of each all-reduce."""
+    """Note the group and the size of each all-reduce of sums; one more asks for gradients."""
     calls: list[Any] = []
+    asked: list[Any] = []
     original = distributed.all_reduce
 
     def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        calls.append((kwargs["group"], tensor.numel()))
+        if kwargs.get("op") == distributed.ReduceOp.MAX:
+            assert kwargs["group"] not in asked, "once for each group"
+            asked.append(kwargs["group"])
+        else:
+            calls.append((kwargs["group"], tensor.numel()))
         return original(tensor, *args, **kwargs)
 
     distributed.all_reduce = all_reduce
@@ -298,6 +303,47 @@ def missing_gradients() -> None:
 
 def test_a_parameter_without_a_gradient_stays_as_it_is():
     run_ranks(2, missing_gradients)
+
+
+def gradients_of_one_rank(options: dict[str, Any]) -> None:
+    """Only the first rank has a gradient, of its rows, or as a partial sum; and then nobody has."""
+    mesh = init_device_mesh("cpu", (2,))
+    first = not distributed.get_rank()
+    given = {"norm.weight": Shard(0), "ln_1.weight": Replicate(), "fc.weight": Replicate()}
+    shapes = {"norm.weight": (8,), "ln_1.weight": (8,), "fc.weight": (4, 3)}
+    model, expected = module_of(shapes), module_of(shapes)
+    shards = {
+        name: nn.Parameter(distribute_tensor(param.detach(), mesh, [given[name]]))
+        for name, param in model.named_parameters()
+    }
+    optimizer = AdamMini(shards.items(), **HYPER, **options)
+    reference = AdamMini(expected.named_parameters(), **HYPER, **options)
+    for step in range(2):
+        for name, param in expected.named_parameters():
+            grad = gradient(name, tuple(param.shape), step)
+            if name == "norm.weight":
+                grad[4:] = 0  # rows of the second rank
+            param.grad = grad
+            shard = shards[name]
+            part = grad[:4] if name == "norm.weight" else grad
+            placement = shard.placements if name == "norm.weight" else [Partial()]
+            shard.grad = DTensor.from_local(part, mesh, placement) if first else None
+        optimizer.step()
+        reference.step()
+    for (name, a), b in zip(shards.items(), expected.parameters(), strict=True):
+        torch.testing.assert_close(whole(a), b.detach(), **SUM_TOLERANCE, msg=name)
+        assert int(optimizer.state[a]["step"]) == 2
+        assert first or a.grad is None
+    before = [whole(param).clone() for param in shards.values()]
+    optimizer.zero_grad()
+    optimizer.step()
+    for a, b in zip(shards.values(), before, strict=True):
+        assert torch.equal(whole(a), b)
+
+
+@pytest.mark.parametrize("options", [{}, {"rules": {"*": "row"}}, {"full_v": ("*",)}])
+def test_a_rank_without_a_gradient_has_zeros_if_another_one_has_one(options):
+    run_ranks(2, gradients_of_one_rank, {"rules": {"*": "tensor"}} | options, timeout=60.0)
 
 
 def unusual_shards() -> None:

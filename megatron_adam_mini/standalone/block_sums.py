@@ -1,7 +1,6 @@
 """Sums of squared gradients over whole blocks, also of blocks that several ranks hold.
 
-Imports torch, numpy, ``plan``, ``blocks`` and ``mesh_rows``. :func:`complete_` has the only
-collectives of a step.
+Imports torch, numpy, ``plan``, ``blocks`` and ``mesh_rows``. :func:`complete_` has the collectives.
 """
 
 from __future__ import annotations

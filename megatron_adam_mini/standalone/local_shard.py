@@ -161,24 +161,13 @@ class LocalShard:
         count = np.bincount(self.blocks.block_of_row)[self.rows.block_S] * self.blocks.row_numel
         return sums[block_S] / torch.from_numpy(count).to(sums)
 
-    def sum_squares_(self) -> None:
+    def sum_squares_(self, grad: Tensor | None) -> None:
         """Sum the squares of the gradient over this rank's part of each block.
 
-        Tensor parallelism may leave the gradient of a replicated weight as partial sums; all ranks
-        of its mesh then add them up here.
-
-        Raises:
-            TypeError: the gradient is sparse.
+        Args:
+            grad: what this rank holds of it, kept until the update.
         """
-        grad, param = self.param.grad, self.param
-        if grad is not None and grad.layout != torch.strided:
-            raise TypeError(
-                f"The gradient of {self.blocks.name!r} has layout {grad.layout}; AdamMini allows "
-                "dense ones. Remedy: nn.Embedding(..., sparse=False), or torch.optim.SparseAdam."
-            )
-        if isinstance(grad, DTensor) and isinstance(param, DTensor):
-            grad = grad.redistribute(placements=param.placements)
-        self._grad = None if grad is None else local(grad)
+        self._grad = grad
         if self.sums is not None and not self.sums.in_one_pass:
             self.sums.sum_squares_(None if grad is None else self._gradient(), self._kernels)
 

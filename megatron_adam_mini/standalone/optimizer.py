@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from megatron_adam_mini.config import AdamMiniConfig, check_adam_values
 from megatron_adam_mini.kernels import select_backend
 from megatron_adam_mini.standalone.block_sums import complete_
+from megatron_adam_mini.standalone.gradients import take_gradients
 from megatron_adam_mini.standalone.local_shard import LocalShard
 from megatron_adam_mini.standalone.partition import is_trained, partition_groups, warn_of_unknown
 from megatron_adam_mini.standalone.scalar_pool import ScalarPool
@@ -93,7 +94,8 @@ class AdamMini(Optimizer):
             p   <- p - lr * weight_decay * p
             p   <- p - lr / (1 - beta1^t) * m / (sqrt(v_b / (1 - beta2^t)) + eps)
 
-        A parameter without a gradient stays as it is, and so does its state.
+        A parameter without a gradient stays as it is, and so does its state; one that ranks share
+        has a gradient if any of them has, see :func:`take_gradients`.
 
         Args:
             closure: computes gradients anew, and returns the loss.
@@ -106,15 +108,16 @@ class AdamMini(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         shards = self._local_shards()
+        gradients = take_gradients({param: s.blocks.name for param, s in shards.items()})
         # sum(g_b * g_b): of this rank's part of b, then of all of b
-        for shard in shards.values():
-            shard.sum_squares_()
+        for param, shard in shards.items():
+            shard.sum_squares_(gradients.get(param))
         complete_(shard.sums for shard in shards.values() if shard.sums is not None)
         # v_b, m and p
         self._scalars.begin_step()
         for group in self.param_groups:
             for param in group["params"]:
-                if param.grad is not None:
+                if param in gradients:
                     state = self.state[param] = self.state[param] or shards[param].new_state()
                     state["step"] += 1
                     shards[param].update_(state, self._scalars.of(group, state["step"], param))
