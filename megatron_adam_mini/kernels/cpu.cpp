@@ -1,7 +1,7 @@
 // CPU kernels of Adam-mini behind a C interface, without torch or Python headers.
 //
-// The loops are in cpu_kernels.inc, which is compiled once per instruction set; the functions below
-// pick the best that the processor has. Signatures and meaning: kernels/reference.py. The caller
+// The loops are in cpu_kernels.inc and cpu_columns.inc, which are compiled once per instruction set;
+// the functions below pick the best that the processor has. Signatures and meaning: kernels/reference.py. The caller
 // (kernels/cpu.py) has checked sizes and the dtypes of slices; vectors have those of reference.py.
 //
 // Compiled with -ffp-contract=off: the instruction sets then give the same bits.
@@ -18,6 +18,14 @@ namespace {
 // One tile, see cpu_tiles.py.
 struct Tile {
   int64_t start, length, count, index, packed, within, partial, shift;
+};
+
+// One rectangle of a run of rows, and the partial sums of some segments, see column_tiles.py.
+struct Rectangle {
+  int64_t start, stride, columns, lines, partial, index, width, position, shift, row_stride;
+};
+struct ColumnSums {
+  int64_t index, segments, partial, end, width;
 };
 
 // Storage of one buffer and of this rank's state of it, see arguments.py. Kinds: 0 float32,
@@ -63,6 +71,7 @@ inline bool is_finite(float value) {
 
 namespace baseline {
 #include "cpu_kernels.inc"
+#include "cpu_columns.inc"
 }
 
 // Before GCC 11 the names of x86-64 levels are not known; then, as with clang, the baseline serves.
@@ -72,12 +81,14 @@ namespace baseline {
 #pragma GCC target("arch=x86-64-v3")
 namespace avx2 {
 #include "cpu_kernels.inc"
+#include "cpu_columns.inc"
 }
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 namespace avx512 {
 #include "cpu_kernels.inc"
+#include "cpu_columns.inc"
 }
 #pragma GCC pop_options
 #endif
@@ -119,7 +130,7 @@ int level = best_level();
 extern "C" {
 
 // Changes with every signature, so that a stale library is noticed.
-EXPORT int adam_mini_abi() { return 3; }
+EXPORT int adam_mini_abi() { return 4; }
 
 EXPORT int adam_mini_level() { return level; }
 
@@ -143,6 +154,14 @@ EXPORT void adam_mini_segment_sum_sq(float* sum_sq, const void* grad, int grad_k
   DISPATCH(segment_sum_sq(sum_sq, grad, grad_kind, tiles, num_tiles, partials, threads));
 }
 
+EXPORT void adam_mini_column_sum_sq(float* sum_sq, const void* grad, int grad_kind,
+                                    const Rectangle* rectangles, int64_t num_rectangles,
+                                    const ColumnSums* sums, int64_t num_sums, double* partials,
+                                    int threads) {
+  DISPATCH(column_sum_sq(sum_sq, grad, grad_kind, rectangles, num_rectangles, sums, num_sums,
+                         partials, threads));
+}
+
 EXPORT void adam_mini_norm_partials(double* stats, int64_t domains, const float* sum_sq,
                                     const int8_t* domain, int64_t numel) {
   DISPATCH(norm_partials(stats, domains, sum_sq, domain, numel));
@@ -158,6 +177,13 @@ EXPORT void adam_mini_update(const Buffer* buffer, const Tile* tiles, int64_t nu
                              const Segments* segments, const Scalars* scalars, int threads) {
   if (!is_finite(*scalars->grad_scale)) return;
   DISPATCH(update(*buffer, tiles, num_tiles, *segments, *scalars, threads));
+}
+
+EXPORT void adam_mini_update_columns(const Buffer* buffer, const Rectangle* rectangles,
+                                     int64_t num_rectangles, const Segments* segments,
+                                     const Scalars* scalars, int threads) {
+  if (!is_finite(*scalars->grad_scale)) return;
+  DISPATCH(update_columns(*buffer, rectangles, num_rectangles, *segments, *scalars, threads));
 }
 
 EXPORT void adam_mini_update_in_one_pass(const Buffer* buffer, const Tile* tiles, int64_t num_tiles,

@@ -16,18 +16,26 @@ import torch
 from torch import Tensor
 
 from megatron_adam_mini.kernels.arguments import BufferTensors, SegmentVectors
+from megatron_adam_mini.kernels.column_tiles import Cut, rectangles, sums
 from megatron_adam_mini.kernels.cpu_tiles import TILE_FIELDS, tiles
 from megatron_adam_mini.kernels.scalars import StepScalars
+from megatron_adam_mini.plan.column_table import ColumnTable
 from megatron_adam_mini.plan.segment_table import SegmentTable
 
 NAME = "cpu"
 
 #: What cpu.cpp's adam_mini_abi returns.
-_ABI = 3
+_ABI = 4
 
 #: Elements of one tile: enough to hide its overhead, few enough to balance threads.
 _TILE_NUMEL = 65536
 _PARTIAL = TILE_FIELDS.index("partial")
+
+#: Rectangles of columns; larger ones where each makes partial sums. Columns: as MOST_COLUMNS.
+_CUT = Cut(columns=2048, numel=_TILE_NUMEL, line=256)
+_CUT_OF_SUMS = Cut(columns=2048, numel=4 * _TILE_NUMEL, line=256)
+#: Segments whose partial sums are added at once, CHUNK.
+_SEGMENTS = 64
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int16: 3, torch.uint8: 4}
 _LEVELS = ("baseline", "x86-64-v3 (AVX2)", "x86-64-v4 (AVX-512)")
@@ -58,9 +66,13 @@ class _Segments(ctypes.Structure):
 _POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "segment_sum_sq": (_POINTER, _POINTER, _INT, _POINTER, _INT64, _POINTER, _INT),
+    "column_sum_sq": (
+        _POINTER, _POINTER, _INT, _POINTER, _INT64, _POINTER, _INT64, _POINTER, _INT,
+    ),
     "norm_partials": (_POINTER, _INT64, _POINTER, _POINTER, _INT64),
     "segment_step_size": (_POINTER, _POINTER, _POINTER, _INT64, _INT),
     "update": (_POINTER, _POINTER, _INT64, _POINTER, _POINTER, _INT),
+    "update_columns": (_POINTER, _POINTER, _INT64, _POINTER, _POINTER, _INT),
     "update_in_one_pass": (_POINTER, _POINTER, _INT64, _POINTER, _POINTER, _INT),
     "update_elementwise": (
         _POINTER, _POINTER, _POINTER, _INT64, _POINTER, _POINTER, _INT,
@@ -122,6 +134,27 @@ class _Work:
         self.partials_at = partials.ctypes.data
 
 
+class _ColumnSums:
+    """Rectangles of one table of columns, and scratch for their sums."""
+
+    def __init__(self, table: ColumnTable) -> None:
+        found, bounds = rectangles(table, _CUT_OF_SUMS)
+        blocks, partials = sums(table, bounds, _SEGMENTS), np.zeros(bounds[-1])
+        self._kept = found, blocks, partials
+        #: Address and number of the rectangles, and of what adds up their sums.
+        self.rectangles = found.ctypes.data, len(found)
+        self.sums = blocks.ctypes.data, len(blocks)
+        self.partials_at = partials.ctypes.data
+
+
+class _ColumnUpdates:
+    """Rectangles of one table of columns, for updates."""
+
+    def __init__(self, table: ColumnTable) -> None:
+        self._kept, _ = rectangles(table, _CUT)
+        self.rectangles = self._kept.ctypes.data, len(self._kept)
+
+
 def segment_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: SegmentTable) -> None:
     """See ``reference.segment_sum_sq_``: squares and lanes in float32, then float64."""
     work = table.derived(_Work)
@@ -130,6 +163,20 @@ def segment_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: SegmentTable) -> N
         _pointer(grad_N, table.reach),
         _KINDS[grad_N.dtype],
         *work.in_parts,
+        work.partials_at,
+        torch.get_num_threads(),
+    )
+
+
+def column_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: ColumnTable) -> None:
+    """See ``reference.column_sum_sq_``: up to 64 squares in float32, then float64."""
+    work = table.derived(_ColumnSums)
+    library().adam_mini_column_sum_sq(
+        _pointer(sum_sq_SR, table.num_entries),
+        _pointer(grad_N, table.reach),
+        _KINDS[grad_N.dtype],
+        *work.rectangles,
+        *work.sums,
         work.partials_at,
         torch.get_num_threads(),
     )
@@ -168,6 +215,19 @@ def update_(
     library().adam_mini_update(
         ctypes.byref(_buffer(tensors, table, vectors)),
         *table.derived(_Work).in_parts,
+        ctypes.byref(_segments(vectors, table.num_entries)),
+        ctypes.byref(_scalars(scalars)),
+        torch.get_num_threads(),
+    )
+
+
+def update_columns_(
+    tensors: BufferTensors, table: ColumnTable, vectors: SegmentVectors, scalars: StepScalars
+) -> None:
+    """See ``reference.update_columns_``."""
+    library().adam_mini_update_columns(
+        ctypes.byref(_buffer(tensors, table, vectors)),
+        *table.derived(_ColumnUpdates).rectangles,
         ctypes.byref(_segments(vectors, table.num_entries)),
         ctypes.byref(_scalars(scalars)),
         torch.get_num_threads(),
@@ -216,7 +276,9 @@ def _pointer(tensor: Tensor, numel: int) -> int:
     return tensor.data_ptr()
 
 
-def _buffer(tensors: BufferTensors, table: SegmentTable, vectors: SegmentVectors) -> _Buffer:
+def _buffer(
+    tensors: BufferTensors, table: SegmentTable | ColumnTable, vectors: SegmentVectors
+) -> _Buffer:
     param, exp_avg, weight, grad = tensors
     origin = vectors.origin_SR
     return _Buffer(
