@@ -1,12 +1,13 @@
 """Plan large models on large layouts, without tensors: time, cut blocks, traffic, balance.
 
-    python benchmarks/plan_scale.py                        # the table, about a minute
-    python benchmarks/plan_scale.py --output FILE.md       # and as a dated results file
+    python -m benchmarks.plan_scale                      # all tables, about two minutes
+    python -m benchmarks.plan_scale launches step        # some of plan, launches, step
+    python -m benchmarks.plan_scale --output FILE.md     # and as a dated results file
 
 For each layout one rank in the middle of its data-parallel group is planned as the optimizer does
 at construction: of pipeline stage 1, or of stage 0 where the pipeline is short or gradient
 reduction overlaps (only stage 0 has several buckets then), or of the last, which has the layers of
-multi-token prediction. Columns:
+multi-token prediction. Columns of the first table, ``plan``:
 
 * seconds: parameters -> blocks -> buckets -> segments of the rank -> reduction plan; "added s" is
   the last two, which Adam-mini adds to Megatron's own start-up.
@@ -18,6 +19,8 @@ multi-token prediction. Columns:
   in the tensor-parallel group (dense and expert together), as ``communication_per_step`` counts
   them; of the rank with the largest sum among all, or among 64 evenly spaced ones.
 * share: that sum divided by the bytes of the float32 gradients in the rank's reduce-scatters.
+
+The other tables, ``launches`` and ``step``: see ``step_tables``.
 """
 
 from __future__ import annotations
@@ -28,16 +31,17 @@ import gc
 import os
 import platform
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks import step_tables
+from benchmarks.large_layouts import Case, layout_of, parallel_of
 from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.estimate.buckets import plan_stage, stage_blocks
-from megatron_adam_mini.estimate.models import MODELS, Model
+from megatron_adam_mini.estimate.models import Model
 from megatron_adam_mini.estimate.parallel import Parallel
 from megatron_adam_mini.plan.layout import (
     BucketLayout,
@@ -51,63 +55,6 @@ from megatron_adam_mini.plan.reduction import plan_reduction
 
 #: Ranks of a data-parallel group whose traffic is counted.
 _RANKS = 64
-
-_EMBEDDING_AND_LOSS = {
-    "account_for_embedding_in_pipeline_split": True,
-    "account_for_loss_in_pipeline_split": True,
-}
-_MODELS = {
-    **MODELS,
-    # One Key and one Value head: with TP 8 most Query and Key heads are on two ranks.
-    "llama-3-405b-mqa": replace(MODELS["llama-3-405b"], num_query_groups=1),
-    "deepseek-v3-like-mtp": replace(MODELS["deepseek-v3-like"], mtp_num_layers=1),
-}
-_PIPELINES: dict[str, dict[int, dict[str, Any]]] = {
-    # 126 layers: as published, the first and the last stage have one layer less.
-    "llama-3-405b": {1: {}, 4: _EMBEDDING_AND_LOSS, 16: _EMBEDDING_AND_LOSS},
-    # 61 layers; the first three are dense.
-    "deepseek-v3-like": {
-        1: {},
-        4: {"decoder_first_pipeline_num_layers": 16},
-        16: {"decoder_first_pipeline_num_layers": 3, "decoder_last_pipeline_num_layers": 2},
-    },
-    "llama-2-7b": {1: {}},
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One line of the table."""
-
-    name: str
-    parallel: Parallel
-    options: AdamMiniConfig = field(default_factory=AdamMiniConfig)
-    remark: str = ""
-
-    @property
-    def stage(self) -> int:
-        """The pipeline stage whose ranks are planned."""
-        if _MODELS[self.name].mtp_num_layers is not None:
-            return self.parallel.pp - 1
-        return 0 if self.parallel.pp == 1 or self.parallel.overlap_grad_reduce else 1
-
-
-def parallel_of(name: str, tp: int, pp: int, dp: int, **more: Any) -> Parallel:
-    """Return a layout; experts are spread over up to 64 ranks."""
-    experts = {}
-    if name.startswith("deepseek"):
-        experts = {
-            "expert_tensor_parallel_size": 1,
-            "expert_model_parallel_size": min(64, tp * dp),
-        }
-    return Parallel(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        data_parallel_size=dp,
-        **experts,
-        **_PIPELINES[name][pp],
-        **more,
-    )
 
 
 def cases() -> list[Case]:
@@ -185,7 +132,7 @@ def plan(case: Case) -> Result:
     instances = parallel.num_distributed_optimizer_instances
     gc.collect()
     started = time.perf_counter()
-    domains, parameters = describe(_MODELS[case.name], parallel, case.options, case.stage)
+    domains, parameters = describe(case.model, parallel, case.options, case.stage)
     described = time.perf_counter()
     middle = plan_rank(domains, parameters, 0.5, instances)
     ended = time.perf_counter()
@@ -270,12 +217,9 @@ _HEAD = [
 
 def row(case: Case, result: Result) -> list[str]:
     """Return one line of the table."""
-    parallel = case.parallel
-    ep = parallel.expert_model_parallel_size
     return [
         case.name,
-        f"{parallel.tp} x {parallel.pp} x {parallel.data_parallel_size}"
-        + (f" ({ep})" if ep > 1 else ""),
+        layout_of(case.parallel),
         case.remark,
         f"{result.elements:,}",
         f"{result.seconds:.2f}",
@@ -291,25 +235,62 @@ def row(case: Case, result: Result) -> list[str]:
 
 
 def main() -> None:
-    """Print the table, line by line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    """Print the tables, line by line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tables", nargs="*", help="plan, launches, step; default all")
     parser.add_argument("--output", type=Path, help="write a results file")
     parser.add_argument("--machine", default=platform.machine(), help="named in the results file")
     args = parser.parse_args()
-    lines = [f"| {' | '.join(_HEAD)} |", "|" + "---|" * len(_HEAD)]
-    print("\n".join(lines), flush=True)
-    for case in cases():
-        lines.append(f"| {' | '.join(row(case, plan(case)))} |")
-        print(lines[-1], flush=True)
+    chosen = args.tables or ["plan", "launches", "step"]
+    if not {"plan", "launches", "step"}.issuperset(chosen):
+        parser.error(f"tables {chosen} are not known; allowed: plan, launches, step.")
+    lines: list[str] = []
+
+    def show(*more: str) -> None:
+        lines.extend(more)
+        print("\n".join(more), flush=True)
+
+    if "plan" in chosen:
+        show(*_head(_HEAD))
+        for case in cases():
+            show(_line(row(case, plan(case))))
+    if "launches" in chosen:
+        show("", "Launches of a step, counted without a GPU:", "")
+        show(*_head(step_tables.LAUNCHES_HEAD))
+        for case in step_tables.launch_cases():
+            show(_line(step_tables.launch_row(case)))
+    if "step" in chosen:
+        show(
+            "",
+            "**A model, not a measurement**; assumptions and sources: `benchmarks/step_time.py`.",
+            "",
+        )
+        show(*_head(step_tables.STEP_HEAD))
+        for case in step_tables.step_cases():
+            show(*map(_line, step_tables.step_rows(case)))
+        show("", "The same model for what was measured:", "", *step_tables.errors())
     if args.output:
+        title = "Planning at scale" if "plan" in chosen else "A step on paper"
         args.output.write_text(
-            f"# Planning at scale, {datetime.date.today().isoformat()}\n\n"
-            f"Command: `python benchmarks/plan_scale.py`. Machine: {args.machine}, one process, "
-            f"load average {os.getloadavg()[0]:.1f}. Python {platform.python_version()}, numpy "
-            f"{np.__version__}, torch {torch.__version__.partition('+')[0]}. One run each. "
-            "Columns: see the script.\n\n" + "\n".join(lines) + "\n",
+            f"# {title}, {datetime.date.today().isoformat()}\n\n"
+            f"Command: `python -m benchmarks.plan_scale {' '.join(args.tables)}`. Machine: "
+            f"{args.machine}, one process, load average {os.getloadavg()[0]:.1f}. Python "
+            f"{platform.python_version()}, numpy {np.__version__}, torch "
+            f"{torch.__version__.partition('+')[0]}. One run each. Columns: see the script.\n\n"
+            + "\n".join(lines).strip("\n")
+            + "\n",
             encoding="utf-8",
         )
+
+
+def _head(names: list[str]) -> list[str]:
+    return [_line(names), "|" + "---|" * len(names)]
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
