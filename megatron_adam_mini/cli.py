@@ -1,7 +1,7 @@
-"""``megatron-adam-mini``: plan memory; look at checkpoints, check them, convert them.
+"""``megatron-adam-mini``: plan memory; look at checkpoints, check and convert them; Hessians.
 
-No GPU; Megatron for its estimate of activations only. Imports ``config``, ``partition_flags`` and,
-once a command runs, ``convert`` or ``estimate``.
+Megatron for its estimate of activations only. Imports ``config``, ``partition_flags`` and, once a
+command runs, ``convert``, ``estimate`` or ``heterogeneity``.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-adam-mini",
         description="Plan the memory of a run; look at, check and convert torch_dist "
-        "checkpoints of Megatron.",
+        "checkpoints of Megatron; compare the Hessians of a model's blocks.",
         epilog=_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_convert(commands)
     _add_memory(commands)
+    _add_heterogeneity(commands)
     return parser
 
 
@@ -136,6 +137,19 @@ def _add_memory(commands: Any) -> None:
     group = parser.add_argument_group("partition (as the flags of a run)")
     add_partition_flags(group, prefix=RUN_PREFIX)
     add_search_flags(parser)
+
+
+def _add_heterogeneity(commands: Any) -> None:
+    from megatron_adam_mini.heterogeneity.flags import add_flags
+
+    text = "say how much the Hessian spectra of a model's blocks differ"
+    parser = _command(commands, "heterogeneity", text, _heterogeneity)
+    add_flags(parser)
+    group = parser.add_argument_group(
+        "partition (as of a run, but one block per tensor unless --preset says otherwise)"
+    )
+    add_partition_flags(group)
+    parser.set_defaults(preset="tensor")
 
 
 _CKPT = "iteration folder (iter_0000010), or the folder of --save (its latest iteration)"
@@ -241,6 +255,22 @@ def _search(args: argparse.Namespace, cluster: Any) -> int:
     if args.plot is not None:
         draw(report, args.plot)
     _say(json.dumps(report) if args.json else search_in_words(report))
+    return 0
+
+
+def _heterogeneity(args: argparse.Namespace) -> int:
+    from megatron_adam_mini.heterogeneity.flags import options_of
+    from megatron_adam_mini.heterogeneity.measurement import measure
+    from megatron_adam_mini.heterogeneity.plot import draw
+    from megatron_adam_mini.heterogeneity.report import in_words, report_of
+    from megatron_adam_mini.heterogeneity.target import load
+
+    options = options_of(args, partition_config(args))
+    measured = measure(*load(args.target), options, progress=sys.stderr.isatty())
+    if args.plot is not None:
+        draw(measured, args.plot, args.target)
+    report = report_of(measured)
+    _say(json.dumps(report) if args.json else in_words(report))
     return 0
 
 

@@ -37,7 +37,7 @@ DOCUMENTS = [
 #: Files and folders of this project by their endings; other names in backticks may be anything.
 PATH = re.compile(r"[\w.*-]+(/[\w.*-]+)*(/|\.(py|md|sh|cpp|inc|toml|txt|patch))|[\w-]+(/[\w*-]+)+")
 #: The user's own.
-ELSEWHERE = {"pretrain_gpt.py", "train.py"}
+ELSEWHERE = {"pretrain_gpt.py", "train.py", "my_model.py"}
 #: Packages whose commands documents name.
 OTHERS = {"verl"}
 #: Of programs whose flags documents may name.
