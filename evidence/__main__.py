@@ -12,7 +12,7 @@ from pathlib import Path
 from evidence.grid import PLANS, Plan
 from evidence.settings import OPTIMIZERS
 
-STAGES = ("tuned", "map", "ablation")
+STAGES = ("tuned", "twin", "map", "ablation")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,6 +51,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         plan,
         settings=tuple(dict.fromkeys(settings)) if "tuned" in arguments.stages else (),
         map=plan.map if "map" in arguments.stages else None,
+        twin=plan.twin if "twin" in arguments.stages else None,
         ablation=plan.ablation if "ablation" in arguments.stages else None,
         optimizers=tuple(arguments.optimizers or plan.optimizers),
         device=arguments.device,
@@ -75,7 +76,13 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     complete = True
     if not arguments.report_only:
-        complete = sweep(plan, RunLog(log), workers=arguments.workers, minutes=arguments.minutes)
+        try:
+            complete = sweep(
+                plan, RunLog(log), workers=arguments.workers, minutes=arguments.minutes
+            )
+        except KeyboardInterrupt:
+            print("\nevidence: interrupted; the same command goes on.", file=sys.stderr)
+            return 130
         if not complete:
             print("evidence: not all is done; the same command goes on.", file=sys.stderr)
     if not log.exists() or not log.read_text().strip():

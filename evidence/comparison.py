@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from evidence.grid import Plan, Results, Setting, ablations, best_rate, final_loss
+from evidence.grid import Plan, Results, Setting, ablations, best_rate, final_loss, twins
 from evidence.settings import Run
 
 #: 0.975 quantiles of Student's t distribution by degrees of freedom.
@@ -124,8 +124,8 @@ def _compare(
         adamw = losses if optimizer == "adamw" else adamw
         gap = paired_gap(losses, adamw) if adamw and optimizer != "adamw" else None
         second_moments = results[runs[0]]["second_moments"]
-        at_edge = lr in (min(setting.rates), max(setting.rates))
-        found.append(Comparison(optimizer, lr, losses, gap, second_moments, at_edge))
+        edges = (min(setting.rates), max(setting.rates)) if len(setting.rates) > 1 else ()
+        found.append(Comparison(optimizer, lr, losses, gap, second_moments, lr in edges))
     return found
 
 
@@ -150,6 +150,36 @@ def stability_map(plan: Plan, optimizer: str, results: Results) -> list[list[flo
             row.append(statistics.fmean(losses))
         rows.append(row)
     return rows
+
+
+@dataclass(frozen=True)
+class TwinRuns:
+    """The same run in plain PyTorch and by Megatron.
+
+    Attributes:
+        optimizer: of both.
+        torch, megatron: final validation loss.
+        difference: the largest one between points of the two curves of training losses.
+        points: how many these are.
+    """
+
+    optimizer: str
+    torch: float
+    megatron: float
+    difference: float
+    points: int
+
+
+def twin_runs(plan: Plan, results: Results) -> list[TwinRuns]:
+    """Return the pairs that are complete."""
+    found = []
+    for name, pair in twins(plan).items() if plan.twin else ():
+        losses = losses_of(pair, results)
+        if losses is not None:
+            points = list(zip(*(results[run]["training"] for run in pair), strict=True))
+            difference = max(abs(one - other) for one, other in points)
+            found.append(TwinRuns(name, *losses, difference, len(points)))
+    return found
 
 
 @dataclass(frozen=True)

@@ -14,23 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from evidence.comparison import Comparison, losses_of, stability_map, tuned
-from evidence.grid import Plan, Results, Setting, best_rate
-from evidence.settings import OPTIMIZERS
+from evidence.grid import Plan, Results, best_rate
+from evidence.settings import OPTIMIZERS, label
 
 _COLORS = dict(
     zip(OPTIMIZERS, ("black", *(f"C{number}" for number in range(len(OPTIMIZERS)))), strict=False)
 )
-
-
-def label(optimizer: str) -> str:
-    """Return the name of an optimizer in pictures and tables."""
-    return "AdamW" if optimizer == "adamw" else f"Adam-mini, {optimizer}"
-
-
-def name_of(setting: Setting) -> str:
-    """Return a short name of a setting."""
-    corpus = "" if setting.corpus == "source" else f", {Path(setting.corpus).stem}"
-    return f"{setting.size}, {setting.steps} steps{corpus}"
 
 
 def draw_all(plan: Plan, results: Results, stem: Path) -> dict[str, Path]:
@@ -77,7 +66,7 @@ def curves(plan: Plan, results: Results) -> Figure | None:
                 steps, [min(s) for s in seeds], [max(s) for s in seeds], color=color, alpha=0.12
             )
         finals = [entry.mean for entry in found if math.isfinite(entry.mean)]
-        axes.set(title=name_of(setting), xlabel="step", ylabel="training loss (nats per byte)")
+        axes.set(title=setting.name, xlabel="step", ylabel="training loss (nats per byte)")
         axes.set_ylim(min(finals) - 0.1, min(finals) + 1.4)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small")
@@ -159,7 +148,7 @@ def rates(plan: Plan, results: Results) -> Figure | None:
                 axes.plot(setting.rates, losses, "o-", color=color, label=label(optimizer))
         axes.set_xscale("log", base=2)
         axes.set_xticks(setting.rates, [f"{lr:g}" for lr in setting.rates])
-        axes.set(title=name_of(setting), xlabel="learning rate", ylabel="validation loss")
+        axes.set(title=setting.name, xlabel="learning rate", ylabel="validation loss")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small")
     return figure

@@ -6,6 +6,7 @@ Imports ``settings``. Stages:
   first seed; then all seeds at the best rate, and at AdamW's best rate.
 * *map*: rates x warm-ups, to see where training is stable.
 * *ablation*: one change of rules, beta2 or warm-up at a time.
+* *twin*: the same runs in plain PyTorch and through Megatron; see ``twin``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from evidence.settings import OPTIMIZERS, Run
@@ -50,6 +52,12 @@ class Setting:
     rates: tuple[float, ...]
     corpus: str = "source"
 
+    @property
+    def name(self) -> str:
+        """Short and unique."""
+        corpus = "" if self.corpus == "source" else f", {Path(self.corpus).stem}"
+        return f"{self.size}, {self.steps} steps{corpus}"
+
 
 @dataclass(frozen=True)
 class Map:
@@ -78,6 +86,16 @@ class Ablation:
 
 
 @dataclass(frozen=True)
+class Twin:
+    """What is trained by both paths of the product."""
+
+    size: str
+    steps: int
+    lr: float
+    optimizers: tuple[str, ...] = ("adamw", "paper", "row")
+
+
+@dataclass(frozen=True)
 class Plan:
     """All that is asked.
 
@@ -86,7 +104,7 @@ class Plan:
         optimizers: of the stages *tuned* and *map*.
         seeds: the first one tunes.
         warmup: share of a run; not of the map's.
-        map, ablation: ``None``: left out.
+        map, ablation, twin: ``None``: left out.
         device: see ``settings.Run``.
     """
 
@@ -96,6 +114,7 @@ class Plan:
     warmup: float = 0.1
     map: Map | None = None
     ablation: Ablation | None = None
+    twin: Twin | None = None
     device: str = "cpu"
 
     def run(self, setting: Setting, optimizer: str, lr: float, seed: int) -> Run:
@@ -126,6 +145,7 @@ _CPU = Plan(
     ),
     map=Map("0.04M", 200, (2e-3, 4e-3, 8e-3, 16e-3, 32e-3), (0, 10, 40)),
     ablation=Ablation("0.13M", 800, 2e-3),
+    twin=Twin("0.13M", 800, 4e-3),
 )
 _RATES_LARGE = (2.5e-4, 5e-4, 1e-3, 2e-3)
 PLANS = {
@@ -140,13 +160,17 @@ PLANS = {
         warmup=0.01,
         map=None,
         ablation=None,
+        twin=None,
     ),
     "gpu": replace(
         _CPU,
         settings=(Setting("0.85M", 16000, _RATES), Setting("5M", 3200, _RATES_LARGE)),
         map=None,
         ablation=None,
+        twin=None,
     ),
+    # What examples/demo.py shows: the best rate of both in the plan `cpu`.
+    "demo": Plan(settings=(Setting("0.13M", 800, (4e-3,)),), optimizers=("adamw", "row")),
     "toy": Plan(
         settings=(Setting("toy", 8, (1e-3, 1e-2)), Setting("toy", 16, (1e-3, 1e-2))),
         seeds=(0, 1),
@@ -163,7 +187,8 @@ def pending(plan: Plan, results: Results) -> list[Run]:
         plan: what is asked.
         results: what is done. Seeds of a setting follow once its rates are.
     """
-    wanted = dict.fromkeys([*_tuned(plan, results), *_map(plan), *_ablation(plan)])
+    stages = (_tuned(plan, results), _twins(plan), _map(plan), _ablation(plan))
+    wanted = dict.fromkeys(run for stage in stages for run in stage)
     return [run for run in wanted if run not in results]
 
 
@@ -228,6 +253,20 @@ def ablations(plan: Plan) -> dict[str, Run]:
         changes[f"AdamW, {name}"] = replace(adamw, **value)
         changes[f"Adam-mini (paper), {name}"] = replace(paper, **value)
     return changes
+
+
+def twins(plan: Plan) -> dict[str, tuple[Run, Run]]:
+    """Return optimizer -> its run in plain PyTorch, and the same by Megatron."""
+    assert plan.twin is not None
+    setting = Setting(plan.twin.size, plan.twin.steps, ())
+    runs = [plan.run(setting, name, plan.twin.lr, plan.seeds[0]) for name in plan.twin.optimizers]
+    return {run.optimizer: (run, replace(run, trainer="megatron")) for run in runs}
+
+
+def _twins(plan: Plan) -> Iterator[Run]:
+    if plan.twin is not None:
+        for pair in twins(plan).values():
+            yield from pair
 
 
 def _ablation(plan: Plan) -> Iterator[Run]:

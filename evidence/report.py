@@ -9,9 +9,9 @@ from pathlib import Path
 
 from evidence import run_log, tables
 from evidence.comparison import tuned
-from evidence.figures import draw_all, label, name_of
+from evidence.figures import draw_all
 from evidence.grid import Plan, Results, Setting
-from evidence.settings import SIZES, Run
+from evidence.settings import SIZES, Run, label
 
 _READ = """\
 Losses are nats per byte on held-out files. A *gap* is the loss minus AdamW's with the same initial
@@ -71,6 +71,15 @@ def write(plan: Plan, log: Path, path: Path, command: str) -> list[Path]:
         )
         found = tables.ablations(plan, results)
         parts.append(("Where the gap comes from", text, found, ""))
+    if plan.twin:
+        text = (
+            f"{plan.twin.size} parameters, {plan.twin.steps} steps, rate {plan.twin.lr:g}, seed "
+            f"{first}: final validation loss of the same weights and batches by "
+            "`megatron_adam_mini.launch`, Megatron-Core on the CPU host, one rank, float32 and the "
+            "distributed optimizer; AdamW is then Megatron's. Points are means of equal parts of "
+            "the curve of training losses."
+        )
+        parts.append(("The same through Megatron", text, tables.twins(plan, results), ""))
     sections = [_heading(log, command)]
     for title, text, found, name in parts:
         if found:
@@ -102,7 +111,7 @@ def _settings(plan: Plan, results: Results) -> str:
             heads = f"{size.heads} heads, {size.groups} groups"
             rows.append(
                 (
-                    name_of(setting),
+                    setting.name,
                     f"{size.layers} x {size.hidden}, FFN {size.ffn}, {heads}",
                     f"{size.batch} x {size.sequence}",
                     f"{result['parameters']:,}",
@@ -120,7 +129,8 @@ def _settings(plan: Plan, results: Results) -> str:
 
 
 def _is_of(run: Run, setting: Setting) -> bool:
-    return (run.size, run.steps, run.corpus) == (setting.size, setting.steps, setting.corpus)
+    same = (run.size, run.steps, run.corpus) == (setting.size, setting.steps, setting.corpus)
+    return same and run.trainer == "torch"
 
 
 def _not_covered(plan: Plan, results: Results) -> str:
@@ -128,8 +138,8 @@ def _not_covered(plan: Plan, results: Results) -> str:
     for setting in plan.settings:
         found = {entry.optimizer for entry in tuned(plan, setting, results)}
         if names := [label(name) for name in plan.optimizers if name not in found]:
-            missing.append(f"{name_of(setting)} ({', '.join(names)})")
-    largest = max((result["parameters"] for result in results.values()), default=0)
+            missing.append(f"{setting.name} ({', '.join(names)})")
+    largest = max((result.get("parameters", 0) for result in results.values()), default=0)
     lines = [
         "## What nothing is known of",
         "",

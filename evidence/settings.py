@@ -16,6 +16,11 @@ OPTIMIZERS = ("adamw", *PRESETS)
 CORPORA = ("source", "docstrings")
 
 
+def label(optimizer: str) -> str:
+    """Return the name of an optimizer in pictures and tables."""
+    return "AdamW" if optimizer == "adamw" else f"Adam-mini, {optimizer}"
+
+
 @dataclass(frozen=True)
 class Size:
     """A Llama-shaped model and its batches.
@@ -68,6 +73,7 @@ class Run:
         rules: names of parameters and their rule, before the preset's.
         value_as_block: one block for Value of a layer.
         device: ``cpu``: float32; ``cuda``: bfloat16 products, float32 weights.
+        trainer: ``torch``: plain PyTorch and the stand-alone optimizer; ``megatron``: see ``twin``.
     """
 
     optimizer: str
@@ -81,6 +87,7 @@ class Run:
     rules: tuple[tuple[str, str], ...] = ()
     value_as_block: bool = False
     device: str = "cpu"
+    trainer: str = "torch"
 
     def to_json(self) -> dict[str, Any]:
         """Return what a line of the log says of this run."""

@@ -1,6 +1,6 @@
 """Runs of a plan -> lines of a log, by several processes of one thread each.
 
-Imports torch, tqdm, ``settings``, ``grid``, ``run_log`` and ``training``.
+Imports torch, tqdm, ``settings``, ``grid``, ``run_log``, ``training`` and ``twin``.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from evidence import training, twin
 from evidence.grid import Plan, final_loss, pending
 from evidence.run_log import RunLog
 from evidence.settings import Run
-from evidence.training import train
+
+_TRAINERS = {"torch": training.train, "megatron": twin.train}
 
 
 def sweep(plan: Plan, log: RunLog, *, workers: int, minutes: float = float("inf")) -> bool:
@@ -38,16 +40,22 @@ def sweep(plan: Plan, log: RunLog, *, workers: int, minutes: float = float("inf"
         ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool,
         tqdm(unit="run", dynamic_ncols=True) as bar,
     ):
-        while True:
-            todo = [run for run in pending(plan, log.results) if run not in running.values()]
-            bar.total = bar.n + len(todo) + len(running)  # grows when rates are found
-            if time.monotonic() < ends:
-                for run in todo[: workers - len(running)]:
-                    running[pool.submit(train, run)] = run
-            if not running:
-                return not todo
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                run = running.pop(future)
-                log.append(run, future.result())
-                bar.set_postfix_str(f"{run.describe()}: {final_loss(run, future.result()):.4f}")
-                bar.update()
+        try:
+            while True:
+                todo = [run for run in pending(plan, log.results) if run not in running.values()]
+                bar.total = bar.n + len(todo) + len(running)  # grows when rates are found
+                if time.monotonic() < ends:
+                    for run in todo[: workers - len(running)]:
+                        running[pool.submit(_TRAINERS[run.trainer], run)] = run
+                if not running:
+                    return not todo
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    run = running.pop(future)
+                    log.append(run, future.result())
+                    bar.set_postfix_str(f"{run.describe()}: {final_loss(run, future.result()):.4f}")
+                    bar.update()
+        except BaseException:
+            # The pool would wait for the runs that have begun.
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise

@@ -1,6 +1,6 @@
 """Comparisons -> tables of the report.
 
-Imports ``settings``, ``grid``, ``comparison`` and ``figures``, for names. Each function returns a
+Imports ``settings``, ``grid`` and ``comparison``. Each function returns a
 part of a Markdown text, empty if the log has nothing for it.
 """
 
@@ -19,9 +19,10 @@ from evidence.comparison import (
     losses_of,
     stability_map,
     tuned,
+    twin_runs,
 )
-from evidence.figures import label, name_of
 from evidence.grid import Plan, Results, Setting
+from evidence.settings import label
 
 _COMPARISON = ("setting", "", "numbers in v", "rate", "loss", "spread", "gap", "of each seed", "")
 
@@ -79,7 +80,7 @@ def at_one_rate(plan: Plan, results: Results) -> str:
 def _rows(setting: Setting, found: Sequence[Comparison]) -> list[tuple[str, ...]]:
     return [
         (
-            name_of(setting),
+            setting.name,
             label(entry.optimizer),
             f"{entry.second_moments:,}",
             f"{entry.lr:g}" + (" (edge)" if entry.at_edge else ""),
@@ -107,7 +108,7 @@ def during(plan: Plan, results: Results) -> str:
     for setting in plan.settings:
         for name, gaps in gaps_during(plan, setting, results).items():
             found = (f"{step}: {_gap(gap)}" for step, gap in gaps.items())
-            rows.append((name_of(setting), label(name), ", ".join(found)))
+            rows.append((setting.name, label(name), ", ".join(found)))
     return table(("setting", "", "step: gap"), rows)
 
 
@@ -122,7 +123,7 @@ def all_rates(plan: Plan, results: Results) -> str:
                 losses = losses_of(runs, results)
                 if losses is not None:
                     values = (f"{loss:.3f}" for loss in losses)
-                    rows.append((name_of(setting), label(name), *values))
+                    rows.append((setting.name, label(name), *values))
         tables.append(table(("setting", "", *(f"{lr:g}" for lr in rates)), rows))
     return "\n\n".join(tables)
 
@@ -164,3 +165,17 @@ def ablations(plan: Plan, results: Results) -> str:
         for change in ablation(plan, results)
     ]
     return table(("", "loss", "gap to AdamW", "change against paper"), rows)
+
+
+def twins(plan: Plan, results: Results) -> str:
+    """Return the losses of the same runs in plain PyTorch and by Megatron."""
+    rows = [
+        (
+            label(pair.optimizer),
+            f"{pair.torch:.5f}",
+            f"{pair.megatron:.5f}",
+            f"{pair.difference:.4f} of {pair.points}",
+        )
+        for pair in twin_runs(plan, results)
+    ]
+    return table(("", "plain PyTorch", "Megatron", "largest difference of points"), rows)

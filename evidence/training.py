@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -76,12 +75,8 @@ def make_optimizer(run: Run, model: nn.Module) -> Optimizer:
     )
 
 
-def train(run: Run, on_step: Callable[[int], object] = lambda step: None) -> dict[str, Any]:
+def train(run: Run) -> dict[str, Any]:
     """Train one model.
-
-    Args:
-        run: what to train.
-        on_step: is called after each step with its number, from 1.
 
     Returns:
         What the log keeps: ``validation``: step -> loss; ``training``: mean losses of equal parts
@@ -107,7 +102,6 @@ def train(run: Run, on_step: Callable[[int], object] = lambda step: None) -> dic
             break
         if step + 1 in validated_at:
             validation[step + 1] = validate(model, corpus.validation, size, run.device)
-        on_step(step + 1)
     curve = _means(losses)
     lowest, rise = math.inf, 0.0
     for value in curve:
@@ -141,12 +135,16 @@ def _step(
     return float(loss.detach())
 
 
+def validation_starts(tokens: Tensor, size: Size) -> Tensor:
+    """Return where the samples for validation begin."""
+    return torch.linspace(0, len(tokens) - size.sequence - 1, VALIDATION_SAMPLES).long()
+
+
 @torch.no_grad()
 def validate(model: nn.Module, tokens: Tensor, size: Size, device: str) -> float:
     """Return the mean loss of the held-out samples, in nats per token."""
-    starts = torch.linspace(0, len(tokens) - size.sequence - 1, VALIDATION_SAMPLES).long()
     total = 0.0
-    for part in starts.split(32):
+    for part in validation_starts(tokens, size).split(32):
         batch = corpora.at(tokens, part, sequence=size.sequence)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             total += float(model(*(one.to(device) for one in batch))) * len(part)

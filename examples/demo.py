@@ -1,10 +1,16 @@
-"""Train a small Llama with Adam and with Adam-mini under TP2 x PP2 x DP2, and compare.
+"""Train small Llamas with Adam and with Adam-mini on this machine's CPU, and compare.
 
-``make demo`` runs it. It has three steps, each a command that it prints and that also works by
-hand: tokenise the Python standard library, train with ``--optimizer adam``, train with
-``--optimizer adam_mini``. The two runs share model, data, seed and every other flag. It ends with a
-table and a plot of both losses. No GPU is needed; two cores take less than five minutes.
+``make demo`` runs it; two cores take less than five minutes. Each step is a command that it prints
+and that also works by hand:
+
+1. tokenise the Python standard library for Megatron;
+2. and 3. train under TP2 x PP2 x DP2 with ``--optimizer adam`` and ``--optimizer adam_mini``, all
+   other flags the same, and measure the optimizer's state and its communication;
+4. train a model that is small enough for three seeds each by AdamW and by the stand-alone
+   ``AdamMini``, both at the best rate that ``make evidence`` found, and compare their losses.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -19,7 +25,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from evidence.comparison import Comparison
 
 EXAMPLES = Path(__file__).resolve().parent
 NUM_RANKS = 8
@@ -46,6 +55,8 @@ _ITERATION = re.compile(r"\biteration\s+(\d+)/\s*\d+ .*?lm loss: (\S+)")
 _VALIDATION = re.compile(
     r"validation loss at iteration \d+ on validation set \| lm loss value: (\S+)"
 )
+#: The progress of ``python -m evidence``.
+_SEED = re.compile(r"(\S+) lr \S+ steps \d+ seed (\d+): ([\d.]+)")
 
 
 class RunError(Exception):
@@ -80,6 +91,9 @@ def run_command(
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
         "PYTHONWARNINGS": "ignore",
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, (str(EXAMPLES.parent), os.environ.get("PYTHONPATH")))
+        ),
     }
     process = subprocess.Popen(
         command,
@@ -173,6 +187,7 @@ def train(title: str, optimizer: str, num_iterations: int, dataset: Path, output
             *launch,
             *("-m", "megatron_adam_mini.launch", "--cpu-host", str(EXAMPLES / "pretrain_llama.py")),
             *("--optimizer", optimizer),
+            *(("--adam-mini-preset", "row") if optimizer == "adam_mini" else ()),
             *shlex.split(MODEL_FLAGS),
             *shlex.split(LAYOUT_FLAGS),
             *shlex.split(TRAINING_FLAGS),
@@ -200,8 +215,37 @@ def train(title: str, optimizer: str, num_iterations: int, dataset: Path, output
     return run
 
 
-def print_table(adam: Run, adam_mini: Run) -> None:
-    """Print losses, bytes of state and added communication of both runs side by side."""
+def compare(output: Path) -> list[Comparison]:
+    """Train with several seeds, and return the losses of both optimizers."""
+    sys.path.insert(0, str(EXAMPLES.parent))
+    # Imported here, because it takes seconds: a wrong argument is reported before.
+    from evidence.comparison import tuned
+    from evidence.grid import PLANS
+    from evidence.run_log import read
+    from evidence.settings import label
+
+    log = output / "comparison.jsonl"
+    log.unlink(missing_ok=True)
+    shown = set()
+
+    def on_line(line: str) -> None:
+        if (match := _SEED.search(line)) and match[0] not in shown:
+            shown.add(match[0])
+            print(
+                f"  {label(match[1]):<15} seed {match[2]}: validation loss {match[3]}", flush=True
+            )
+
+    run_command(
+        [sys.executable, "-m", "evidence", "--plan", "demo", "--log", str(log)],
+        output / "comparison.log",
+        on_line,
+    )
+    plan = PLANS["demo"]
+    return tuned(plan, plan.settings[0], read(log))
+
+
+def print_state(adam: Run, adam_mini: Run) -> None:
+    """Print bytes of state and added communication of both runs side by side."""
 
     def kilobytes(run: Run, *kinds: str) -> str:
         return f"{sum(run.report['state_bytes'].get(kind, 0) for kind in kinds) / 1e3:,.1f} kB"
@@ -209,55 +253,49 @@ def print_table(adam: Run, adam_mini: Run) -> None:
     def added(run: Run, key: str) -> str:
         return f"{run.report['communication'][key]:,}"
 
-    rows: list[tuple[str, ...]] = [("", adam.title, adam_mini.title)]
     runs = (adam, adam_mini)
-    rows.append(("training loss, last", *(f"{run.losses[-1]:.3f}" for run in runs)))
-    rows.append(("validation loss", *(f"{run.validation_loss:.3f}" for run in runs)))
-    rows.append(("optimizer state, all ranks: m", *(kilobytes(run, "exp_avg") for run in runs)))
-    rows.append(("optimizer state, all ranks: v", *(kilobytes(run, "exp_avg_sq") for run in runs)))
-    rows.append(
-        (
-            "optimizer state, all ranks: m + v",
-            *(kilobytes(run, "exp_avg", "exp_avg_sq") for run in runs),
-        )
+    state = {"m": ("exp_avg",), "v": ("exp_avg_sq",), "m + v": ("exp_avg", "exp_avg_sq")}
+    _print_table(
+        [
+            ("", *(run.title for run in runs)),
+            *(
+                (f"optimizer state, all ranks: {name}", *(kilobytes(run, *kinds) for run in runs))
+                for name, kinds in state.items()
+            ),
+            ("float32 main parameters, all ranks", *(kilobytes(r, "main_param") for r in runs)),
+            ("added collectives per step", *(added(run, "collectives_per_step") for run in runs)),
+            ("added bytes per step and rank", *(added(run, "bytes_per_step") for run in runs)),
+        ]
     )
-    rows.append(
-        ("FP32 main parameters, all ranks", *(kilobytes(run, "main_param") for run in runs))
+
+
+def print_losses(compared: Sequence[Comparison]) -> None:
+    """Print the losses of both optimizers over the seeds, and their gap."""
+    from evidence.settings import label
+
+    _print_table(
+        [
+            ("", *(label(entry.optimizer) for entry in compared)),
+            ("learning rate", *(f"{entry.lr:g}" for entry in compared)),
+            ("validation loss, mean of the seeds", *(f"{entry.mean:.3f}" for entry in compared)),
+            ("standard deviation of the seeds", *(f"{entry.spread:.3f}" for entry in compared)),
+            ("numbers in v", *(f"{entry.second_moments:,}" for entry in compared)),
+        ]
     )
-    rows.append(
-        ("added collectives per step", *(added(run, "collectives_per_step") for run in runs))
+    gap = compared[-1].gap
+    assert gap is not None
+    print(
+        f"\n  Adam-mini minus AdamW, seed by seed: {gap.mean:+.3f}, 95 % interval "
+        f"{gap.mean - gap.half_width:+.3f} to {gap.mean + gap.half_width:+.3f}"
     )
-    rows.append(("added bytes per step and rank", *(added(run, "bytes_per_step") for run in runs)))
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
     print()
-    for index, (label, *values) in enumerate(rows):
-        print(f"  {label:<34}" + "".join(f"{value:>14}" for value in values))
+    for index, (text, *values) in enumerate(rows):
+        print(f"  {text:<36}" + "".join(f"{value:>18}" for value in values))
         if index == 0:
-            print("  " + "-" * 62)
-
-
-def plot_losses(runs: Sequence[Run], path: Path) -> None:
-    """Draw the training losses of ``runs`` over the iterations."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for run, style in zip(runs, ("-", "--"), strict=True):
-        axes.plot(
-            run.iterations,
-            run.losses,
-            style,
-            label=f"{run.title} (validation {run.validation_loss:.3f})",
-        )
-    axes.set(
-        xlabel="iteration",
-        ylabel="training loss (nats per byte)",
-        title="Llama-style model on Python source, TP2 x PP2 x DP2, bf16",
-    )
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+            print("  " + "-" * (36 + 18 * len(values)))
 
 
 def _interrupt(*_: object) -> NoReturn:
@@ -273,7 +311,7 @@ def main() -> int:
         "--iterations",
         type=int,
         default=100,
-        help="training steps of each run (default %(default)s)",
+        help="training steps on several ranks (default %(default)s)",
     )
     parser.add_argument(
         "--output",
@@ -288,7 +326,7 @@ def main() -> int:
     started = time.monotonic()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        print("1/3  Tokenising the Python standard library into Megatron's indexed format")
+        print("1/4  Tokenising the Python standard library into Megatron's indexed format")
         tokenize = [
             sys.executable,
             str(EXAMPLES / "tokenize_bytes.py"),
@@ -296,20 +334,23 @@ def main() -> int:
             str(dataset),
         ]
         run_command(tokenize, output / "tokenize.log", timeout_s=120)
-        print(f"\n2/3  Training with Adam on {NUM_RANKS} ranks")
+        print(f"\n2/4  Training with Adam on {NUM_RANKS} ranks")
         adam = train("Adam", "adam", arguments.iterations, dataset, output)
-        print(f"\n3/3  Training with Adam-mini on {NUM_RANKS} ranks")
+        print(f"\n3/4  Training with Adam-mini on {NUM_RANKS} ranks")
         adam_mini = train("Adam-mini", "adam_mini", arguments.iterations, dataset, output)
+        print_state(adam, adam_mini)
+        print("\n  These runs have one seed: they show state, not which loss is lower.")
+        print("\n4/4  Comparing losses: three seeds each, both at their best rate")
+        compared = compare(output)
     except RunError as error:
         print(f"\ndemo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ndemo: interrupted", file=sys.stderr)
         return 130
-    print_table(adam, adam_mini)
-    plot_losses((adam, adam_mini), output / "loss.png")
+    print_losses(compared)
     print(
-        f"\n  loss plot: {output / 'loss.png'}    logs: {output}"
+        f"\n  losses: {output / 'comparison-curves.png'}    logs: {output}"
         f"    total: {time.monotonic() - started:.0f} s"
     )
     return 0

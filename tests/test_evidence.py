@@ -12,12 +12,16 @@ import pytest
 import torch
 
 from evidence import __main__ as command
-from evidence import comparison, corpora, grid, run_log, training
+from evidence import comparison, corpora, grid, run_log, training, twin
 from evidence.comparison import paired_gap
 from evidence.grid import PLANS, pending
 from evidence.model import Llama
 from evidence.settings import SIZES, Run
 from megatron_adam_mini import AdamMini
+from tests.ranks import start_program
+from tests.test_resume import launch
+
+ROOT = Path(__file__).resolve().parent.parent
 
 TOY = PLANS["toy"]
 
@@ -127,6 +131,24 @@ def test_adamw_of_equal_seed_is_another_run_of_the_same_batches() -> None:
     adamw, mini = (training.train(one)["validation"]["16"] for one in (run, element))
     assert adamw == pytest.approx(mini, abs=1e-4)
     assert abs(training.train(replace(element, rules=()))["validation"]["16"] - adamw) > 1e-3
+
+
+def test_megatron_trains_the_same_run(tmp_path: Path) -> None:
+    """Weights, batches, schedule and losses through the launcher, up to rounding."""
+    run = replace(TOY.run(TOY.settings[0], "row", 1e-2, 0), trainer="megatron")
+    with start_program(1, launch, twin.flags(run), log=tmp_path / "log", folder=ROOT) as program:
+        assert program.wait(150) == 0, program.output()
+    found = twin.parse(program.output(), run)
+    plain = training.train(replace(run, trainer="torch"))
+    assert found["validation"] == pytest.approx(plain["validation"], abs=1e-4)
+    # Megatron's second logged loss is the mean of two.
+    assert len(found["training"]) == len(plain["training"]) == 8
+    assert found["training"][2:] == pytest.approx(plain["training"][2:], abs=2e-4)
+    results = {run: found, replace(run, trainer="torch"): plain}
+    plan = replace(TOY, twin=grid.Twin("toy", 8, 1e-2, ("row",)))
+    (pair,) = comparison.twin_runs(plan, results)
+    assert pair.torch == pytest.approx(pair.megatron, abs=1e-4)
+    assert not pending(replace(plan, settings=(), map=None, ablation=None), results)
 
 
 def test_validation_files_are_not_trained_on() -> None:

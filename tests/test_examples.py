@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import demo
 import tokenize_bytes
+from evidence.grid import PLANS
 from tests.ranks import start_program
 from tests.test_resume import launch
 
@@ -282,7 +284,7 @@ def test_demo_ends_with_the_error_of_its_first_step(
     assert "tokenize_bytes.py" in errors
 
 
-def test_demo_table_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_tables(capsys: pytest.CaptureFixture[str]) -> None:
     def run(title: str, exp_avg_sq: int, collectives: int) -> demo.Run:
         report: dict[str, Any] = {
             "state_bytes": {
@@ -294,14 +296,40 @@ def test_demo_table_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         }
         return demo.Run(title, [1, 2, 4], [5.5, 4.0, 2.5], 2.75, report)
 
-    runs = run("Adam", 4_000_000, 0), run("Adam-mini", 20_000, 2)
-    demo.print_table(*runs)
+    demo.print_state(run("Adam", 4_000_000, 0), run("Adam-mini", 20_000, 2))
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["validation", "loss", "2.750", "2.750"] in rows
     assert ["8,000.0", "kB", "4,020.0", "kB"] in [row[-4:] for row in rows]
     assert ["added", "collectives", "per", "step", "0", "2"] in rows
-    demo.plot_losses(runs, tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_compares_several_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The real program and its progress; only the plan is a toy."""
+    toy = replace(PLANS["toy"].settings[0], rates=(1e-2,))
+    plan = replace(PLANS["demo"], settings=(toy,), seeds=(0, 1))
+    monkeypatch.setitem(PLANS, "demo", plan)
+    words = [sys.executable, "-c", ""]
+
+    def run_toy(command: list[str], log: Path, on_line: Any) -> None:
+        assert command[1:5] == ["-m", "evidence", "--plan", "demo"]
+        words[2] = (
+            "import sys; from dataclasses import replace; from evidence import __main__, grid; "
+            f"grid.PLANS['demo'] = {plan!r}; sys.exit(__main__.main())"
+        )
+        words[2] = words[2].replace("Plan(", "grid.Plan(").replace("Setting(", "grid.Setting(")
+        original([*words, *command[3:], "--workers", "1"], log, on_line)
+
+    original = demo.run_command
+    monkeypatch.setattr(demo, "run_command", run_toy)
+    compared = demo.compare(tmp_path)
+    shown = capsys.readouterr().out
+    assert [entry.optimizer for entry in compared] == ["adamw", "row"]
+    assert all(f"seed {seed}: validation loss" in shown for seed in (0, 1))
+    demo.print_losses(compared)
+    gap = compared[1].losses[0] - compared[0].losses[0] + compared[1].losses[1]
+    assert f"{(gap - compared[0].losses[1]) / 2:+.3f}, 95 %" in capsys.readouterr().out
+    assert (tmp_path / "comparison-curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_megatron_log_lines_are_understood() -> None:
