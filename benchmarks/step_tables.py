@@ -9,6 +9,7 @@ the plans by which the goal of 20 is judged, and two further ones.
 * memory, launching, exchange, norm: milliseconds of the parts of Adam-mini's step; ms: their sum.
   Exchange: the collectives that complete cut blocks, which stock Adam does not have.
 * stock ms: the sum for stock Adam; of stock: ours divided by it.
+* all-reduce: what the all-gathers of the exchange would take as all-reduces.
 * weights: milliseconds of the all-gather of weights, equal on both sides; with it: the ratio if it
   is added to both, as where it does not overlap the next forward pass.
 * host: milliseconds that the host needs to launch Adam-mini's step; the device waits for what of it
@@ -26,8 +27,8 @@ from megatron_adam_mini.config import AdamMiniConfig
 
 #: TP, PP and DP whose steps are timed on paper, up to 4,096 ranks.
 _STEPS = {
-    "llama-2-7b": [(1, 1, 8), (1, 1, 64), (1, 1, 512), (8, 1, 8), (8, 1, 512)],
-    "llama-3-8b": [(1, 1, 8), (1, 1, 64), (1, 1, 512), (1, 1, 4096)],
+    "llama-2-7b": [(1, 1, 8), (1, 1, 64), (1, 1, 512), (8, 1, 8), (8, 1, 64), (8, 1, 512)],
+    "llama-3-8b": [(1, 1, dp) for dp in (8, 64, 128, 256, 512, 4096)],
     "llama-3-405b": [(8, 16, 1), (8, 16, 8), (8, 16, 32)],
     "deepseek-v3-like": [(8, 16, 1), (8, 16, 8), (8, 16, 32), (1, 16, 256)],
 }
@@ -60,7 +61,7 @@ def launch_row(case: Case) -> list[str]:
 STEP_HEAD = [
     *("model", "TP x PP x DP (EP)", "ranks", "elements", "launches", "stock's", "GPU"),
     *("memory", "launching", "exchange", "norm", "ms", "stock ms", "of stock"),
-    *("weights", "with it", "host"),
+    *("all-reduce", "weights", "with it", "host"),
 ]
 
 
@@ -83,6 +84,7 @@ def step_rows(case: Case) -> list[list[str]]:
         ours, stock, gather = rank.our_path(gpu), rank.stock_path(gpu), rank.gather(gpu)
         numbers = [*ours, ours.total, stock.total, ours.total / stock.total / 1e3]
         with_gather = (ours.total + gather) / (stock.total + gather) / 1e3
+        after = rank.gathers_as_all_reduces, gather, with_gather
         rows.append(
             [
                 case.name,
@@ -92,7 +94,7 @@ def step_rows(case: Case) -> list[list[str]]:
                 f"{rank.launches.total}",
                 f"{rank.stock_launches}",
                 name,
-                *(f"{1e3 * number:.3f}" for number in (*numbers, gather, with_gather, rank.host)),
+                *(f"{1e3 * number:.3f}" for number in (*numbers, *after, rank.host)),
             ]
         )
     return rows

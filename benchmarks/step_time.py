@@ -171,6 +171,11 @@ class Rank(NamedTuple):
         return sum(group.gather_weights(size, gpu) for group, size in self.weights)
 
     @property
+    def gathers_as_all_reduces(self) -> float:
+        """Seconds of our all-gathers, were they all-reduces with a place for each rank."""
+        return sum(group.all_reduce() for group in self.dp)
+
+    @property
     def host(self) -> float:
         """Seconds that the host takes to launch Adam-mini's step."""
         return HOST_LAUNCH * self.launches.total

@@ -77,6 +77,7 @@ def test_parts_of_a_step_by_hand() -> None:
     assert stock[:3] == pytest.approx((46 / 3015, 210e-6, 0.0))
     assert ours.total == pytest.approx(8.7379e-3, rel=1e-4)
     assert rank.gather(gpu) == pytest.approx(14 / 450)
+    assert rank.gathers_as_all_reduces == pytest.approx(15e-6)
     tiny = rank._replace(ours=26.0)
     assert tiny.our_path(gpu).exchange == pytest.approx(10.8e-6)  # as long as the norm
     assert tiny._replace(norm=Group(1)).our_path(gpu).exchange == pytest.approx(25.8e-6)
