@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,19 @@ import pytest
 import torch
 
 from megatron_adam_mini.kernels.triton_tiles import (
+    COLUMN_WINDOW_FIELDS,
     ROW_FIELDS,
     TILE_NUMEL,
     WINDOW_FIELDS,
+    column_windows,
     row_tiles,
     windows,
 )
+from megatron_adam_mini.plan.column_table import ColumnTable
 from megatron_adam_mini.plan.segment_table import SegmentTable
 from tests.triton_cases import (
+    COLUMNS,
+    COLUMNS_IN_VECTORS,
     DTYPES,
     GRADS,
     LAYOUTS,
@@ -36,9 +42,12 @@ from tests.triton_cases import (
     STORAGE,
     WHOLE_VECTORS,
     Case,
+    ColumnCase,
+    column_sum_sq,
     segment_sum_sq,
     step_size,
     update,
+    update_columns,
     update_elementwise,
     update_in_one_pass,
 )  # fmt: skip
@@ -50,6 +59,8 @@ from triton.compiler import ASTSource
 from megatron_adam_mini.kernels import triton_gpu
 
 ROOT = Path(__file__).parents[1]
+
+FIELDS = fields(ColumnTable)
 
 #: Every value of each dtype, and with each gradient every way to store parameters.
 FEW_DTYPES = [
@@ -67,9 +78,12 @@ FEW_DTYPES = [
 REGISTERS = {
     "sum_kernel": 48,
     "update_kernel": 48,
+    "update_columns_kernel": 64,
     "update_rows_kernel": 80,
     "update_elementwise_kernel": 80,
     "combine_kernel": 48,
+    "column_sum_kernel": 48,
+    "combine_columns_kernel": 48,
     "step_size_kernel": 48,
     "norm_kernel": 64,
     "combine_norm_kernel": 64,
@@ -176,7 +190,8 @@ class Compiled:
 
     def expected_vectors(self, kind):
         """Return the same, if each stream is moved once (g of long rows: twice), in vectors."""
-        names = [] if self.kernel == "sum_kernel" else ["param", "exp_avg"]
+        sums = self.kernel in ("sum_kernel", "column_sum_kernel")
+        names = [] if sums else ["param", "exp_avg"]
         if self.kernel == "update_elementwise_kernel":
             names.append("exp_avg_sq")
         if names:  # quantized weights stay as they are
@@ -200,7 +215,7 @@ def test_compiled(capability, monkeypatch):
     """
     main = capability == 90
     calls = [
-        (call, Case(layout, *dtypes))
+        (call, (ColumnCase if call in (column_sum_sq, update_columns) else Case)(layout, *dtypes))
         for layout, call, dtypes_of_call in (
             # Main path: every combination of dtypes for one GPU, every value of each for others.
             ("few", update, DTYPES if main else FEW_DTYPES),
@@ -217,6 +232,11 @@ def test_compiled(capability, monkeypatch):
             ("mixed", update_elementwise, FEW_DTYPES[1:2] if main else []),
             ("mixed", update_in_one_pass, FEW_DTYPES[1:2] if main else []),
             ("odd parts", segment_sum_sq, FEW_DTYPES[1:2] if main else []),
+            # Columns.
+            ("matrix", update_columns, FEW_DTYPES if main else FEW_DTYPES[-3:]),
+            ("odd runs", update_columns, FEW_DTYPES[1:2] if main else []),
+            ("matrix", column_sum_sq, FEW_DTYPES[-2:]),
+            ("odd columns", column_sum_sq, FEW_DTYPES[1:2] if main else []),
             ("few", step_size, FEW_DTYPES[:1]),
             ("few", indexed_step_size, FEW_DTYPES[:1] if main else []),
             ("few", norm, FEW_DTYPES[:1]),
@@ -316,11 +336,53 @@ def test_tiles_cover_every_element_once(layout, vec):
     assert sorted(seen) == sorted(zip(element, in_state, owner, strict=True))
 
 
+@pytest.mark.parametrize("vec", [1, 4, 8])
+@pytest.mark.parametrize("layout", COLUMNS)
+def test_windows_of_columns_cover_every_element_once(layout, vec):
+    case = ColumnCase(layout)
+    expected = []
+    for run in range(len(case.table)):
+        table = {field.name: int(getattr(case.table, field.name)[run]) for field in FIELDS}
+        for at in range(table["start_C"], table["end_C"]):
+            row, segment = divmod(table["skip_C"] + at - table["start_C"], table["width_C"])
+            number = row * table["row_stride_C"] % 2**32
+            expected.append((at, at + table["shift_C"], table["index_C"] + segment, number))
+
+    seen = []
+    for size, tiles in column_windows(case.table, vec).items():
+        for tile in tiles:
+            field = dict(zip(COLUMN_WINDOW_FIELDS, tile.tolist(), strict=True))
+            assert 0 <= field["low"] < field["high"] <= TILE_NUMEL
+            assert field["width"] >= size
+            for name in ("start", "low", "high", "shift_state"):
+                assert field[name] % size == 0
+            x = np.arange(field["low"], field["high"])
+            row, segment = np.divmod(field["place"] + x, field["width"])
+            assert row.min() == 0
+            at = field["start"] + x
+            number = (field["number"] + row * field["row_stride"]) % 2**32
+            seen += zip(
+                at, at + field["shift_state"], field["index"] + segment, number, strict=True
+            )
+    assert sorted(seen) == expected
+
+
 def test_layouts_as_megatron_makes_them_move_in_vectors():
     for layout in WHOLE_VECTORS:
         table = Case(layout).table
         assert set(windows(table, 8, packed=False)) == {8}
         assert {kind.vec for kind in row_tiles(table, 8)} == {8}
+    for layout in COLUMNS_IN_VECTORS:
+        assert set(column_windows(ColumnCase(layout).table, 8)) == {8}
+
+
+@pytest.mark.parametrize(("call", "launches"), [(column_sum_sq, 2), (update_columns, 1)])
+def test_runs_that_begin_at_vectors_take_one_launch(call, launches, monkeypatch):
+    """And their sums one more, which adds up parts."""
+    for layout in COLUMNS_IN_VECTORS:
+        case = ColumnCase(layout, torch.float32, *FEW_DTYPES[1][1:])
+        if call is update_columns or not case.table.skip_C.any():
+            assert len(recorded(monkeypatch, [(call, case)])) == launches
 
 
 def test_only_state_that_suits_no_vector_is_moved_element_by_element():

@@ -12,6 +12,7 @@ import torch
 
 from megatron_adam_mini.kernels import BufferTensors, SegmentVectors, StepScalars
 from megatron_adam_mini.kernels.triton_tiles import ROW_LIMIT
+from megatron_adam_mini.plan.column_table import ColumnTable
 from megatron_adam_mini.plan.segment_table import SegmentTable
 
 CPU = torch.device("cpu")
@@ -39,6 +40,23 @@ SINGLE_ELEMENTS = {
     "odd slices": ([(64, 64, 4), (0, 64, 0), (64, 64, 60), (0, 2504, 1), (8, 40, 0)], 3),
 }
 LAYOUTS = WHOLE_VECTORS | SINGLE_ELEMENTS | {"none": ([], 10), "empty slice": ([], 0)}
+
+#: Runs of rows: gap before the run, elements, width, elements of the run that are elsewhere, and,
+#: if it differs, the gap in the state. Vectors begin with the runs; they may be in two rows.
+COLUMNS_IN_VECTORS = {
+    "matrix": ([(0, 1024, 64, 0)], 0),
+    "lines": ([(64, 4096, 64, 0), (0, 2064, 1032, 0)], 8),
+    "over row ends": ([(8, 1200, 100, 0), (16, 648, 37, 0, 8)], 0),
+    "shorter than a row": ([(8, 160, 4096, 0), (0, 2304, 2048, 0, 0)], 0),
+    "parts of runs": ([(8, 1000, 96, 40), (8, 640, 37, 1001, 24)], 0),
+}
+COLUMNS = COLUMNS_IN_VECTORS | {
+    "odd columns": ([(0, 100, 1, 0), (4, 602, 3, 0), (2, 33, 5, 0, 7)], 1),
+    "odd runs": ([(3, 301, 7, 0), (5, 2500, 1001, 0, 4), (1, 5, 9, 2, 0)], 2),
+    "no runs": ([], 10),
+}
+#: Sums only: windows would be many.
+COLUMNS_IN_PARTS = {"parts": ([(8, 1030 * 140 + 24, 1030, 0), (0, 3, 2, 0)], 0)}
 
 GRADS = (torch.float32, torch.bfloat16)
 #: exp_avg's dtype, and whether it is rounded stochastically.
@@ -88,19 +106,7 @@ class Case:
         unaligned=False,
         in_place=False,
     ):
-        pieces, tail = LAYOUTS[layout]
-        length_S = np.asarray([piece[1] for piece in pieces], dtype=np.int64)
-        end_S = length_S.cumsum() + np.cumsum([piece[0] for piece in pieces], dtype=np.int64)
-        gaps = [piece[0 if in_place else 2 * (len(piece) - 2)] for piece in pieces]
-        state_end_S = length_S.cumsum() + np.cumsum(gaps, dtype=np.int64)
-        start_S = end_S - length_S
-        index_S = np.arange(len(start_S)) + 2 if subset else None
-        self.table = SegmentTable(start_S, end_S, index_S, state_end_S - end_S)
-        if subset:
-            self.table = self.table.subset(np.arange(len(start_S)) % 2 == 0)
-        self.at = elements(start_S, end_S)
-        self.state_at = elements(state_end_S - length_S, state_end_S)
-        self.entries = len(start_S) + 4
+        end, state_end, tail = self._lay_out(layout, subset=subset, in_place=in_place)
         moment_dtype, stochastic = moment
         # The rows of entry 2, the first one that subsets use, pass the end of 32 bits.
         numbers = torch.arange(self.entries) * 1000 - (2256 if subset else 0)
@@ -109,8 +115,8 @@ class Case:
         skipped = 1 if unaligned else 0
 
         def stream(seed, dtype, *, of_state):
-            at, end_S_ = (self.state_at, state_end_S) if of_state else (self.at, end_S)
-            found = noise(skipped + int(end_S_.max(initial=0)) + tail, seed + 20)[skipped:]
+            at, last = (self.state_at, state_end) if of_state else (self.at, end)
+            found = noise(skipped + last + tail, seed + 20)[skipped:]
             found[at] = noise(len(at), seed)
             found = found * 1e4 if dtype == torch.int16 else found
             moved = torch.empty(skipped + len(found), dtype=dtype)[skipped:]
@@ -132,6 +138,23 @@ class Case:
             [{"lr": 0.01 * n, "eps": 1e-8 * n, "weight_decay": 0.1} for n in (1, 2, 3)],
             betas=(0.9, 0.95), step=3, grad_scale=grad_scale,
         )  # fmt: skip
+
+    def _lay_out(self, layout, *, subset, in_place):
+        """Set table, elements and number of entries; return the ends of buffer and state."""
+        pieces, tail = LAYOUTS[layout]
+        length_S = np.asarray([piece[1] for piece in pieces], dtype=np.int64)
+        end_S = length_S.cumsum() + np.cumsum([piece[0] for piece in pieces], dtype=np.int64)
+        gaps = [piece[0 if in_place else 2 * (len(piece) - 2)] for piece in pieces]
+        state_end_S = length_S.cumsum() + np.cumsum(gaps, dtype=np.int64)
+        start_S = end_S - length_S
+        index_S = np.arange(len(start_S)) + 2 if subset else None
+        self.table = SegmentTable(start_S, end_S, index_S, state_end_S - end_S)
+        if subset:
+            self.table = self.table.subset(np.arange(len(start_S)) % 2 == 0)
+        self.at = elements(start_S, end_S)
+        self.state_at = elements(state_end_S - length_S, state_end_S)
+        self.entries = len(start_S) + 4
+        return int(end_S.max(initial=0)), int(state_end_S.max(initial=0)), tail
 
     @property
     def tensors(self):
@@ -172,8 +195,36 @@ class Case:
         }
 
 
+class ColumnCase(Case):
+    """The same for runs of rows, whose columns are segments; subsets are of these."""
+
+    def _lay_out(self, layout, *, subset, in_place):
+        pieces, tail = (COLUMNS | COLUMNS_IN_PARTS)[layout]
+        found, end, state_end, index = [], 0, 0, 2
+        for number, (gap, numel, width, skip, *state_gap) in enumerate(pieces):
+            start, state_start = end + gap, state_end + (gap if in_place else [*state_gap, gap][0])
+            end, state_end = start + numel, state_start + numel
+            stride = (width, 3 * width, 2**32 + 7)[number % 3]
+            found.append((start, end, width, index, skip, state_start - start, stride))
+            index += min(width, skip + numel) + 1
+        chosen = found[::2] if subset else found
+        self.table = ColumnTable(*np.asarray(chosen, dtype=np.int64).reshape(-1, 7).T)
+        starts, ends, _, _, _, shifts, _ = np.asarray(found, dtype=np.int64).reshape(-1, 7).T
+        self.at, self.state_at = elements(starts, ends), elements(starts + shifts, ends + shifts)
+        self.entries = index + 1
+        return end, state_end, tail
+
+
 def segment_sum_sq(case, backend):
     backend.segment_sum_sq_(case.sum_sq, case.grad, case.table)
+
+
+def column_sum_sq(case, backend):
+    backend.column_sum_sq_(case.sum_sq, case.grad, case.table)
+
+
+def update_columns(case, backend):
+    backend.update_columns_(case.tensors, case.table, case.vectors, case.scalars)
 
 
 def step_size(case, backend, index=None):

@@ -19,6 +19,8 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run by tests/test_triton.py"
 
 from megatron_adam_mini.kernels import reference, triton_gpu
 from tests.triton_cases import (
+    COLUMNS,
+    COLUMNS_IN_PARTS,
     DTYPES,
     GRADS,
     LAYOUTS,
@@ -26,10 +28,13 @@ from tests.triton_cases import (
     STORAGE,
     WHOLE_VECTORS,
     Case,
+    ColumnCase,
+    column_sum_sq,
     noise,
     segment_sum_sq,
     step_size,
     update,
+    update_columns,
     update_elementwise,
     update_in_one_pass,
 )  # fmt: skip
@@ -126,6 +131,43 @@ def test_dtypes(layout, grad, moment, storage, kind):
         assert_equal_bits(case.after(kind, triton_gpu), case.after(kind, reference))
 
 
+def sums_of_columns(layout, grad=torch.float32, **options):
+    case = ColumnCase(layout, grad, **options)
+    found = case.after(column_sum_sq, triton_gpu)["sum_sq"]
+    expected = case.after(column_sum_sq, reference)["sum_sq"]
+    torch.testing.assert_close(found, expected, rtol=SUM_RTOL, atol=0)
+
+
+@pytest.mark.parametrize("grad", GRADS)
+@pytest.mark.parametrize("layout", COLUMNS | COLUMNS_IN_PARTS)
+def test_sums_of_columns(layout, grad):
+    if not ColumnCase(layout).table.skip_C.any():
+        sums_of_columns(layout, grad)
+
+
+@pytest.mark.parametrize("layout", COLUMNS)
+def test_columns(layout):
+    case = ColumnCase(layout, torch.float32, (torch.bfloat16, True), STORAGE[1])
+    assert_equal_bits(case.after(update_columns, triton_gpu), case.after(update_columns, reference))
+
+
+@pytest.mark.parametrize(("grad", "moment", "storage"), DTYPES)
+def test_dtypes_of_columns(grad, moment, storage):
+    case = ColumnCase("over row ends", grad, moment, storage)
+    assert_equal_bits(case.after(update_columns, triton_gpu), case.after(update_columns, reference))
+
+
+@pytest.mark.parametrize("unaligned", [False, True])
+def test_some_runs_with_entries_and_numbers_of_their_own(unaligned):
+    options = {"subset": True, "unaligned": unaligned}
+    sums_of_columns("over row ends", torch.bfloat16, **options)
+    for layout in ("parts of runs", "odd runs"):
+        case = ColumnCase(layout, torch.bfloat16, (torch.bfloat16, True), STORAGE[3], **options)
+        assert_equal_bits(
+            case.after(update_columns, triton_gpu), case.after(update_columns, reference)
+        )
+
+
 @pytest.mark.parametrize("unaligned", [False, True])
 @pytest.mark.parametrize("layout", ["mixed", "odd start", "odd slices"])
 def test_subset_of_segments_with_entries_and_numbers_of_their_own(layout, unaligned):
@@ -170,6 +212,24 @@ def test_nothing_is_written_if_grad_scale_is_not_finite(kind, bad):
         value is not None and not torch.equal(bits(value), bits(before[name]))
         for name, value in after.items()
     )
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_no_column_is_written_if_grad_scale_is_not_finite(bad):
+    case = ColumnCase("matrix", torch.float32, (torch.bfloat16, True), STORAGE[3], grad_scale=bad)
+    assert_equal_bits(
+        case.after(update_columns, triton_gpu), case.after(lambda *_: None, reference)
+    )
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+def test_columns_with_gradients_that_are_not_finite():
+    case = ColumnCase("over row ends")
+    for bad, victim in ((float("nan"), 5), (float("inf"), 1199), (1e30, 1201)):
+        case.grad[case.at[victim]] = bad
+    found = case.after(column_sum_sq, triton_gpu)["sum_sq"]
+    assert (~found.isfinite()).nonzero().flatten().tolist() == [2 + 5, 2 + 99, 2 + 101 + 1]
+    assert_equal_bits(case.after(update_columns, triton_gpu), case.after(update_columns, reference))
 
 
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -244,10 +304,17 @@ def test_no_domain():
 def test_tables_and_scratch_are_made_once(monkeypatch):
     """A later step neither copies to the device nor allocates, so it can be captured."""
     case = Case("odd parts", torch.float32, (torch.bfloat16, True), STORAGE[1])
+    columns = ColumnCase("odd runs", torch.float32, (torch.bfloat16, True), STORAGE[1], subset=True)
+    columns.table.skip_C[:] = 0
     kinds = (segment_sum_sq, step_size, update, update_in_one_pass, update_elementwise)
+    of_columns = (column_sum_sq, update_columns)
     for kind in kinds:
         kind(case, triton_gpu)
+    for kind in of_columns:
+        kind(columns, triton_gpu)
     for name in ("from_numpy", "zeros", "empty", "tensor"):
         monkeypatch.setattr(torch, name, None)
     for kind in kinds:
         kind(case, triton_gpu)
+    for kind in of_columns:
+        kind(columns, triton_gpu)

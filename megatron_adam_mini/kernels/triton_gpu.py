@@ -6,6 +6,7 @@ Imports triton. Launches: one per buffer and function, and
 * ``segment_sum_sq_`` and ``update_in_one_pass_``: one per width of short rows (powers of two below
   2048; all longer rows have one width), and one that adds up the parts of segments above 16,384
   elements; ``update_in_one_pass_`` updates these in one more: their g is too large to keep;
+* ``column_sum_sq_``: one more, which adds up partial sums;
 * ``norm_partials_``: two.
 
 Nothing waits for the device. The first call for a table makes its launch tables and scratch,
@@ -27,17 +28,21 @@ import torch
 import triton
 from torch import Tensor
 
-from megatron_adam_mini.kernels import triton_kernels
+from megatron_adam_mini.kernels import triton_column_kernels, triton_kernels
 from megatron_adam_mini.kernels.arguments import BufferTensors, SegmentVectors
+from megatron_adam_mini.kernels.column_tiles import RECTANGLE_FIELDS, Cut, rectangles, sums
 from megatron_adam_mini.kernels.scalars import StepScalars
 from megatron_adam_mini.kernels.triton_tiles import (
     TILE_NUMEL,
     RowTiles,
+    by_vec,
+    column_windows,
     is_long,
     parts,
     row_tiles,
     windows,
 )
+from megatron_adam_mini.plan.column_table import ColumnTable
 from megatron_adam_mini.plan.partition import IntArray
 from megatron_adam_mini.plan.segment_table import SegmentTable
 
@@ -52,6 +57,10 @@ ENTRIES = 256
 NORM_ENTRIES = 2048
 #: Parts of a long segment that are added at once.
 PARTS = 1024
+#: Columns side by side in a program, and elements that it adds up.
+COLUMNS, COLUMN_NUMEL = 256, 32768
+#: Segments whose partial sums a program adds up, so many at once.
+SEGMENTS, TERMS = 32, 32
 
 
 def segment_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: SegmentTable) -> None:
@@ -68,6 +77,27 @@ def segment_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: SegmentTable) -> N
         _launch(
             triton_kernels.combine_kernel, len(owners),
             sum_sq_SR, partials, owners, *[None] * 7, 0.0, 0.0, BLOCK=PARTS,
+        )  # fmt: skip
+
+
+def column_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: ColumnTable) -> None:
+    """Write the sum of squares of each column; see ``reference.column_sum_sq_``.
+
+    Squares are added in float32 within 32,768 elements, beyond that in float64.
+    """
+    if not len(table):
+        return
+    work = table.derived(_ColumnSums, _vec(grad_N), grad_N.device)
+    with _on(sum_sq_SR):
+        for vec, tiles in work.tiles:
+            _launch(
+                triton_column_kernels.column_sum_kernel, len(tiles),
+                work.partials, _bits(grad_N), tiles,
+                VEC=vec, COLUMNS=COLUMNS, LINES=TILE_NUMEL // COLUMNS,
+            )  # fmt: skip
+        _launch(
+            triton_column_kernels.combine_columns_kernel, len(work.blocks),
+            sum_sq_SR, work.partials, work.blocks, TERMS=TERMS, SEGMENTS=SEGMENTS,
         )  # fmt: skip
 
 
@@ -114,6 +144,19 @@ def update_(
         return
     with _on(tensors.grad):
         _update(_plan_of(table, tensors.grad), tensors, vectors, scalars)
+
+
+def update_columns_(
+    tensors: BufferTensors, table: ColumnTable, vectors: SegmentVectors, scalars: StepScalars
+) -> None:
+    """Update the elements of runs of rows; see ``reference.update_columns_``."""
+    if not len(table):
+        return
+    launches = table.derived(_column_updates, _vec(*tensors), tensors.grad.device)
+    with _on(tensors.grad):
+        _update_windows(
+            triton_column_kernels.update_columns_kernel, launches, tensors, vectors, scalars
+        )
 
 
 def update_in_one_pass_(
@@ -218,7 +261,33 @@ class _Plan:
         return self._parts[vec]
 
     def _to(self, table: IntArray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(table)).to(self.device)
+        return _on_device(table, self.device)
+
+
+class _ColumnSums:
+    """Launch tables and scratch of one table of columns, made on first use."""
+
+    def __init__(self, table: ColumnTable, vec: int, device: torch.device) -> None:
+        cut = Cut(columns=COLUMNS, numel=COLUMN_NUMEL, line=1024, multiple=vec)
+        found, bounds = rectangles(table, cut)
+        found = found[:, : RECTANGLE_FIELDS.index("partial") + 1]
+        suits = (found[:, :3] % vec == 0).all(axis=1)  # start, stride and columns
+        #: Elements per access and rectangles of each launch.
+        self.tiles = [
+            (size, _on_device(tiles, device)) for size, tiles in by_vec(found, suits, vec).items()
+        ]
+        self.blocks = _on_device(sums(table, bounds, SEGMENTS), device)
+        self.partials = torch.zeros(int(bounds[-1]), device=device)
+
+
+def _column_updates(table: ColumnTable, vec: int, device: torch.device) -> list[tuple[int, Tensor]]:
+    """Return elements per access and windows of each launch."""
+    found = column_windows(table, vec)
+    return [(size, _on_device(tiles, device)) for size, tiles in found.items()]
+
+
+def _on_device(table: IntArray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(table)).to(device)
 
 
 def _sum(plan: _Plan, vec: int, sum_sq_SR: Tensor, grad_N: Tensor) -> None:
@@ -236,10 +305,22 @@ def _update(
     plan: _Plan, tensors: BufferTensors, vectors: SegmentVectors, scalars: StepScalars
 ) -> None:
     """Update all segments."""
+    launches = plan.windows(_vec(*tensors))
+    _update_windows(triton_kernels.update_kernel, launches, tensors, vectors, scalars)
+
+
+def _update_windows(
+    kernel: Any,
+    launches: list[tuple[int, Tensor]],
+    tensors: BufferTensors,
+    vectors: SegmentVectors,
+    scalars: StepScalars,
+) -> None:
+    """Launch an update for windows, given elements per access and windows of each launch."""
     origin_SR = vectors.origin_SR
-    for vec, tiles in plan.windows(_vec(*tensors)):
+    for vec, tiles in launches:
         _launch(
-            triton_kernels.update_kernel, len(tiles),
+            kernel, len(tiles),
             *map(_bits, tensors), tiles, vectors.step_size_S, vectors.group_SR,
             scalars.hyper_G3, scalars.grad_scale,
             origin_SR, scalars.noise_key,

@@ -1,12 +1,14 @@
 """How the Triton kernels cut a table of segments into tiles, one per program.
 
-Imports numpy. Data flow: SegmentTable -> **windows, row tiles** -> launch tables (triton_gpu).
+Imports numpy. Data flow: SegmentTable, ColumnTable -> **windows, row tiles** -> launch tables
+(triton_gpu). Rectangles of columns, for sums: ``column_tiles``.
 
 Alignment is decided here, once and from integers. Kernels move ``vec`` elements per access; a tile
 suits this if each of its vectors lies in one segment, entirely inside the tile, at a multiple of
 ``vec`` in the buffer and in the state. Other tiles go to a launch with single elements.
 
-Shape suffixes: ``_T`` tiles, ``_U`` runs of segments (see ``SegmentTable.runs``).
+Shape suffixes: ``_T`` tiles, ``_U`` runs of segments (see ``SegmentTable.runs``), ``_C`` runs of
+rows (see ``ColumnTable``).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_adam_mini.plan.column_table import ColumnTable
 from megatron_adam_mini.plan.partition import IntArray
 from megatron_adam_mini.plan.segment_table import SegmentTable
 
@@ -35,6 +38,17 @@ WINDOW_FIELDS = (
     "index",
     "skip",
     "packed",
+    "shift_state",
+)
+COLUMN_WINDOW_FIELDS = (
+    "start",
+    "low",
+    "high",
+    "place",
+    "width",
+    "index",
+    "number",
+    "row_stride",
     "shift_state",
 )
 ROW_FIELDS = ("start", "length", "count", "index", "partial", "shift_state")
@@ -115,7 +129,41 @@ def windows(table: SegmentTable, vec: int, *, packed: bool) -> dict[int, IntArra
     if packed:
         suits &= columns["packed"] % vec == 0
     tiles = np.stack([columns[name] for name in WINDOW_FIELDS], axis=1)
-    return _by_vec(tiles, suits, vec)
+    return by_vec(tiles, suits, vec)
+
+
+def column_windows(table: ColumnTable, vec: int) -> dict[int, IntArray]:
+    """Cut runs of rows whose columns are segments into windows of the buffer.
+
+    Returns:
+        windows by elements per access, as :func:`windows` does; columns
+        :data:`COLUMN_WINDOW_FIELDS`. ``divmod(place + x, width)`` gives the row of element ``x``,
+        from the window's first row on, and its segment, whose entry is ``index`` plus the segment.
+        In row 0, ``number`` is added to the number of the segment's first element, and in each
+        further row ``row_stride`` more; both are below 2**32. A vector may be in two rows.
+    """
+    start_C, width_C = table.start_C, table.width_C
+    grid_C = start_C // vec * vec
+    run_T, number_T = _repeat(-(-(table.end_C - grid_C) // TILE_NUMEL))
+
+    begin = grid_C[run_T] + number_T * TILE_NUMEL
+    low = np.maximum(begin, start_C[run_T]) - begin
+    width = width_C[run_T]
+    row, column = np.divmod(table.skip_C[run_T] + begin + low - start_C[run_T], width)
+    columns = {
+        "start": begin,
+        "low": low,
+        "high": np.minimum(begin + TILE_NUMEL, table.end_C[run_T]) - begin,
+        "place": column - low,
+        "width": width,
+        "index": table.index_C[run_T],
+        "number": row * table.row_stride_C[run_T] % 2**32,
+        "row_stride": table.row_stride_C[run_T] % 2**32,
+        "shift_state": table.shift_C[run_T],
+    }
+    suits = (low % vec == 0) & (columns["high"] % vec == 0) & (width >= vec)
+    suits &= columns["shift_state"] % vec == 0
+    return by_vec(np.stack([columns[n] for n in COLUMN_WINDOW_FIELDS], axis=1), suits, vec)
 
 
 def row_tiles(table: SegmentTable, vec: int) -> list[RowTiles]:
@@ -164,7 +212,7 @@ def row_tiles(table: SegmentTable, vec: int) -> list[RowTiles]:
     return [
         RowTiles(size, int(columns), found)
         for columns in np.unique(width)
-        for size, found in _by_vec(tiles[width == columns], suits[width == columns], vec).items()
+        for size, found in by_vec(tiles[width == columns], suits[width == columns], vec).items()
     ]
 
 
@@ -199,7 +247,8 @@ def _columns(table: SegmentTable) -> IntArray:
     return np.asarray(runs, dtype=np.int64).T
 
 
-def _by_vec(tiles: IntArray, suits: NDArray[np.bool_], vec: int) -> dict[int, IntArray]:
+def by_vec(tiles: IntArray, suits: NDArray[np.bool_], vec: int) -> dict[int, IntArray]:
+    """Return tiles by elements per access: ``vec`` where it suits, else 1; without empty ones."""
     if vec == 1:
         suits = np.zeros(len(tiles), dtype=np.bool_)
     found = {vec: tiles[suits], 1: tiles[~suits]}
