@@ -1,7 +1,7 @@
 """The only collectives of a step: data parallel, tensor parallel, norm.
 
-Imports ``plan`` and torch.distributed. Data flow: partial sums of this rank -> **Collectives** ->
-sums over whole blocks, and the squared norm of the whole gradient.
+Imports ``plan``, ``column_reduction`` and torch.distributed. Data flow: partial sums of this rank
+-> **Collectives** -> sums over whole blocks, and the squared norm of the whole gradient.
 
 Every rank calls, in this order, :meth:`Collectives.start_`, :meth:`Collectives.add_over_model_`
 (not in a single-phase step) and :meth:`Collectives.finish_`. The plan alone determines what is
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
+from megatron_adam_mini.column_reduction import ColumnReduction
 from megatron_adam_mini.plan.partition import IntArray
 from megatron_adam_mini.plan.reduction import ReductionPlan
 from megatron_adam_mini.plan.step_plan import StepPlan
@@ -53,6 +54,15 @@ class Collectives:
     ) -> None:
         self._plan = plan
         self._groups = groups
+        self._columns = [
+            (
+                ColumnReduction(columns, dp_group=group.dp, tp_group=group.tp, device=device),
+                of_domain,
+            )
+            for columns, of_domain, group in zip(
+                plan.columns, plan.domain_segments, groups, strict=True
+            )
+        ]
         self._domains = [
             (
                 Reduction(
@@ -73,11 +83,14 @@ class Collectives:
         """Complete sums over data parallelism (in place) and start those over tensor parallelism.
 
         Collectives: all-gather in the dense and the expert data-parallel group; all-reduce in the
-        dense and the expert tensor-parallel group. The all-reduces stay in flight.
+        dense and the expert tensor-parallel group. The all-reduces stay in flight. If blocks are
+        columns, those of ``ColumnReduction`` come first.
 
         Args:
             sum_sq_S: this rank's partial sums, float32, shape ``(S,)``.
         """
+        for columns, of_domain in self._columns:
+            columns.complete_(sum_sq_S[of_domain])
         for reduction, of_domain in self._domains:
             reduction.complete_over_dp_(sum_sq_S[of_domain])
         for reduction, of_domain in self._domains:
@@ -123,8 +136,10 @@ class Collectives:
         """
         found = {
             f"{domain.name} {group}": num_bytes
-            for domain, (reduction, _) in zip(self._plan.domains, self._domains, strict=True)
-            for group, num_bytes in reduction.collectives
+            for domain, (reduction, _), (columns, _) in zip(
+                self._plan.domains, self._domains, self._columns, strict=True
+            )
+            for group, num_bytes in [*reduction.collectives, *columns.collectives]
         }
         return {"collectives": len(found), "bytes": sum(found.values()), "by_group": found}
 

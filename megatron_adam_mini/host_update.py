@@ -200,6 +200,8 @@ class HostUpdate:
             tensors = BufferTensors(held.param, held.exp_avg, weight, grad)
         if len(chunk.segments):
             kernels.update_(tensors, chunk.segments, self._vectors_S, scalars)
+        if len(chunk.columns):
+            kernels.update_columns_(tensors, chunk.columns, self._vectors_S, scalars)
         if len(chunk.ranges):
             elements = held.exp_avg_sq_E[chunk.elements]
             kernels.update_elementwise_(tensors, elements, chunk.ranges, self._vectors_R, scalars)

@@ -20,9 +20,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from megatron_adam_mini.piece_values import v_per_element
 from megatron_adam_mini.plan.shares import Share
 from megatron_adam_mini.plan.step_plan import Piece, StepPlan
-from megatron_adam_mini.state import HOST, BufferState, RankState, v_per_element
+from megatron_adam_mini.state import HOST, BufferState, RankState
 
 #: Keys of a shard's state. Megatron's precision-aware optimizer has ``master_param``, too.
 EXP_AVG, EXP_AVG_SQ, REMAINDERS = "exp_avg", "exp_avg_sq", "master_param"

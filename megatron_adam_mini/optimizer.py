@@ -34,6 +34,8 @@ from megatron_adam_mini.kernels import (
     select_backend,
 )
 from megatron_adam_mini.main_params import MainParams
+from megatron_adam_mini.piece_values import per_element
+from megatron_adam_mini.plan.column_table import ColumnTable
 from megatron_adam_mini.plan.segment_table import SegmentTable
 from megatron_adam_mini.plan.shares import plan_shares
 from megatron_adam_mini.plan.step_plan import Piece, StepPlan
@@ -192,7 +194,7 @@ class AdamMini:
         """
         # s <- sum(g * g), for each segment
         for buffer, plan in zip(self.buffers, self.plan.buffers, strict=True):
-            self._sum(buffer, plan.segments)
+            self._sum(buffer, plan.segments, plan.columns)
             self._sum(buffer, plan.ranges)
         # norm^2 <- sum(s) over partial sums: complete ones would count a cut block once per rank
         self.kernels.norm_partials_(self._stats_D2, self._sum_sq_SR, self._norm_domain_SR)
@@ -223,7 +225,7 @@ class AdamMini:
         are those of :meth:`sum_squares` without the norm.
         """
         for buffer, plan in zip(self.buffers, self.plan.buffers, strict=True):
-            self._sum(buffer, plan.cut)
+            self._sum(buffer, plan.cut, plan.columns)
         self.collectives.start_(self._sum_sq_S)
 
     def update(self, decision: Decision, early: EarlyBuffers | None = None) -> None:
@@ -305,7 +307,7 @@ class AdamMini:
                 param = state.of(piece).main_param(piece.window)
                 grad.add_(param.to(grad.device), alpha=decay)
         for buffer, plan in zip(self.buffers, self.plan.buffers, strict=True):
-            self._sum(buffer, plan.segments)
+            self._sum(buffer, plan.segments, plan.columns)
         self.collectives.start_(self._sum_sq_S)
         return True
 
@@ -364,9 +366,10 @@ class AdamMini:
             self._host.begin(state, self._step_size_S, scalars.grad_scale)
         for held in state.on_device:
             tensors, plan = self._tensors(held), held.plan
-            for table in filter(len, (plan.uncut, plan.cut)):
-                kernels.update_(tensors, table, vectors, scalars)
+            if len(plan.uncut):
+                kernels.update_(tensors, plan.uncut, vectors, scalars)
             self._update_ranges(held, vectors)
+        self._update_cut(state.on_device, vectors)
         self._finish_on_host(state)
 
     def finish(self, decision: Decision) -> Outcome:
@@ -392,6 +395,9 @@ class AdamMini:
         for held in buffers:
             if len(held.plan.cut):
                 self.kernels.update_(self._tensors(held), held.plan.cut, vectors, self._scalars)
+            if len(held.plan.columns):
+                columns = held.plan.columns
+                self.kernels.update_columns_(self._tensors(held), columns, vectors, self._scalars)
 
     def _update_ranges(self, held: BufferState, vectors: SegmentVectors) -> None:
         if len(held.plan.ranges):
@@ -407,9 +413,11 @@ class AdamMini:
             grad_scale=grad_scale,
         )
 
-    def _sum(self, buffer: Buffer, table: SegmentTable) -> None:
+    def _sum(self, buffer: Buffer, table: SegmentTable, columns: ColumnTable | None = None) -> None:
         if len(table):
             self.kernels.segment_sum_sq_(self._sum_sq_SR, buffer.grad, table)
+        if columns is not None and len(columns):
+            self.kernels.column_sum_sq_(self._sum_sq_SR, buffer.grad, columns)
 
     def _vectors(self, state: RankState) -> SegmentVectors:
         return SegmentVectors(
@@ -461,11 +469,7 @@ class AdamMini:
         """
         sizes: Tensor
         if not piece.is_elementwise:
-            first, last = self.plan.segment_bounds(piece)
-            bounds = np.clip(np.stack([first, last]) - piece.begin, part.start, part.stop)
-            lengths = torch.from_numpy(bounds[1] - bounds[0]).to(self.device)
-            sizes = self._step_size_S[piece.segments]
-            sizes = sizes.repeat_interleave(lengths, output_size=part.stop - part.start)
+            sizes = per_element(self.plan, piece, self._step_size_S[piece.segments], part)
             return sizes.to(state.of(piece).exp_avg.device)
         v = state.v_of_elements(piece)[part]
         lr, eps, _ = self._scalars.hyper_G3[self._group_of_parameter[piece.parameter]].to(v.device)

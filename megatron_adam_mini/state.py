@@ -319,17 +319,3 @@ class RankState(NamedTuple):
                 name = f"host_{kind}" if held.share.on_host else kind
                 found[name] = found.get(name, 0) + num_bytes
         return found
-
-
-def v_per_element(plan: StepPlan, piece: Piece, v: Tensor) -> Tensor:
-    """Return v of every element of a piece, float32, from v as it is stored.
-
-    Args:
-        plan: all integers.
-        piece: the piece.
-        v: one value per segment of the piece, or per element if the piece keeps these.
-    """
-    if piece.is_elementwise:
-        return v
-    first, last = plan.segment_bounds(piece)
-    return v.repeat_interleave(torch.from_numpy(last - first).to(v.device))

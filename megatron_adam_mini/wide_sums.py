@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_adam_mini.kernels import reference
+from megatron_adam_mini.plan.column_table import ColumnTable
 from megatron_adam_mini.plan.step_plan import StepPlan
 from megatron_adam_mini.state import Buffer
 
@@ -46,6 +47,20 @@ class WideSums:
                 for run in table.runs:
                     rows = buffer.grad[run.in_buffer].view(run.count, run.length)
                     self._add(rows, self.sum_sq_SR[run.entries], self.largest_SR[run.entries])
+            self._add_columns(buffer.grad, of_buffer.columns)
+
+    def _add_columns(self, grad: Tensor, table: ColumnTable) -> None:
+        runs = zip(table.start_C, table.end_C, table.width_C, table.index_C, strict=True)
+        for start, end, width, index in runs:
+            height = max(1, _CHUNK // int(width)) * int(width)  # elements of whole rows
+            for begin in range(int(start), int(end), height):
+                squares = grad[begin : min(begin + height, int(end))].double().square_()
+                count = min(len(squares), int(width))
+                here = slice(int(index), int(index) + count)
+                rows = torch.nn.functional.pad(squares, (0, -len(squares) % count))
+                rows = rows.view(-1, count)
+                self.sum_sq_SR[here] += rows.sum(dim=0)
+                self.largest_SR[here] = torch.maximum(self.largest_SR[here], rows.amax(dim=0))
 
     @staticmethod
     def _add(rows: Tensor, sums: Tensor, largest: Tensor) -> None:

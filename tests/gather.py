@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_adam_mini.piece_values import v_per_element
 from tests.megatron_job import (
     Job,
     Trainer,
@@ -62,12 +63,8 @@ def slices_of(trainer: Trainer, *, grads_only: bool = False) -> list[Part]:
         tensors = {"grad": inner.grad(piece)}
         if not grads_only:
             state = held_state.of(piece)
-            v = held_state.v_of_elements(piece)
-            if not piece.is_elementwise:
-                first, last = inner.plan.segment_bounds(piece)
-                v = held_state.v_of_segments(piece).repeat_interleave(
-                    torch.from_numpy(last - first)
-                )
+            stored = held_state.v_of_elements if piece.is_elementwise else held_state.v_of_segments
+            v = v_per_element(inner.plan, piece, stored(piece))
             tensors |= {**state.as_float32(piece.window), "v": v}
         values = {key: tensor.float() for key, tensor in tensors.items()}
         parts.append(_part(trainer, names[param], param, piece.begin, values))

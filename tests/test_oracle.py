@@ -49,6 +49,8 @@ def labels_of(name: str, shape: tuple[int, ...], job: Job) -> Tensor:
     if job.family in FAMILIES:
         return FAMILIES[job.family].labels(name, shape, job.adam_mini.get("value_as_block", False))
     preset = job.adam_mini.get("preset", "paper")
+    if preset in ("row-column", "slim") and (len(shape) == 2 or "norm" in name):
+        return labels_with_columns(name, shape, job, preset)
     if len(shape) == 1 and "norm" not in name:
         return one_label(*shape) if preset == "tensor" else element_labels(*shape)
     if len(shape) == 1:
@@ -68,6 +70,28 @@ def labels_of(name: str, shape: tuple[int, ...], job: Job) -> Tensor:
     if preset == "first" and ("embedding" in name or "output" in name):
         return element_labels(*shape)
     return row_labels(*shape) if preset in ("paper", "row") else one_label(*shape)
+
+
+def labels_with_columns(name: str, shape: tuple[int, ...], job: Job, preset: str) -> Tensor:
+    """Return the blocks of a matrix, or of a norm, of the presets with columns."""
+    if len(shape) == 1:
+        return element_labels(*shape) if preset == "slim" else one_label(*shape)
+    if "linear_qkv" in name:  # columns of Value, rows of all else
+        head_dim = job.config_args.get("kv_channels", job.hidden // job.heads)
+        per_group = job.heads // job.groups * (2 if job.gated_attention else 1)
+        group = [False] * (per_group * head_dim + head_dim) + [True] * head_dim
+        is_value = torch.tensor(group * job.groups)
+        labels = row_labels(*shape)
+        labels[is_value] = shape[0] + torch.arange(shape[1])
+        return torch.unique(labels, return_inverse=True)[1]
+    if "router" in name:
+        return element_labels(*shape)
+    if "linear_proj" in name or (preset == "slim" and "linear_fc" in name):
+        columns = torch.arange(shape[1]).expand(shape)
+        halves = 2 if job.swiglu and "linear_fc1" in name else 1  # gate above up
+        half = torch.arange(shape[0]) // (shape[0] // halves)
+        return columns + shape[1] * half[:, None]
+    return row_labels(*shape)
 
 
 def _merge_qkv(labels: Tensor, job: Job, kinds: set[str]) -> Tensor:
@@ -337,7 +361,20 @@ def compare_runs(job: Job, ranks: list[dict[str, Any]], expected: dict[str, Any]
     assert min(moved) > MOVED
 
 
+#: Columns of Value, projections and MLPs: sums of columns cross slices and tensor-parallel ranks.
+ROW_COLUMN = replace(BASE, adam_mini={"preset": "row-column", "backend": "reference"})
+SLIM = replace(BASE, adam_mini={"preset": "slim", "backend": "reference"})
+
 PARTITIONS = {
+    "row-column, rows cut by slices": (replace(ROW_COLUMN, tp=2), 3),
+    "slim, one rank": (SLIM, 1),
+    "slim, rows cut by slices": (replace(SLIM, bucket_size=1), 3),
+    "slim, tp2-dp2, sequence parallel": (replace(SLIM, tp=2, sequence_parallel=True), 2),
+    "slim, pp2, tied embeddings": (replace(SLIM, pp=2, tied=True), 2),
+    "slim, Value on one of four ranks": (replace(SLIM, tp=4, groups=1), 1),
+    "slim, replicated state": (replace(SLIM, tp=2, distributed_optimizer=False), 2),
+    "slim, several instances": (replace(SLIM, instances=2, tp=2), 2),
+    "slim, GELU with biases": (replace(SLIM, tp=2, swiglu=False, bias=True), 2),
     "row": (replace(BASE, adam_mini={"preset": "row"}, tp=2, pp=2), 2),
     "first": (replace(BASE, adam_mini={"preset": "first"}, tp=2, groups=2), 3),
     "tensor, heads on all ranks": (

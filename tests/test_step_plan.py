@@ -116,10 +116,10 @@ def test_segments_and_elements_of_a_piece_are_its_own(found):
         assert set(plan.parameter_SR[piece.segments].tolist()) <= {piece.parameter}
         elements += range(piece.elements.start, piece.elements.stop)
         if not piece.is_elementwise:
-            first, last = plan.segment_bounds(piece)
-            assert first[0] == piece.begin
-            assert last[-1] == piece.end
-            np.testing.assert_array_equal(first[1:], last[:-1])
+            (run,) = plan.runs_of(piece)
+            assert run.start_S[0] == 0
+            assert run.end_S[-1] == piece.end - piece.begin
+            np.testing.assert_array_equal(run.start_S[1:], run.end_S[:-1])
     assert elements == list(range(plan.num_elementwise))
 
 

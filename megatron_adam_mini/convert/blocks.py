@@ -114,6 +114,12 @@ def blocks_of(
     for parameter in parameters:
         name = name_in_run(parameter.key, args)
         found[parameter.key] = partition_parameter(info_of(parameter, name, args), config)
+    for blocks in found.values():
+        if blocks.pattern is not None and blocks.pattern.num_column_sets:
+            raise UnreadableError(
+                f"{blocks.info.name!r} would have one v per column, which is not converted offline "
+                "yet. Load the checkpoint in a run (--load), which averages v itself."
+            )
     missing = unmatched_patterns([b.info.name for b in found.values()], config)
     if missing:
         raise UnreadableError(

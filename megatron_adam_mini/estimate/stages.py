@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from megatron_adam_mini.estimate.models import Model
 from megatron_adam_mini.estimate.parallel import Parallel, flag, stage_layers
-from megatron_adam_mini.plan.parameter_info import HeadGeometry, ParameterInfo
+from megatron_adam_mini.plan.parameter_info import HeadGeometry, ParameterInfo, num_stacked
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -253,6 +253,7 @@ class _Chunk:
                 name,
                 tuple(n // size if dim == split else n for dim, n in enumerate(shape)),
                 lambda role: HeadGeometry.of(self.model, role),
+                num_stacked=num_stacked(name, gated=self.model.swiglu),
                 tp_dim=split,
                 tp_size=size,
                 tp_rank=rank,

@@ -9,7 +9,9 @@ model's coordinates, keys ``optimizer.adam_mini.{kind}.{parameter}`` with the la
 parameter's name; kind is
 
 * ``param``: main parameters, and ``exp_avg``: m, both shaped like the parameter;
-* ``v_row``: one number per row, repeated for the rows of one block;
+* ``v_row``: one number per row, repeated for the rows of one block, 0 for rows of a column set;
+* ``v_column``: one number per column, shape ``(column sets, columns)``, of parameters that have
+  such sets; those without other rows have no ``v_row``;
 * ``v_element``: v of parameters that keep one per element, shaped like the parameter.
 
 Format ``buckets``: ``param`` and ``exp_avg`` as flat buckets, like Megatron's ``dp_reshardable``; v
@@ -34,11 +36,13 @@ from megatron_adam_mini.mcore.entries import (
     StateView,
     add_entries,
     bucket_shards,
+    columns_from_v,
     need_buckets,
     rows_from_v,
     sums_over_segments,
     to_save,
     tp_rank_of_rows,
+    v_from_columns,
     v_from_rows,
 )
 from megatron_adam_mini.mcore.frozen import note_new_pieces, start_new_pieces
@@ -78,7 +82,10 @@ def state_to_save(view: StateView, entries: ModelEntries) -> dict[str, Any]:
             values = view.state.v_of_elements(piece).clone()
             boxes = entry.elements(state_key("v_element", ""), values, *span)
             add_entries(shards, f"v_element.{number}", boxes)
-        else:
+            continue
+        pattern = view.blocks_of(piece).pattern
+        assert pattern is not None
+        if pattern.num_row_blocks:
             boxes = entry.rows(
                 state_key("v_row", ""),
                 rows_from_v(view, piece),
@@ -87,6 +94,15 @@ def state_to_save(view: StateView, entries: ModelEntries) -> dict[str, Any]:
                 tp_rank=tp_rank_of_rows(view, piece),
             )
             add_entries(shards, f"v_row.{number}", boxes)
+        for column_set, first, values in columns_from_v(view, piece):
+            boxes = entry.columns(
+                state_key("v_column", ""),
+                values[None],
+                pattern.num_column_sets,
+                column_set,
+                first,
+            )
+            add_entries(shards, f"v_column.{number}.{column_set}", boxes)
     if checkpoint_format == BUCKETS:
         shards |= bucket_shards(view, None)
     state: dict[str, Any] = {
@@ -122,7 +138,7 @@ def prepare_load(
     checkpoint_format = format_of(identity)
     if checkpoint_format == BUCKETS:
         _refuse_other_buckets(view, identity)
-    pending = PendingLoad(view.state, average=changes_blocks(sources, blocks))
+    pending = PendingLoad(view.state, average=changes_blocks(sources, blocks), sources=sources)
     note_new_pieces(view, identity, sources, pending)
     for number, piece in enumerate(view.inner.plan.pieces):
         source = sources[piece.parameter]
@@ -144,7 +160,13 @@ def prepare_load(
                 )
             boxes = entry.elements(state_key("v_element", ""), values, *span)
             add_entries(pending.asked, f"v_element.{number}", boxes)
-        else:
+            continue
+        if source.pattern.num_column_sets:
+            shape = source.pattern.num_column_sets, source.info.row_numel
+            columns = pending.columns[number] = torch.zeros(shape, device=view.inner.device)
+            boxes = entry.columns(state_key("v_column", ""), columns, shape[0], 0, 0)
+            add_entries(pending.asked, f"v_column.{number}", boxes)
+        if source.pattern.num_row_blocks:
             width = view.blocks_of(piece).info.row_numel
             touched = -(-piece.end // width) - piece.begin // width
             rows = pending.rows[number] = torch.empty(touched, device=view.inner.device)
@@ -180,6 +202,8 @@ def finish_load(view: StateView, pending: PendingLoad, loaded: Mapping[str, Any]
         for number, piece in enumerate(view.inner.plan.pieces):
             if number in pending.rows:
                 v_from_rows(view, piece, pending.rows[number])
+            if number in pending.columns:
+                v_from_columns(view, piece, pending.columns[number])
     _take_common(view, loaded)
     for state, window, values in pending.floats:
         state.store(window, values)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -21,11 +22,12 @@ from torch.nn import Parameter
 from megatron_adam_mini.mcore.model_space import ModelEntries, ModelEntry
 from megatron_adam_mini.mcore.slices import ShardedBuffer
 from megatron_adam_mini.optimizer import AdamMini
+from megatron_adam_mini.piece_values import sum_over_segments
 from megatron_adam_mini.plan.buffer_plan import Window
 from megatron_adam_mini.plan.layout import row_parallel
 from megatron_adam_mini.plan.manifest import STATE_PREFIX
 from megatron_adam_mini.plan.partition import ParameterBlocks
-from megatron_adam_mini.plan.step_plan import DENSE, Piece
+from megatron_adam_mini.plan.step_plan import DENSE, ColumnRun, Piece, RowRun
 from megatron_adam_mini.state import BufferState, RankState
 
 #: Keys of the optimizer's state dict; Megatron's own optimizers use neither.
@@ -136,6 +138,8 @@ class PendingLoad:
         floats: state, window, and float32 tensors that the entries of ``param`` and ``exp_avg``
             are views of; see ``BufferState.store``.
         rows: row values of each piece, by the piece's number.
+        columns: v of this rank's columns of all sets, likewise; shape ``(sets, columns)``.
+        sources: blocks of the checkpoint's v, by parameter.
         elements: element values of each piece whose v is averaged over blocks.
         objects: entries that are not tensors.
         average: whether v is averaged over blocks rather than copied.
@@ -148,6 +152,8 @@ class PendingLoad:
     asked: Shards = field(default_factory=dict)
     floats: list[tuple[BufferState, Window, dict[str, Tensor]]] = field(default_factory=list)
     rows: dict[int, Tensor] = field(default_factory=dict)
+    columns: dict[int, Tensor] = field(default_factory=dict)
+    sources: Sequence[ParameterBlocks | None] = ()
     elements: dict[int, Tensor] = field(default_factory=dict)
     objects: dict[str, ShardedObject] = field(default_factory=dict)
     average: bool = False
@@ -212,18 +218,75 @@ def to_save(state: BufferState, window: Window) -> dict[str, Tensor]:
 
 
 def rows_from_v(view: StateView, piece: Piece) -> Tensor:
-    """Return v of every row with elements in the piece, from row ``begin // width`` on."""
-    first, last, width = _segments_in_rows(view, piece)
-    # Segments end at row ends or at the slice's end, so only the first can start within a row.
-    counts = -(-last // width) - first // width
+    """Return v of every row with elements in the piece, from row ``begin // width`` on.
+
+    It is 0 for rows whose columns have v.
+    """
+    width = view.blocks_of(piece).info.row_numel
     v = view.state.v_of_segments(piece)
-    return torch.repeat_interleave(v, counts, output_size=int(counts.sum()))
+    rows = v.new_zeros(-(-piece.end // width) - piece.begin // width)
+    for run in view.inner.plan.runs_of(piece):
+        if isinstance(run, RowRun):
+            first, last = run.start_S + piece.begin, run.end_S + piece.begin
+            # Segments end at row ends or at the slice's end, so only the first can start within.
+            counts = torch.from_numpy(-(-last // width) - first // width).to(v.device)
+            start = int(first[0]) // width - piece.begin // width
+            stop = -(-int(last[-1]) // width) - piece.begin // width
+            rows[start:stop] = v[run.entries].repeat_interleave(counts, output_size=stop - start)
+    return rows
 
 
 def v_from_rows(view: StateView, piece: Piece, rows: Tensor) -> None:
     """Set v of the piece's segments from row values, see :func:`rows_from_v`."""
-    first, _, width = _segments_in_rows(view, piece)
-    view.state.v_of_segments(piece).copy_(rows[first // width - piece.begin // width])
+    width = view.blocks_of(piece).info.row_numel
+    v = view.state.v_of_segments(piece)
+    for run in view.inner.plan.runs_of(piece):
+        if isinstance(run, RowRun):
+            row = (run.start_S + piece.begin) // width - piece.begin // width
+            v[run.entries] = rows[torch.from_numpy(row).to(v.device)]
+
+
+def columns_from_v(view: StateView, piece: Piece) -> list[tuple[int, int, Tensor]]:
+    """Return v of the columns whose first element, over all rows of their set, is in the piece.
+
+    Returns:
+        Column set, first column (counted on this rank) and values of each run of such columns.
+    """
+    blocks = view.blocks_of(piece)
+    v = view.state.v_of_segments(piece)
+    found = []
+    for run in view.inner.plan.runs_of(piece):
+        if isinstance(run, ColumnRun):
+            first = first_element(blocks, run.column_set) - piece.begin
+            if first <= run.begin < first + run.width:
+                count = min(run.width - run.column, run.end - run.begin)
+                values = v[run.entries][:count].clone()
+                found.append((run.column_set, run.column, values))
+    return found
+
+
+def first_element(blocks: ParameterBlocks, column_set: int) -> int:
+    """Return the first element of a column set in the shard, also if it is on another rank."""
+    assert blocks.pattern is not None
+    segments = np.arange(len(blocks.pattern.segment_rows), dtype=np.int64)
+    (at,) = np.flatnonzero(blocks.pattern.column_set_of(segments) == column_set)[:1]
+    row = int(blocks.pattern.row_bounds(segments)[0][at]) - blocks.info.row_offset
+    return row * blocks.info.row_numel
+
+
+def v_from_columns(view: StateView, piece: Piece, columns: Tensor) -> None:
+    """Set v of the piece's segments that are columns.
+
+    Args:
+        view: the optimizer.
+        piece: the piece.
+        columns: v of this rank's columns of all sets, shape ``(sets, columns)``.
+    """
+    v = view.state.v_of_segments(piece)
+    for run in view.inner.plan.runs_of(piece):
+        if isinstance(run, ColumnRun):
+            values = columns[run.column_set].roll(-run.column)
+            v[run.entries] = values[: run.entries.stop - run.entries.start]
 
 
 def sums_over_segments(view: StateView, pending: PendingLoad) -> Tensor:
@@ -234,28 +297,43 @@ def sums_over_segments(view: StateView, pending: PendingLoad) -> Tensor:
         out = sum_S[piece.segments]
         if not len(out) or number in pending.new:
             continue
-        first, last, width = _segments_in_rows(view, piece)
         if number in pending.elements:
-            elements = pending.elements[number].double()
+            elements = pending.elements[number]
         else:
-            elements = pending.rows[number].double().repeat_interleave(width)
-            skipped = piece.begin % width
-            elements = elements[skipped : skipped + piece.end - piece.begin]
-        # Prefix sums in float64: one pass whatever the number of segments.
-        prefix = torch.cat([elements.new_zeros(1), elements.cumsum(0)])
-        out.copy_(prefix[last - piece.begin] - prefix[first - piece.begin])
+            rows, columns = pending.rows.get(number), pending.columns.get(number)
+            source = pending.sources[piece.parameter]
+            assert source is not None
+            elements = elements_of(source, rows, columns, piece.begin, piece.end)
+        out.copy_(sum_over_segments(inner.plan, piece, elements))
     return sum_S
 
 
-def _segments_in_rows(view: StateView, piece: Piece) -> tuple[Tensor, Tensor, int]:
-    """Return first and last element of a piece's segments, and the parameter's row width."""
-    plan = view.inner.plan
-    first, last = plan.segment_bounds(piece)
-    return (
-        torch.from_numpy(first).to(view.inner.device),
-        torch.from_numpy(last).to(view.inner.device),
-        plan.parameters[piece.parameter].info.row_numel,
-    )
+def elements_of(
+    source: ParameterBlocks, rows: Tensor | None, columns: Tensor | None, begin: int, end: int
+) -> Tensor:
+    """Return v of elements ``[begin, end)`` of a shard, from v of its rows and columns.
+
+    Args:
+        source: its blocks.
+        rows: v of its rows from row ``begin // width`` on, if some rows are whole blocks.
+        columns: v of this rank's columns of all sets, shape ``(sets, columns)``, if there are any.
+        begin: first element.
+        end: one past the last.
+    """
+    assert source.pattern is not None
+    width = source.info.row_numel
+    first, last = begin // width, -(-end // width)
+    if columns is None:
+        assert rows is not None
+        found = rows[: last - first, None].expand(-1, width)
+    else:
+        offset = source.info.row_offset
+        of_set = source.pattern.column_set_of_rows()[first + offset : last + offset]
+        chosen = torch.from_numpy(of_set).to(columns.device)
+        found = columns[chosen.clamp(min=0)]
+        if rows is not None:
+            found = torch.where(chosen[:, None] < 0, rows[: last - first, None], found)
+    return found.reshape(-1)[begin - first * width : end - first * width]
 
 
 def need_buckets(view: StateView, checkpoint_format: str) -> None:

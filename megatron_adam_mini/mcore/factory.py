@@ -33,6 +33,7 @@ from megatron_adam_mini.mcore.metrics import observe
 from megatron_adam_mini.mcore.param_info import collect_parameters, frozen_keys
 from megatron_adam_mini.mcore.preflight import (
     refuse_buckets,
+    refuse_columns,
     refuse_coupled_decay,
     refuse_missing_groups,
     refuse_qk_clip,
@@ -163,6 +164,7 @@ def _plan(
     if options.param_remainders:
         check_remainders(param.dtype for param in infos)
     blocks = [partition_parameter(info, options) for info in infos.values()]
+    refuse_columns(blocks, model_chunks[0].config, select_backend(options.backend, device))
     domains = [
         _domain(name, config, model_chunks, list(infos), groups)
         for name in _domain_names(model_chunks)

@@ -128,6 +128,38 @@ class ModelEntry:
                     found.append(_box(kind, narrow, data, (first,), replica, True))
         return found
 
+    def columns(
+        self, kind: str, values: Tensor, num_sets: int, first_set: int, first: int
+    ) -> list[ShardedTensor]:
+        """Describe one number for each of some columns of a matrix, in one or several column sets.
+
+        Args:
+            kind: prefix of the key.
+            values: shape ``(sets, columns)``.
+            num_sets: column sets of the parameter.
+            first_set: the first set.
+            first: first column, counted on this rank.
+        """
+        view = self._views[0][1]
+        if any(other.key != view.key for _, other in self._views):
+            raise NotImplementedError(
+                f"Parameter {view.key!r} is stored in parts with keys of their own, so that v of "
+                "its columns has no place; give it the rule 'row'."
+            )
+        lead = view.prepend_axis_num
+        narrow = ShardedTensor(
+            key=view.key,
+            data=None,
+            dtype=values.dtype,
+            local_shape=(num_sets, view.local_shape[1]),
+            global_shape=(*view.global_shape[:lead], num_sets, view.global_shape[lead + 1]),
+            global_offset=(*view.global_offset[:lead], 0, view.global_offset[lead + 1]),
+            axis_fragmentations=None,
+            replica_id=view.replica_id,
+            prepend_axis_num=lead,
+        )
+        return [_box(kind, narrow, values, (first_set, first), self._replica(view), True)]
+
     def _replica(self, view: ShardedTensor) -> tuple[int, int, int]:
         if isinstance(view.replica_id, int):
             # A parallel save of the model wrote into its state dict which data-parallel rank

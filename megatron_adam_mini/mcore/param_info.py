@@ -21,7 +21,7 @@ from torch.nn import Module, Parameter
 
 from megatron_adam_mini.mcore import compat
 from megatron_adam_mini.mcore.quantized import is_quantized, refusal
-from megatron_adam_mini.plan.parameter_info import HeadGeometry, ParameterInfo
+from megatron_adam_mini.plan.parameter_info import HeadGeometry, ParameterInfo, num_stacked
 
 _WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 _SOFTMAX_OFFSET = ".core_attention.softmax_offset"
@@ -105,6 +105,7 @@ def _describe(
         tuple(param.shape),
         lambda role: HeadGeometry.of(config, role),
         key=key,
+        num_stacked=num_stacked(name, gated=bool(getattr(config, "gated_linear_unit", False))),
         tp_dim=0 if unmarked else split_dim,
         tp_size=group.size(),
         tp_rank=group.rank(),

@@ -7,7 +7,8 @@ rank. Nothing is gathered in ``torch_dist`` checkpoints, see ``checkpoint``.
 One file per tensor- and pipeline-parallel part holds, beside the identity of the state,
 ``parameters``: for each parameter of the part, by checkpoint key, ``param`` and ``exp_avg``,
 float32, shape ``(elements,)``, and ``exp_avg_sq``, float32: one value per row, repeated for the
-rows of one block, or per element if the parameter keeps one per element. So it loads under any
+rows of one block, or per element if the parameter keeps one per element; where columns have v, 0,
+and ``exp_avg_sq_columns``, shape ``(column sets, columns)``, has it. So it loads under any
 number of data-parallel ranks and any bucket size, but under no other tensor- or pipeline-parallel
 layout.
 """
@@ -19,21 +20,29 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
 from megatron_adam_mini.agreement import on_all_ranks
-from megatron_adam_mini.mcore.entries import PendingLoad, StateView, sums_over_segments
+from megatron_adam_mini.mcore.entries import (
+    PendingLoad,
+    StateView,
+    elements_of,
+    sums_over_segments,
+)
 from megatron_adam_mini.mcore.frozen import note_new_pieces, start_new_pieces
 from megatron_adam_mini.mcore.slices import ShardedBuffer
+from megatron_adam_mini.piece_values import first_of_segments, v_per_element
 from megatron_adam_mini.plan.layout import Placement
 from megatron_adam_mini.plan.manifest import changes_blocks, identity_of, partition_of_checkpoint
 from megatron_adam_mini.plan.partition import ParameterBlocks
 from megatron_adam_mini.plan.step_plan import Piece
-from megatron_adam_mini.state import v_per_element
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
+#: v of columns.
+COLUMNS = "exp_avg_sq_columns"
 #: Key of a list of what each optimizer in a chain of Megatron's has, dense and experts.
 MEMBERS = "members"
 #: Format of this module, in the identity of the state.
@@ -86,7 +95,7 @@ def gather(
             blocks = view.inner.plan.parameters[placement.parameter]
             values = {k: flat[placement.start : placement.end].clone() for k, flat in whole.items()}
             if blocks.pattern is not None:
-                values["exp_avg_sq"] = values["exp_avg_sq"][:: blocks.info.row_numel].clone()
+                values |= _v_of_blocks(blocks, values["exp_avg_sq"])
             found[blocks.info.checkpoint_key] = values
     if not received[0] and not found:
         return None
@@ -177,9 +186,8 @@ def _set_v(view: StateView, pending: PendingLoad) -> None:
         if piece.is_elementwise:
             view.state.v_of_elements(piece).copy_(elements)
         elif not pending.average:
-            starts, _ = view.inner.plan.segment_bounds(piece)
-            at = torch.from_numpy(starts - piece.begin).to(elements.device)
-            view.state.v_of_segments(piece).copy_(elements[at])
+            values = first_of_segments(view.inner.plan, piece, elements)
+            view.state.v_of_segments(piece).copy_(values)
     if pending.average:
         view.inner.average_into_v(view.state, sums_over_segments(view, pending))
 
@@ -234,9 +242,26 @@ def _bucket_of_parameters(
         for kind, flat in whole.items():
             values = stored[kind]
             if kind == "exp_avg_sq" and source.pattern is not None:
-                values = values.repeat_interleave(source.info.row_numel)
+                columns = stored.get(COLUMNS)
+                values = elements_of(source, values, columns, 0, source.info.numel)
             flat[placement.start : placement.end] = values
     return whole
+
+
+def _v_of_blocks(blocks: ParameterBlocks, elements: Tensor) -> dict[str, Tensor]:
+    """Return v of rows, and of columns if there are any, from v of all elements of a shard."""
+    assert blocks.pattern is not None
+    values = elements.view(-1, blocks.info.row_numel)
+    found = {"exp_avg_sq": values[:, 0].clone()}
+    sets = blocks.pattern.num_column_sets
+    if sets:
+        offset = blocks.info.row_offset
+        of_set = blocks.pattern.column_set_of_rows()[offset : offset + len(values)]
+        columns = found[COLUMNS] = values.new_zeros(sets, values.shape[1])
+        for number in np.unique(of_set[of_set >= 0]).tolist():
+            columns[number] = values[int(np.argmax(of_set == number))]
+        found["exp_avg_sq"][torch.from_numpy(of_set >= 0)] = 0
+    return found
 
 
 def _stored_parameter(

@@ -1,14 +1,16 @@
 """Refuse combinations that Adam-mini does not support, at start-up and with the reason.
 
-Imports the standard library only. The same table is applied to command-line arguments,
+Imports ``partition``. The same table is applied to command-line arguments,
 to ``OptimizerConfig`` and to the DDP config, whichever has the attribute.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from megatron_adam_mini.plan.partition import ParameterBlocks
 
 #: attribute -> (flag, why it is refused, what to do instead)
 _REFUSED = {
@@ -188,6 +190,45 @@ def refuse_keywords(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
             "does not know. Remedy: leave it out, or use a release of Megatron-Core that Adam-mini "
             "was tested with."
         )
+
+
+def refuse_columns(parameters: Sequence[ParameterBlocks], config: Any, backend: Any) -> None:
+    """Refuse one v per column where it has no meaning, or where this release cannot have it.
+
+    Args:
+        parameters: of the rank.
+        config: of the model.
+        backend: module of the kernels.
+
+    Raises:
+        NotImplementedError: names the parameter, or the setting.
+    """
+    found = [p for p in parameters if p.pattern is not None and p.pattern.num_column_sets]
+    if not found:
+        return
+    if not hasattr(backend, "update_columns_"):
+        raise NotImplementedError(
+            f"Parameter {found[0].info.name!r} has one v per column, which the kernels "
+            f"{backend.NAME!r} do not have. Remedy: --adam-mini-backend reference (plain torch), "
+            "or --adam-mini-preset row."
+        )
+    for blocks in found:
+        info = blocks.info
+        if len(info.shape) != 2 or info.role in ("mixer_input", "convolution", "state_space"):
+            raise NotImplementedError(
+                f"Parameter {info.name!r} of shape {info.global_shape} (role {info.role!r}) cannot "
+                "have one v per column: columns are those of one matrix of two dimensions. Give it "
+                "the rule 'row'."
+            )
+        interleaved = getattr(config, "moe_mlp_glu_interleave_size", None) or getattr(
+            config, "moe_shared_expert_glu_interleave_size", None
+        )
+        if info.num_stacked > 1 and interleaved:
+            raise NotImplementedError(
+                f"Parameter {info.name!r} cannot have one v per column: with "
+                "--moe-mlp-glu-interleave-size, rows of gate and up alternate in it. Drop that "
+                "flag, or give the parameter the rule 'row'."
+            )
 
 
 def refuse_coupled_decay(*, float32_gradients: bool, single_phase: bool) -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_adam_mini.plan.column_table import ColumnTable
 from megatron_adam_mini.plan.layout import (
     BoolArray,
     BucketLayout,
@@ -74,9 +75,10 @@ class BufferPlan:
         slices: one per bucket.
         state_numel: elements of one state tensor of the buffer.
         elements: the buffer's part of the vector of second moments per element.
-        segments: all segments.
-        uncut: segments of uncut blocks.
-        cut: segments of cut blocks.
+        segments: all segments but columns.
+        uncut: those of uncut blocks.
+        cut: those of cut blocks.
+        columns: segments that are columns.
         ranges: element ranges.
     """
 
@@ -87,6 +89,7 @@ class BufferPlan:
     segments: SegmentTable
     uncut: SegmentTable
     cut: SegmentTable
+    columns: ColumnTable
     ranges: SegmentTable
 
 
@@ -134,27 +137,49 @@ def plan_buffer(
         # The same object if no block is cut: kernels then derive launch tables only once.
         uncut=segments.subset(~cut_S) if cut_S.any() else segments,
         cut=segments.subset(cut_S),
+        columns=_column_table(slices),
         ranges=_table(slices, ranges=True),
     )
     return plan, following
 
 
 def _table(slices: Sequence[SlicePlan], *, ranges: bool) -> SegmentTable:
-    """Return the table of all segments of some slices, or of all their element ranges."""
+    """Return the table of all segments but columns of some slices, or of all element ranges."""
     columns: list[list[IntArray]] = [[np.empty(0, dtype=np.int64)] for _ in range(4)]
     for slice_plan in slices:
         segments, begin = slice_plan.segments, slice_plan.window.in_buffer.start
-        start, end, first = (
-            (segments.start_R, segments.end_R, slice_plan.first.element_range)
-            if ranges
-            else (segments.start_S, segments.end_S, slice_plan.first.segment)
-        )
+        if ranges:
+            start, end, first = segments.start_R, segments.end_R, slice_plan.first.element_range
+            chosen = np.arange(len(start))
+        else:
+            start, end, first = segments.start_S, segments.end_S, slice_plan.first.segment
+            chosen = np.flatnonzero(~segments.is_column_S)
         values = (
-            start + begin,
-            end + begin,
-            first + np.arange(len(start)),
-            np.full(len(start), slice_plan.window.in_state.start - begin, dtype=np.int64),
+            start[chosen] + begin,
+            end[chosen] + begin,
+            first + chosen,
+            np.full(len(chosen), slice_plan.window.in_state.start - begin, dtype=np.int64),
         )
         for column, value in zip(columns, values, strict=True):
             column.append(value)
     return SegmentTable(*(np.concatenate(column) for column in columns))
+
+
+def _column_table(slices: Sequence[SlicePlan]) -> ColumnTable:
+    """Return the table of all segments of some slices that are columns."""
+    parts = []
+    for slice_plan in slices:
+        runs, begin = slice_plan.segments.columns, slice_plan.window.in_buffer.start
+        same = np.ones(len(runs), dtype=np.int64)
+        parts.append(
+            (
+                runs.start_C + begin,
+                runs.end_C + begin,
+                runs.width_C,
+                runs.first_C + slice_plan.first.segment,
+                0 * same,
+                (slice_plan.window.in_state.start - begin) * same,
+                runs.row_stride_C,
+            )
+        )
+    return ColumnTable.joined(parts)

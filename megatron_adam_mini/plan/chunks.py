@@ -11,11 +11,12 @@ step size is known, each element is updated by itself.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megatron_adam_mini.plan.buffer_plan import Window
+from megatron_adam_mini.plan.column_table import ColumnTable
 from megatron_adam_mini.plan.partition import IntArray
 from megatron_adam_mini.plan.segment_table import SegmentTable
 from megatron_adam_mini.plan.shares import Share
@@ -28,7 +29,7 @@ class Parts:
 
     Attributes:
         source: entry of the whole one in the rank's vectors ``_SR``.
-        offset: its elements before the part.
+        offset: its elements before the part; 0 for columns, whose tables count them.
     """
 
     source: IntArray
@@ -42,8 +43,8 @@ class Chunk:
     Attributes:
         share: the share.
         begin: first element, counted in the share.
-        segments, ranges: tables with positions in the chunk, entries in :class:`ChunkPlan`, and
-            ``begin`` as their shift.
+        segments, columns, ranges: tables with positions in the chunk, entries in
+            :class:`ChunkPlan`, and ``begin`` as their shift.
         elements: its part of the share's elements with a second moment each.
         windows: what is copied: positions in the buffer, and in the chunk.
     """
@@ -51,6 +52,7 @@ class Chunk:
     share: Share
     begin: int
     segments: SegmentTable
+    columns: ColumnTable
     ranges: SegmentTable
     elements: slice
     windows: tuple[Window, ...]
@@ -62,7 +64,7 @@ class ChunkPlan:
 
     Attributes:
         chunks: in the order of their update.
-        segments: parts of segments, in the order of the chunks.
+        segments: parts of segments, in the order of the chunks; columns come last in each.
         ranges: parts of element ranges, likewise.
     """
 
@@ -94,6 +96,7 @@ def plan_chunks(shares: Iterable[Share], pieces: Sequence[Piece], limit: int) ->
                 share=share,
                 begin=begin,
                 segments=segments.clip(share.plan.segments, first, last, begin),
+                columns=segments.clip_columns(share.plan.columns, first, last, begin),
                 ranges=of_ranges,
                 elements=slice(elements, elements + of_ranges.numel),
                 windows=_windows(windows_of[share.number], first, last),
@@ -127,6 +130,24 @@ class _Clipper:
             number,
             np.full(len(start), begin, dtype=np.int64),
         )
+
+    def clip_columns(self, table: ColumnTable, first: int, last: int, begin: int) -> ColumnTable:
+        """Return what positions ``[first, last)`` of the state hold of runs of rows."""
+        start, end = table.start_C + table.shift_C, table.end_C + table.shift_C
+        here = (end > first) & (start < last)
+        part, start, end = table.subset(here), start[here], end[here]
+        part = replace(
+            part,
+            start_C=np.maximum(start, first) - first,
+            end_C=np.minimum(end, last) - first,
+            skip_C=np.maximum(first - start, 0),
+            shift_C=np.full(len(start), begin, dtype=np.int64),
+        )
+        self._source.append(part.indices)
+        self._offset.append(np.zeros(len(part.indices), dtype=np.int64))
+        number_C = self._count + np.cumsum(part.counts) - part.counts
+        self._count += len(part.indices)
+        return replace(part, index_C=number_C)
 
     def parts(self) -> Parts:
         return Parts(np.concatenate(self._source), np.concatenate(self._offset))

@@ -1,6 +1,7 @@
 """Runs of rows whose columns are segments: elements of one segment are a row apart.
 
-Imports numpy and ``segment_table``. Data flow: layout -> **ColumnTable** -> kernels.
+Imports numpy, ``column_runs`` and ``segment_table``. Data flow: ``buffer_plan`` -> **ColumnTable**
+-> kernels.
 
 A run of eight elements that begins with the third element of a row of three columns, and one whose
 first four elements lie elsewhere (``skip`` 4)::
@@ -13,11 +14,14 @@ first four elements lie elsewhere (``skip`` 4)::
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
+from megatron_adam_mini.plan.column_runs import numbers_within
 from megatron_adam_mini.plan.partition import IntArray
 from megatron_adam_mini.plan.segment_table import DerivedTables
 
@@ -52,6 +56,27 @@ class ColumnTable(DerivedTables):
     def __len__(self) -> int:
         """Return the number of runs."""
         return len(self.start_C)
+
+    def subset(self, chosen_C: NDArray[np.bool_]) -> ColumnTable:
+        """Return the table of the chosen runs; entries and positions stay the same."""
+        return ColumnTable(*(getattr(self, field.name)[chosen_C] for field in fields(self)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Sequence[IntArray]]) -> ColumnTable:
+        """Return the table of several parts, one after the other.
+
+        Args:
+            parts: the arrays of each, in the order of the attributes.
+        """
+        none = np.empty(0, dtype=np.int64)
+        columns = zip(*parts, strict=True) if parts else [()] * len(fields(cls))
+        return cls(*(np.concatenate([none, *column]) for column in columns))
+
+    @cached_property
+    def indices(self) -> IntArray:
+        """Entries of the segments of all runs, one run after the other."""
+        first = np.repeat(self.index_C, self.counts)
+        return first + numbers_within(self.counts)
 
     @cached_property
     def counts(self) -> IntArray:

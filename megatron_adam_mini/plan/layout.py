@@ -1,6 +1,6 @@
 """Blocks x slice -> segments: where blocks lie in a rank's slice of a bucket.
 
-Imports numpy and ``partition`` only. Everything here is integers, computed once at
+Imports numpy, ``partition`` and ``column_runs``. Everything here is integers, computed once at
 construction and never changed. Words and shape suffixes: see the docstring of ``plan``.
 
 Data flow: partition, and the offsets of Megatron's buckets -> **layout** -> reduction, step plan.
@@ -20,11 +20,12 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_adam_mini.plan.column_runs import ColumnRuns, numbers_within
 from megatron_adam_mini.plan.partition import IntArray, ParameterBlocks, RowPattern
 
 BoolArray = NDArray[np.bool_]
@@ -132,16 +133,18 @@ def state_starts(buffer: BufferLayout, rank: Numbers) -> tuple[list[Numbers], Nu
 
 @dataclass(frozen=True)
 class SliceSegments:
-    """Segments and element ranges of one slice, both in ascending order.
+    """Segments and element ranges of one slice, both in ascending order (of first elements).
 
     Attributes:
-        start_S, end_S: offsets within the slice.
+        start_S, end_S: offsets within the slice; those of first and last element for columns.
         parameter_S: index of the parameter.
         row_segment_S: row segment of the parameter's pattern.
         block_S: block of the parameter.
         block_numel_S: elements of the whole block, over all ranks.
-        clipped_left_S, clipped_right_S: the row segment continues in the slice before, after.
+        clipped_left_S, clipped_right_S: the row segment continues in the slice before, after;
+            never for columns.
         start_R, end_R, parameter_R: element ranges.
+        columns: runs of segments that are columns.
     """
 
     start_S: IntArray
@@ -155,6 +158,15 @@ class SliceSegments:
     start_R: IntArray
     end_R: IntArray
     parameter_R: IntArray
+    columns: ColumnRuns
+
+    @cached_property
+    def is_column_S(self) -> BoolArray:  # noqa: N802 (shape suffix)
+        """Whether a segment is a column, or a part of one."""
+        found = np.zeros(self.num_segments, dtype=np.bool_)
+        counts = self.columns.counts
+        found[np.repeat(self.columns.first_C, counts) + numbers_within(counts)] = True
+        return found
 
     @property
     def num_segments(self) -> int:
@@ -195,7 +207,7 @@ def slice_size(bucket: BucketLayout, parameters: Sequence[ParameterBlocks], rank
         if blocks.pattern is None:
             elementwise += last - first
         else:
-            segments += len(_segments_between(blocks, blocks.pattern, first, last))
+            segments += _num_segments(blocks, blocks.pattern, first, last)
     return SliceSize(segments, elementwise, elements)
 
 
@@ -210,49 +222,124 @@ def segment_slice(
         rank: which slice, ``0 <= rank < bucket.num_slices``.
     """
     begin = rank * bucket.slice_numel
-    integers: list[list[IntArray]] = [[] for _ in range(6)]
-    clipped: list[list[BoolArray]] = [[], []]
+    found: list[_Segments] = []
     ranges: list[tuple[int, int, int]] = []
+    runs: list[ColumnRuns] = []
+    num_segments = 0
     for placement, blocks, first, last in _parts(bucket, parameters, rank):
         shift = placement.start - begin
         if blocks.pattern is None:
             ranges.append((first + shift, last + shift, placement.parameter))
             continue
+        held = _row_segments(placement.parameter, blocks, blocks.pattern, first, last)
         if blocks.pattern.num_column_sets:
-            raise NotImplementedError(
-                f"Parameter {blocks.info.name!r} has one second moment per column, which only the "
-                "stand-alone AdamMini has; give it the rule 'row'."
-            )
-        width = blocks.info.row_numel
-        offset = blocks.info.row_offset
-        between = _segments_between(blocks, blocks.pattern, first, last)
-        segments = np.arange(between.start, between.stop, dtype=np.int64)
-        low, high = blocks.pattern.row_bounds(segments)
-        # Rows of other tensor-parallel ranks are not in the local tensor.
-        low = np.maximum((low - offset) * width, 0)
-        high = np.minimum((high - offset) * width, blocks.info.numel)
-        whole_width = width * (blocks.info.tp_size if row_parallel(blocks) else 1)
-        values = (
-            np.maximum(low, first) + shift,
-            np.minimum(high, last) + shift,
-            np.full(len(segments), placement.parameter, dtype=np.int64),
-            segments,
-            blocks.pattern.block_of_row_segment(segments),
-            blocks.pattern.rows_of_block(segments) * whole_width,
-        )
-        for column, value in zip(integers, values, strict=True):
-            column.append(value)
-        clipped[0].append(low < first)
-        clipped[1].append(high > last)
-    no_integers, no_flags = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.bool_)
-    starts, ends, parameter, row_segment, block, block_numel = (
-        np.concatenate([no_integers, *column]) for column in integers
-    )
-    left, right = (np.concatenate([no_flags, *column]) for column in clipped)
+            held, of_parameter = _with_columns(held, blocks, blocks.pattern, shift, num_segments)
+            runs.append(of_parameter)
+        found.append(held._replace(start=held.start + shift, end=held.end + shift))
+        num_segments += len(held.start)
     table = np.asarray(ranges, dtype=np.int64).reshape(-1, 3)
+    none, no_flags = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.bool_)
     return SliceSegments(
-        starts, ends, parameter, row_segment, block, block_numel, left, right, *table.T.copy()
+        start_S=np.concatenate([none, *(held.start for held in found)]),
+        end_S=np.concatenate([none, *(held.end for held in found)]),
+        parameter_S=np.concatenate([none, *(held.parameter for held in found)]),
+        row_segment_S=np.concatenate([none, *(held.row_segment for held in found)]),
+        block_S=np.concatenate([none, *(held.block for held in found)]),
+        block_numel_S=np.concatenate([none, *(held.block_numel for held in found)]),
+        clipped_left_S=np.concatenate([no_flags, *(held.clipped_left for held in found)]),
+        clipped_right_S=np.concatenate([no_flags, *(held.clipped_right for held in found)]),
+        start_R=table[:, 0].copy(),
+        end_R=table[:, 1].copy(),
+        parameter_R=table[:, 2].copy(),
+        columns=ColumnRuns.joined(runs),
     )
+
+
+class _Segments(NamedTuple):
+    """Segments of one parameter in a slice, as in :class:`SliceSegments`."""
+
+    start: IntArray
+    end: IntArray
+    parameter: IntArray
+    row_segment: IntArray
+    block: IntArray
+    block_numel: IntArray
+    clipped_left: BoolArray
+    clipped_right: BoolArray
+
+
+def _row_segments(
+    parameter: int, blocks: ParameterBlocks, pattern: RowPattern, first: int, last: int
+) -> _Segments:
+    """Return what local elements ``[first, last)`` hold of row segments; they count in the shard.
+
+    ``block_numel`` of a column set is that of all of its rows.
+    """
+    width, offset = blocks.info.row_numel, blocks.info.row_offset
+    between = _segments_between(blocks, pattern, first, last)
+    segments = np.arange(between.start, between.stop, dtype=np.int64)
+    low, high = pattern.row_bounds(segments)
+    # Rows of other tensor-parallel ranks are not in the local tensor.
+    low = np.maximum((low - offset) * width, 0)
+    high = np.minimum((high - offset) * width, blocks.info.numel)
+    return _Segments(
+        np.maximum(low, first),
+        np.minimum(high, last),
+        np.full(len(segments), parameter, dtype=np.int64),
+        segments,
+        pattern.block_of_row_segment(segments),
+        pattern.rows_of_block(segments) * width * _part_of_rows(blocks)[0],
+        low < first,
+        high > last,
+    )
+
+
+def _with_columns(
+    held: _Segments, blocks: ParameterBlocks, pattern: RowPattern, shift: int, num_segments: int
+) -> tuple[_Segments, ColumnRuns]:
+    """Divide the row segments of column sets into columns.
+
+    Args:
+        held: row segments of one parameter in the slice.
+        blocks: the parameter.
+        pattern: its blocks.
+        shift: position in the slice minus position in the shard.
+        num_segments: segments of the slice before those of the parameter.
+
+    Returns:
+        The segments, and the runs that have columns.
+    """
+    width, (parts, part) = blocks.info.row_numel, _part_of_rows(blocks)
+    of_set = pattern.column_set_of(held.row_segment)
+    is_run = of_set >= 0
+    counts = np.where(is_run, np.minimum(width, held.end - held.start), 1)
+    first_C = num_segments + np.cumsum(counts) - counts
+    start_C, same = held.start[is_run], np.ones(int(is_run.sum()), dtype=np.int64)
+    runs = ColumnRuns(
+        start_C + shift,
+        held.end[is_run] + shift,
+        held.parameter[is_run],
+        of_set[is_run],
+        same * width,
+        start_C % width,
+        first_C[is_run],
+        same * width * parts,
+    )
+    row = np.repeat(np.arange(len(counts)), counts)  # row segment of each segment
+    is_column = is_run[row]
+    start = held.start[row] + numbers_within(counts)
+    last = start + (held.end[row] - 1 - start) // width * width
+    column = part * width + start % width
+    return _Segments(
+        start,
+        np.where(is_column, last + 1, held.end[row]),
+        held.parameter[row],
+        held.row_segment[row],
+        held.block[row] + np.where(is_column, column, 0),
+        held.block_numel[row] // np.where(is_column, width * parts, 1),
+        held.clipped_left[row] & ~is_column,
+        held.clipped_right[row] & ~is_column,
+    ), runs
 
 
 def element_numbers(
@@ -282,11 +369,7 @@ def element_numbers(
         row, column = np.divmod(
             starts[here] + rank * bucket.slice_numel - placement.start, info.row_numel
         )
-        parts, part = (
-            (info.tp_size, info.tp_rank)
-            if row_parallel(parameters[placement.parameter])
-            else (1, 0)
-        )
+        parts, part = _part_of_rows(parameters[placement.parameter])
         found[here] = ((info.row_offset + row) * parts + part) * info.row_numel + column
     return found
 
@@ -295,7 +378,7 @@ def cut_boundaries(bucket: BucketLayout, parameters: Sequence[ParameterBlocks]) 
     """Return, for each boundary between slices, whether it cuts a row segment.
 
     Shape ``(num_slices - 1,)``. Row segments of spread blocks (see :func:`spread_blocks`) do not
-    count: their sums have slots of their own.
+    count: their sums have slots of their own. Nor do those of column sets.
     """
     cuts = np.zeros(bucket.num_slices - 1, dtype=np.bool_)
     positions = bucket.slice_numel * np.arange(1, bucket.num_slices, dtype=np.int64)
@@ -314,7 +397,7 @@ def cut_boundaries(bucket: BucketLayout, parameters: Sequence[ParameterBlocks]) 
         before = blocks.pattern.row_segments_of(offset + (element - 1) // width)
         after = blocks.pattern.row_segments_of(offset + element // width)
         spread = np.isin(blocks.pattern.block_of_row_segment(after), spread_blocks(blocks))
-        cuts[inside] = (before == after) & ~spread
+        cuts[inside] = (before == after) & ~spread & (blocks.pattern.column_set_of(after) < 0)
     return cuts
 
 
@@ -323,7 +406,7 @@ def spread_blocks(blocks: ParameterBlocks) -> IntArray:
 
     They are the blocks of several row segments, and, if dimension 0 is split, those that cross a
     boundary between tensor-parallel ranks (a Query or Key head if twice the number of query groups
-    is not divisible by the tensor-parallel size).
+    is not divisible by the tensor-parallel size). Columns are no spread blocks.
     """
     if blocks.pattern is None:
         return np.empty(0, dtype=np.int64)
@@ -341,6 +424,11 @@ def row_parallel(blocks: ParameterBlocks) -> bool:
     return (blocks.info.tp_dim or 0) > 0 and blocks.info.tp_size > 1
 
 
+def _part_of_rows(blocks: ParameterBlocks) -> tuple[int, int]:
+    """Return into how many parts tensor parallelism splits each row, and which one is here."""
+    return (blocks.info.tp_size, blocks.info.tp_rank) if row_parallel(blocks) else (1, 0)
+
+
 @lru_cache(maxsize=512)
 def _spread_blocks(pattern: RowPattern, split_rows: int) -> IntArray:
     if pattern.segment_rows == (1,) and pattern.shared == (-1,):
@@ -349,7 +437,8 @@ def _spread_blocks(pattern: RowPattern, split_rows: int) -> IntArray:
     spread = pattern.is_of_several(segments)
     if split_rows:
         low, high = pattern.row_bounds(segments)
-        spread = spread | (low // split_rows != (high - 1) // split_rows)
+        crosses = low // split_rows != (high - 1) // split_rows
+        spread = spread | (crosses & (pattern.column_set_of(segments) < 0))
     return np.unique(pattern.block_of_row_segment(segments[spread]))
 
 
@@ -372,3 +461,13 @@ def _segments_between(blocks: ParameterBlocks, pattern: RowPattern, first: int, 
         pattern.row_segment_of(offset + first // width),
         pattern.row_segment_of(offset + (last - 1) // width) + 1,
     )
+
+
+def _num_segments(blocks: ParameterBlocks, pattern: RowPattern, first: int, last: int) -> int:
+    """Return the number of segments among local elements ``[first, last)``."""
+    if not pattern.num_column_sets:
+        return len(_segments_between(blocks, pattern, first, last))
+    held = _row_segments(0, blocks, pattern, first, last)
+    is_run = pattern.column_set_of(held.row_segment) >= 0
+    counts = np.minimum(blocks.info.row_numel, held.end - held.start)
+    return int(np.where(is_run, counts, 1).sum())

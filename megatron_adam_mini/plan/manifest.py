@@ -27,7 +27,10 @@ from megatron_adam_mini.plan.partition import (
 )
 
 #: Increment when newer code writes checkpoints that older code cannot read.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+
+#: What is written where no parameter has v of columns: older code reads that.
+_WITHOUT_COLUMNS = 2
 
 #: Prefix of the keys of Adam-mini's state in checkpoints.
 STATE_PREFIX = "optimizer.adam_mini."
@@ -64,7 +67,7 @@ def state_key(kind: str, key: str) -> str:
     """Return the key of one tensor of Adam-mini's state in a checkpoint.
 
     Args:
-        kind: ``param``, ``exp_avg``, ``v_row`` or ``v_element``.
+        kind: ``param``, ``exp_avg``, ``v_row``, ``v_column`` or ``v_element``.
         key: key of the parameter, layer number included.
     """
     return f"{STATE_PREFIX}{kind}.{key}"
@@ -157,15 +160,27 @@ def identity_of(
         saved_from: sizes of the parallel layout, for information only.
     """
     return {
-        "format": FORMAT_VERSION,
+        "format": FORMAT_VERSION if has_columns(manifest) else _WITHOUT_COLUMNS,
         "layout": _STORED_FORMATS.get(checkpoint_format, checkpoint_format),
         "partition": partition_fields(config),
         "manifest_hash": manifest["hash"],
         "rules": {e["key"]: [e["rule"], e["blocks"]] for e in manifest["parameters"]},
         "heads": {e["key"]: e["heads"] for e in manifest["parameters"] if e["heads"]},
+        **(_stacked(manifest) if has_columns(manifest) else {}),
         "frozen": manifest["frozen"],
         "saved_from": saved_from,
     }
+
+
+def has_columns(manifest: Mapping[str, Any]) -> bool:
+    """Return whether any parameter of a model has v of columns."""
+    return any(entry["column_sets"] for entry in manifest["parameters"])
+
+
+def _stacked(manifest: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Return which weights hold several matrices, by checkpoint key."""
+    entries = manifest["parameters"]
+    return {"stacked": {e["key"]: e["stacked"] for e in entries if e["stacked"] > 1}}
 
 
 def config_of(identity: Mapping[str, Any]) -> AdamMiniConfig:

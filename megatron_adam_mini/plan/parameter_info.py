@@ -7,6 +7,7 @@ a description of a model (estimate/stages) -> **ParameterInfo** -> partition.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,19 @@ HEAD_PARTS = {
     "latent_query": ("query",),
     "latent_key_value": ("key", "value"),
 }
+
+
+_GATED = re.compile(r"\.linear_fc1\.weight\d*$")
+
+
+def num_stacked(name: str, *, gated: bool) -> int:
+    """Return the number of matrices in the rows of a weight, see :class:`ParameterInfo`.
+
+    Args:
+        name: of the weight.
+        gated: whether the model's MLPs are gated.
+    """
+    return 2 if gated and _GATED.search(name) else 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -274,6 +274,8 @@ class ParameterBlocks:
             "elements": math.prod(self.info.global_shape),
             "v_bytes": 4 * self.num_blocks,
             "heads": None if self.info.heads is None else self.info.heads.to_store(),
+            "column_sets": 0 if self.pattern is None else self.pattern.num_column_sets,
+            "stacked": self.info.num_stacked,
         }
 
     def identity(self) -> dict[str, Any]:

@@ -24,6 +24,8 @@ A block can be cut in three ways:
   on several tensor-parallel ranks. Every rank contributes one sum per slot.
 * by *columns*: tensor parallelism splits the columns of the weight, and each row with them.
 
+Blocks that are columns have a reduction of their own, see ``column_sums``.
+
 Worked example, TP 2 x DP 2. Of the first bucket, ``P`` is row-parallel, 3 rows of 4, so every
 tensor-parallel rank holds 3 half rows; ``Q`` is one attention head of 4 rows of 2, of which every
 tensor-parallel rank holds 2, and the boundary at element 8 cuts these again. The second bucket
@@ -321,12 +323,14 @@ def _plan_edges(
 def _segments_of_split_rows(
     slices: Sequence[SliceSegments], parameters: Sequence[ParameterBlocks]
 ) -> IntArray:
-    """Return the segments of weights whose columns tensor parallelism splits."""
+    """Return the segments of rows of which every tensor-parallel rank has a part."""
     is_split = np.asarray([row_parallel(blocks) for blocks in parameters], dtype=np.bool_)
     parameter_S = np.concatenate(
         [np.empty(0, dtype=np.int64), *(held.parameter_S for held in slices)]
     )
-    return np.flatnonzero(is_split[parameter_S])
+    no_flags = np.empty(0, dtype=np.bool_)
+    is_column_S = np.concatenate([no_flags, *(held.is_column_S for held in slices)])
+    return np.flatnonzero(is_split[parameter_S] & ~is_column_S)
 
 
 def _table(rows: Sequence[Sequence[int]]) -> IntArray:

@@ -141,11 +141,13 @@ def _share(
         position = table.start_S + table.shifts
         return table.subset((position >= in_state.start) & (position < in_state.stop))
 
+    position_C = plan.columns.start_C + plan.columns.shift_C
     part = replace(
         plan,
         segments=own(plan.segments),
         uncut=own(plan.uncut),
         cut=own(plan.cut),
+        columns=plan.columns.subset((position_C >= in_state.start) & (position_C < in_state.stop)),
         ranges=own(plan.ranges),
     )
     return Share(number, on_host, part, in_state, elements)

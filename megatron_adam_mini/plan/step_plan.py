@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from megatron_adam_mini.plan.buffer_plan import (
     Window,
     plan_buffer,
 )
+from megatron_adam_mini.plan.column_sums import ColumnPlan, plan_columns
 from megatron_adam_mini.plan.layout import (
     BoolArray,
     BucketLayout,
@@ -97,6 +98,38 @@ class Piece:
         return bool(self.elements.stop > self.elements.start)
 
 
+class RowRun(NamedTuple):
+    """Consecutive segments of a piece that consist of rows.
+
+    Attributes:
+        entries: their entries among those of the piece.
+        start_S, end_S: their elements, counted in the piece.
+    """
+
+    entries: slice
+    start_S: IntArray
+    end_S: IntArray
+
+
+class ColumnRun(NamedTuple):
+    """A run of rows whose columns are segments; see ``column_runs``.
+
+    Attributes:
+        entries: of its segments, among those of the piece.
+        begin, end: its elements, counted in the piece.
+        width: elements of a row on this rank; element ``x`` is of segment ``(x - begin) % width``.
+        column_set: number of the set.
+        column: column of the first segment, counted on this rank.
+    """
+
+    entries: slice
+    begin: int
+    end: int
+    width: int
+    column_set: int
+    column: int
+
+
 @dataclass(frozen=True, eq=False)
 class StepPlan:
     """All integers of one rank's step; made by :func:`plan_step`.
@@ -108,9 +141,9 @@ class StepPlan:
         parameters: all parameters of the rank.
         domains: dense, then experts if there are any.
         buffers: those of all domains.
-        reductions: one per domain.
+        reductions, columns: what completes sums; one per domain.
         domain_segments: for each domain, its part of the vectors ``_S``.
-        is_cut_S: whether the segment's block is cut.
+        is_cut_S: whether the segment's block is cut; columns count as cut.
         block_numel_S: elements of the segment's whole block, over all ranks.
         parameter_SR: index of the parameter.
         norm_domain_SR: int8, domain whose gradient norm includes the entry; -1: none.
@@ -120,6 +153,7 @@ class StepPlan:
     domains: tuple[DomainLayout, ...]
     buffers: tuple[BufferPlan, ...]
     reductions: tuple[ReductionPlan, ...]
+    columns: tuple[ColumnPlan, ...]
     domain_segments: tuple[slice, ...]
     is_cut_S: BoolArray
     block_numel_S: IntArray
@@ -133,19 +167,22 @@ class StepPlan:
             ValueError: a table does not cover the elements of a piece, an entry is not used
                 exactly once, or a position is out of range.
         """
-        entries = [buffer.segments.indices for buffer in self.buffers]
-        entries += [buffer.ranges.indices for buffer in self.buffers]
-        joined = np.concatenate([np.empty(0, dtype=np.int64), *entries])
+        tables = [table for b in self.buffers for table in (b.segments, b.columns, b.ranges)]
+        joined = np.sort(
+            np.concatenate([np.empty(0, dtype=np.int64), *(t.indices for t in tables)])
+        )
         if not np.array_equal(joined, np.arange(len(self.parameter_SR))):
             raise ValueError("Adam-mini's plan does not give each segment an entry of its own.")
         held_by_buffer = [0] * len(self.buffers)
         for piece in self.pieces:
             held_by_buffer[piece.buffer] += piece.window.numel
         for number, (buffer, held) in enumerate(zip(self.buffers, held_by_buffer, strict=True)):
-            covered = buffer.segments.numel + buffer.ranges.numel
-            tables = buffer.segments, buffer.ranges
-            first = min(int((t.start_S + t.shifts).min(initial=0)) for t in tables)
-            reach = max(t.state_reach for t in tables)
+            columns, rows = buffer.columns, (buffer.segments, buffer.ranges)
+            covered = columns.numel + sum(table.numel for table in rows)
+            starts = [table.start_S + table.shifts for table in rows]
+            starts.append(columns.start_C + columns.shift_C)
+            first = min(int(start.min(initial=0)) for start in starts)
+            reach = max(columns.state_reach, *(table.state_reach for table in rows))
             if covered != held or first < 0 or reach > buffer.state_numel:
                 raise ValueError(
                     f"Adam-mini's plan for buffer {number} covers {covered} elements of {held}, "
@@ -205,16 +242,38 @@ class StepPlan:
                 elements=slice(elements, elements + (0 if run else last - first)),
             )
 
-    def segment_bounds(self, piece: Piece) -> tuple[IntArray, IntArray]:
-        """Return first and one-past-last element of each segment of a piece.
+    def runs_of(self, piece: Piece) -> list[RowRun | ColumnRun]:
+        """Return which elements the segments of a piece have, in ascending order."""
+        slice_plan = self.buffers[piece.buffer].slices[piece.bucket]
+        held, columns = slice_plan.segments, slice_plan.segments.columns
+        first = piece.segments.start - slice_plan.first.segment
+        last = piece.segments.stop - slice_plan.first.segment
+        # Elements of the slice count from its begin, those of the piece from its own.
+        begin = piece.window.in_buffer.start - slice_plan.window.in_buffer.start
+        found: list[RowRun | ColumnRun] = []
+        entry = first
 
-        Like ``piece.begin``, they count in the flattened tensor-parallel shard.
-        """
-        table = self.buffers[piece.buffer].segments
-        first = int(table.indices[0]) if len(table) else 0
-        here = slice(piece.segments.start - first, piece.segments.stop - first)
-        shift = piece.begin - piece.window.in_buffer.start
-        return table.start_S[here] + shift, table.end_S[here] + shift
+        def add_rows(end: int) -> None:
+            if entry < end:
+                here, own = slice(entry, end), slice(entry - first, end - first)
+                starts, ends = held.start_S[here] - begin, held.end_S[here] - begin
+                found.append(RowRun(own, starts, ends))
+
+        for run in np.flatnonzero(columns.parameter_C == piece.parameter).tolist():
+            add_rows(int(columns.first_C[run]))
+            entry = int(columns.first_C[run] + columns.counts[run])
+            found.append(
+                ColumnRun(
+                    slice(int(columns.first_C[run]) - first, entry - first),
+                    int(columns.start_C[run]) - begin,
+                    int(columns.end_C[run]) - begin,
+                    int(columns.width_C[run]),
+                    int(columns.set_C[run]),
+                    int(columns.column_C[run]),
+                )
+            )
+        add_rows(last)
+        return found
 
     def first_element_numbers(self) -> NDArray[np.int32]:
         """Return the number of the first element of each segment and range: int32 bits, ``(SR,)``.
@@ -287,12 +346,23 @@ def plan_step(parameters: Sequence[ParameterBlocks], domains: Sequence[DomainLay
         )
         for domain, domain_parts in zip(domains, parts, strict=True)
     )
+    columns = tuple(
+        plan_columns(
+            domain.buckets,
+            domain_parts,
+            parameters,
+            dp_rank=domain.dp_rank,
+            tp_size=domain.tp_size,
+        )
+        for domain, domain_parts in zip(domains, parts, strict=True)
+    )
     sizes = [sum(held.num_segments for held in domain_parts) for domain_parts in parts]
     ends = np.cumsum([0, *sizes]).tolist()
     domain_segments = tuple(slice(a, b) for a, b in pairwise(ends))
     is_cut_S = np.zeros(ends[-1], dtype=np.bool_)
-    for here, reduction in zip(domain_segments, reductions, strict=True):
+    for here, reduction, of_columns in zip(domain_segments, reductions, columns, strict=True):
         is_cut_S[here.start + reduction.completed] = True
+        is_cut_S[here.start + of_columns.segment] = True
 
     buffers: list[BufferPlan] = []
     first = Entries(segment=0, element_range=ends[-1], element=0)
@@ -319,6 +389,7 @@ def plan_step(parameters: Sequence[ParameterBlocks], domains: Sequence[DomainLay
         domains=tuple(domains),
         buffers=tuple(buffers),
         reductions=reductions,
+        columns=columns,
         domain_segments=domain_segments,
         is_cut_S=is_cut_S,
         block_numel_S=np.concatenate([none, *(held.block_numel_S for held in every)]),
