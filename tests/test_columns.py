@@ -28,7 +28,7 @@ from tests.test_checkpoint import (
 )
 from tests.test_oracle import labels_of
 
-SLIM = {"preset": "slim", "backend": "reference"}
+SLIM = {"preset": "slim"}
 JOB = replace(BASE, adam_mini=SLIM)
 
 

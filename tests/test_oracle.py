@@ -362,8 +362,8 @@ def compare_runs(job: Job, ranks: list[dict[str, Any]], expected: dict[str, Any]
 
 
 #: Columns of Value, projections and MLPs: sums of columns cross slices and tensor-parallel ranks.
-ROW_COLUMN = replace(BASE, adam_mini={"preset": "row-column", "backend": "reference"})
-SLIM = replace(BASE, adam_mini={"preset": "slim", "backend": "reference"})
+ROW_COLUMN = replace(BASE, adam_mini={"preset": "row-column"})
+SLIM = replace(BASE, adam_mini={"preset": "slim"})
 
 PARTITIONS = {
     "row-column, rows cut by slices": (replace(ROW_COLUMN, tp=2), 3),

@@ -174,13 +174,13 @@ def identity_of(
 
 def has_columns(manifest: Mapping[str, Any]) -> bool:
     """Return whether any parameter of a model has v of columns."""
-    return any(entry["column_sets"] for entry in manifest["parameters"])
+    return any("column_sets" in entry for entry in manifest["parameters"])
 
 
 def _stacked(manifest: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Return which weights hold several matrices, by checkpoint key."""
     entries = manifest["parameters"]
-    return {"stacked": {e["key"]: e["stacked"] for e in entries if e["stacked"] > 1}}
+    return {"stacked": {e["key"]: e["stacked"] for e in entries if e.get("stacked", 1) > 1}}
 
 
 def config_of(identity: Mapping[str, Any]) -> AdamMiniConfig:

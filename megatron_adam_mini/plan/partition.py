@@ -274,9 +274,14 @@ class ParameterBlocks:
             "elements": math.prod(self.info.global_shape),
             "v_bytes": 4 * self.num_blocks,
             "heads": None if self.info.heads is None else self.info.heads.to_store(),
-            "column_sets": 0 if self.pattern is None else self.pattern.num_column_sets,
-            "stacked": self.info.num_stacked,
+            **self._about_columns(),
         }
+
+    def _about_columns(self) -> dict[str, int]:
+        """Return how many column sets there are, and how many matrices; nothing without columns."""
+        if self.pattern is None or not self.pattern.num_column_sets:
+            return {}
+        return {"column_sets": self.pattern.num_column_sets, "stacked": self.info.num_stacked}
 
     def identity(self) -> dict[str, Any]:
         """Return what must be equal on all ranks that hold this parameter."""
