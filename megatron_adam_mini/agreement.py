@@ -84,7 +84,8 @@ def check_agreement(
         raise ValueError(
             f"Adam-mini name patterns {missing} match no parameter of the model. Patterns are "
             "matched with fnmatch against global names such as "
-            "'decoder.layers.0.mlp.linear_fc1.weight'; --adam-mini-manifest lists all of them."
+            "'decoder.layers.0.mlp.linear_fc1.weight'; --adam-mini-manifest, or manifest() of "
+            "AdamMini, lists all of them."
         )
 
 

@@ -69,7 +69,8 @@ def test_name_pattern_that_matches_nothing(layout):
         assert text == (
             "Adam-mini name patterns ['*.lineer_fc1.weight', 'x'] match no parameter of the model. "
             "Patterns are matched with fnmatch against global names such as "
-            "'decoder.layers.0.mlp.linear_fc1.weight'; --adam-mini-manifest lists all of them."
+            "'decoder.layers.0.mlp.linear_fc1.weight'; --adam-mini-manifest, or manifest() of "
+            "AdamMini, lists all of them."
         )
 
 

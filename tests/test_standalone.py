@@ -383,6 +383,35 @@ def test_wrappers_are_no_part_of_a_name():
     assert blocks_of(AdamMini(ddp, **GEOMETRY)) == plain
 
 
+def test_a_compiled_model_trains_as_one_that_is_not():
+    model = nn.ModuleDict({"fc1": nn.Linear(4, 8), "norm": nn.LayerNorm(8), "fc2": nn.Linear(8, 1)})
+    other = copy.deepcopy(model)
+    losses = []
+    for module, disable in ((model, True), (other, False)):
+        loss_of = torch.compile(Chain(module), backend="aot_eager", disable=disable)
+        optimizer = AdamMini(loss_of.named_parameters(), preset="row", **HYPER)
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            losses.append(loss_of(torch.eye(4)))
+            losses[-1].backward()
+            optimizer.step()
+    assert float(losses[STEPS - 1]) < float(losses[0])
+    torch.testing.assert_close(losses[:STEPS], losses[STEPS:], **ADAMW_TOLERANCE)
+
+
+class Chain(nn.Module):
+    """The mean square of what layers make one after the other."""
+
+    def __init__(self, layers: nn.ModuleDict) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers.values():
+            x = layer(x)
+        return x.square().mean()
+
+
 def test_what_is_not_known_keeps_full_v_and_is_listed(caplog):
     shapes = shapes_of_llama() | {"model.gadget.weight": (3, 5), "model.frozen.weight": (2, 2)}
     model = module_of(shapes)
@@ -869,7 +898,7 @@ def test_sparse_gradients_are_refused():
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/standalone.md"])
-def test_python_in_the_documents_runs(document):
+def test_python_in_the_documents_runs(document, tmp_path):
     text = (Path(__file__).parents[1] / document).read_text()
     found = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     blocks = [block for block in found if "AdamMini(" in block]
@@ -878,7 +907,7 @@ def test_python_in_the_documents_runs(document):
     for name in ("k_proj", "v_proj"):
         shapes[f"model.layers.0.self_attn.{name}.weight"] = (8, 32)
     model = module_of(shapes)
-    names: dict[str, Any] = {"model": model, "torch": torch}
+    names: dict[str, Any] = {"model": model, "torch": torch, "folder": tmp_path}
     for block in blocks:
         exec(block, names)
         before = model.lm_head.weight.detach().clone()

@@ -5,6 +5,7 @@ Every rank also trains the whole model by itself; both must agree, element by el
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
@@ -344,6 +345,56 @@ def gradients_of_one_rank(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("options", [{}, {"rules": {"*": "row"}}, {"full_v": ("*",)}])
 def test_a_rank_without_a_gradient_has_zeros_if_another_one_has_one(options):
     run_ranks(2, gradients_of_one_rank, {"rules": {"*": "tensor"}} | options, timeout=60.0)
+
+
+def make_stage(options: dict[str, Any], grouped: bool, layout: str | None = None) -> list[str]:
+    """Make the optimizer of a pipeline stage, or of a whole model; return what it logged."""
+    stage = distributed.get_rank()
+    shapes = shapes_of_llama()
+    if layout is None:
+        names = ("model.embed_tokens", "model.norm"), ("model.layers", "lm_head")
+        shapes = {name: shape for name, shape in shapes.items() if name.startswith(names[stage])}
+    model = Given(shapes)
+    if layout is not None:
+        shard_model(model, layout)
+    group = {"process_group": distributed.group.WORLD} if grouped else {}
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("megatron_adam_mini").addHandler(handler)
+    train(model, optimizer_of(model, **options, **group))
+    return records
+
+
+def errors_of_stages(*args: Any) -> list[tuple[str, str]]:
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, make_stage, *args, timeout=60.0)
+    assert len(caught.value.errors) == 2
+    return [*caught.value.errors.values()]
+
+
+def test_a_rule_for_another_pipeline_stage_is_no_error():
+    first, last = run_ranks(2, make_stage, {"rules": {"lm_head.weight": "tensor"}}, False)
+    assert not last
+    assert "'lm_head.weight' match no parameter" in first[0]
+    assert "process_group=torch.distributed.group.WORLD" in first[0]
+    assert run_ranks(2, make_stage, {"rules": {"lm_head.weight": "tensor"}}, True) == [[], []]
+
+
+def test_what_one_stage_refuses_is_refused_on_all():
+    for kind, text in errors_of_stages({"rules": {"*lm_haed*": "tensor"}}, True):
+        assert kind == "ValueError"
+        assert "['*lm_haed*'] match no parameter" in text
+    (first, text), (last, _) = errors_of_stages({"num_heads": None}, True)
+    assert (first, last) == ("RuntimeError", "ValueError")
+    assert "on rank 1: ValueError" in text
+    assert "needs num_heads=" in text
+
+
+def test_a_rule_that_matches_nothing_where_all_ranks_hold_all_parameters():
+    for kind, text in errors_of_stages({"rules": {"*lm_haed*": "tensor"}}, False, "fsdp"):
+        assert kind == "ValueError"
+        assert "'*lm_haed*' match no parameter" in text
 
 
 def unusual_shards() -> None:

@@ -1,27 +1,36 @@
 """Adam-mini as a ``torch.optim.Optimizer``.
 
-Imports torch, ``config``, ``kernels`` and the modules before it.
+Imports torch, ``config``, ``agreement``, ``kernels`` and the modules before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.optim import Optimizer
 
+from megatron_adam_mini.agreement import PlanRecord, agree_on_plan
 from megatron_adam_mini.config import AdamMiniConfig, check_adam_values
 from megatron_adam_mini.kernels import select_backend
 from megatron_adam_mini.standalone.block_sums import complete_
+from megatron_adam_mini.standalone.blocks import Blocks
 from megatron_adam_mini.standalone.gradients import take_gradients
 from megatron_adam_mini.standalone.local_shard import LocalShard
-from megatron_adam_mini.standalone.partition import is_trained, partition_groups, warn_of_unknown
+from megatron_adam_mini.standalone.partition import (
+    is_trained,
+    matched_patterns,
+    partition_groups,
+    refuse_unmatched,
+    warn_of_unknown,
+)
 from megatron_adam_mini.standalone.scalar_pool import ScalarPool
 
 #: Options that a parameter group cannot have.
-_OF_THE_OPTIMIZER = {"preset", "value_as_block", "full_v", "rules", "backend"}
+_OF_THE_OPTIMIZER = {"preset", "value_as_block", "full_v", "rules", "backend", "process_group"}
 #: Options of ``torch.optim.AdamW`` that would change the step, and that there is nothing like here.
 _MISSING = ("amsgrad", "maximize")
 #: What a parameter group says of the model; a loaded state does not change it.
@@ -42,10 +51,13 @@ class AdamMini(Optimizer):
         rules: ``{pattern of names: "row" | "column" | "head" | "tensor" | "element"}``, first
             match wins; ``{"*": "tensor"}`` is the paper's Algorithm 3, for models that are no
             Transformers.
+        process_group: ranks that make this optimizer together, such as all stages of a pipeline:
+            what one of them refuses is refused on all, and a rule must match on one of them.
 
     Raises:
         ValueError, TypeError, NotImplementedError: a value, dtype or layout that is not allowed;
             the message names the value, the allowed ones and the remedy.
+        RuntimeError: another rank of ``process_group`` refuses something, or has other options.
 
     Source: Zhang et al., arXiv:2406.16793, Algorithms 1 to 3; decoupled weight decay of Loshchilov
     and Hutter, arXiv:1711.05101.
@@ -67,6 +79,7 @@ class AdamMini(Optimizer):
         full_v: tuple[str, ...] = (),
         rules: Mapping[str, str] | None = None,
         backend: str = "auto",
+        process_group: distributed.ProcessGroup | None = None,
     ) -> None:
         self.config = AdamMiniConfig(
             preset=preset,
@@ -75,6 +88,7 @@ class AdamMini(Optimizer):
             rules=tuple((rules or {}).items()),
             backend=backend,
         )
+        self._process_group = process_group
         self._shards: dict[Tensor, LocalShard] = {}
         self._scalars = ScalarPool()
         self._made = False
@@ -207,10 +221,21 @@ class AdamMini(Optimizer):
 
     def _check(self) -> None:
         """Refuse what cannot be updated, and list what is not known."""
-        shards = self._local_shards()
-        warn_of_unknown({p: shard.blocks for p, shard in shards.items()}, self.config)
+        if self._process_group is None:
+            blocks, _ = self._plan()
+            refuse_unmatched(blocks, self.config)
+        else:
+            patterns = [pattern for pattern, _ in self.config.overrides()]
+            blocks = agree_on_plan(self._plan, patterns=patterns, group=self._process_group)
+        warn_of_unknown(blocks, self.config)
         # accelerate exchanges parameters before the first step, and whole ones take much memory.
         self._shards, self._made = {}, True
+
+    def _plan(self) -> tuple[dict[Tensor, Blocks], PlanRecord]:
+        self._local_shards()
+        blocks = partition_groups(self.param_groups, self.config)
+        matched = matched_patterns(blocks, self.config)
+        return blocks, PlanRecord(rules=asdict(self.config), matched=matched)
 
     def _local_shards(self) -> dict[Tensor, LocalShard]:
         """Return what this rank holds, made anew if parameters were replaced or moved."""
@@ -232,6 +257,7 @@ class AdamMini(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._shards, self._scalars, self._made = {}, ScalarPool(), True
+        self._process_group = None  # of the processes that it was made in
 
 
 def _refuse_missing(group: Mapping[str, Any]) -> None:

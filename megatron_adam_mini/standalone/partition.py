@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor
 
 from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.plan.partition import unmatched_patterns
@@ -37,7 +38,7 @@ def partition_groups(
         config: rules.
 
     Raises:
-        ValueError: names are missing or not unique, a rule matches nothing, heads do not fit.
+        ValueError: names are missing or not unique, heads do not fit.
         TypeError: a dtype that kernels do not have.
         NotImplementedError: a layout in which blocks cannot be completed.
     """
@@ -49,11 +50,6 @@ def partition_groups(
         for name, (_, heads) in named.items()
     }
     check_head_dims(blocks, weights, {name: heads for name, (_, heads) in named.items()})
-    if unmatched := unmatched_patterns(list(named), config):
-        raise ValueError(
-            f"Adam-mini rules for {', '.join(map(repr, unmatched))} match no parameter; there are "
-            f"{', '.join(list(named)[:8])}, ... Remedy: patterns that match, one of them for each."
-        )
     return {param: blocks[name] for name, (param, _) in named.items()}
 
 
@@ -101,6 +97,37 @@ def _check(name: str, param: Tensor) -> None:
     check_placements(name, param)
 
 
+def matched_patterns(blocks: Mapping[Tensor, Blocks], config: AdamMiniConfig) -> frozenset[str]:
+    """Return the patterns of the config that match a parameter."""
+    unmatched = unmatched_patterns([made.name for made in blocks.values()], config)
+    return frozenset(pattern for pattern, _ in config.overrides()) - frozenset(unmatched)
+
+
+def refuse_unmatched(blocks: Mapping[Tensor, Blocks], config: AdamMiniConfig) -> None:
+    """Refuse rules that match nothing; if other ranks may hold other parameters, list them.
+
+    Another pipeline stage may have what a rule is for, and an error on one rank alone would leave
+    the others waiting.
+
+    Raises:
+        ValueError: on all ranks.
+    """
+    names = [made.name for made in blocks.values()]
+    if not (unmatched := unmatched_patterns(names, config)):
+        return
+    text = (
+        f"Adam-mini rules for {', '.join(map(repr, unmatched))} match no parameter; there are "
+        f"{', '.join(names[:8])}, ..."
+    )
+    world = distributed.get_world_size() if distributed.is_initialized() else 1
+    if all(world == (p.device_mesh.size() if isinstance(p, DTensor) else 1) for p in blocks):
+        raise ValueError(f"{text} Remedy: patterns that match, one of them for each.")
+    logger.warning(
+        f"{text} That is right if they are for another pipeline stage; "
+        "AdamMini(..., process_group=torch.distributed.group.WORLD) finds out."
+    )
+
+
 def warn_of_unknown(blocks: Mapping[Tensor, Blocks], config: AdamMiniConfig) -> None:
     """List the trained parameters that have a full v only because nothing else is known of them."""
     chosen = [pattern for pattern, rule in config.overrides() if rule == "element"]
@@ -111,10 +138,18 @@ def warn_of_unknown(blocks: Mapping[Tensor, Blocks], config: AdamMiniConfig) -> 
         and not made.known
         and not any(fnmatchcase(made.name, pattern) for pattern in chosen)
     ]
-    if names and not (distributed.is_initialized() and distributed.get_rank()):
+    if names and all(_is_first(param) for param in blocks):
         logger.warning(
             f"Adam-mini keeps one second moment per element, as AdamW does, for {len(names)} "
             f"parameters that it does not know: {', '.join(names)}. Give rules={{pattern: rule}} "
             "to change that; rules={'*': 'tensor'} is the paper's choice for models that are no "
             "Transformers."
         )
+
+
+def _is_first(param: Tensor) -> bool:
+    """Return whether no other rank holds a parameter, as far as is known, that would say the same.
+
+    Plain tensors may be replicas, or stages of a pipeline.
+    """
+    return not isinstance(param, DTensor) or not any(param.device_mesh.get_coordinate() or ())
