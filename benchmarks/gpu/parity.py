@@ -2,12 +2,13 @@
 
     python -m benchmarks.gpu.parity [--seconds 90] [--workers 8] [--seed N]
 
-Every round draws a layout, dtypes, alignments, subsets and numbers of the step, and compares bit
-for bit all that kernels may write, what lies outside of the segments included: v, step sizes, m,
-main parameters or remainders, weights. Sums of squares may differ by the order of additions; what
-follows from them is compared given the same sums, and they must repeat bit for bit. Outputs are
-poisoned with NaN before they are written. Each worker is a process of its own, since most of the
-time goes into compilation; together they begin with every combination of dtypes.
+Every round draws a layout, the same elements as runs of rows whose columns are segments, dtypes,
+alignments, subsets and numbers of the step, and compares bit for bit all that kernels may write,
+what lies outside of the segments included: v, step sizes, m, main parameters or remainders,
+weights. Sums of squares may differ by the order of additions; what follows from them is compared
+given the same sums, and they must repeat bit for bit. Outputs are poisoned with NaN before they are
+written. Each worker is a process of its own, since most of the time goes into compilation; together
+they begin with every combination of dtypes.
 
 ``--segments-beyond-2e31`` adds one case with 64-bit positions (18 GB). ``TRITON_INTERPRET=1`` with
 ``--device cpu --small`` interprets a few rounds, to try this script without a GPU.
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from benchmarks.gpu import measure
 from megatron_adam_mini.kernels import BufferTensors, SegmentVectors, StepScalars, reference
+from megatron_adam_mini.plan.column_table import ColumnTable
 from megatron_adam_mini.plan.segment_table import SegmentTable
 
 GRADS = (torch.float32, torch.bfloat16, torch.float16)
@@ -86,6 +88,7 @@ class Case:
         self._skipped = rng.choice((0, 0, 0, 1, 2, 4))  # elements before each stream
         self.table = self._layout(rng, largest)
         begins, ends = self.table.start_S, self.table.end_S
+        self.columns, self.parts = self._columns(rng, self.table)
         tail = rng.randint(0, 5)
         in_buffer, in_state = (
             int(v.max(initial=0)) + tail for v in (ends, ends + self.table.shifts)
@@ -99,7 +102,7 @@ class Case:
         self.exp_avg = self._noise(in_state, moment)
         self.weight = None if weight is None else self._noise(in_buffer, weight)
         self.param = self._noise(in_buffer if weight is None else in_state, param)
-        entries = len(begins) + 4
+        entries = max(len(begins) + 2, self.columns.num_entries, self.parts.num_entries) + 2
         self.sum_sq, self.exp_avg_sq, self.inv_numel = (
             self._noise(entries).abs() for _ in range(3)
         )
@@ -141,6 +144,22 @@ class Case:
         if not disjoint.all():
             shift_S = np.zeros_like(shift_S)
         return SegmentTable(start_S, start_S + length_S, np.arange(len(start_S)) + 2, shift_S)
+
+    @staticmethod
+    def _columns(rng: random.Random, table: SegmentTable) -> tuple[ColumnTable, ColumnTable]:
+        """Return runs of rows of some width with the same elements, and parts of longer ones."""
+        found = []
+        for parts in (False, True):
+            runs, index = [], 2
+            for run in table.runs:
+                width = rng.choice((*LENGTHS, run.length))
+                skip = rng.choice((0, rng.randint(1, 3 * width))) if parts else 0
+                numel, stride = run.count * run.length, width * rng.choice((1, 8, 2**20 + 1))
+                place = (run.start, run.start + numel, width, index, skip, run.shift, stride)
+                runs.append(place)
+                index += min(width, skip + numel) + rng.randint(0, 1)
+            found.append(ColumnTable(*np.asarray(runs, dtype=np.int64).T))
+        return found[0], found[1]
 
     def _noise(self, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
         numel += self._skipped
@@ -187,6 +206,25 @@ class Case:
 def sums(backend: Any) -> Callable[[Case], object]:
     """Sums of squares."""
     return lambda case: backend.segment_sum_sq_(case.sum_sq, case.grad, case.table)
+
+
+def column_sums(backend: Any) -> Callable[[Case], object]:
+    """Sums of squares of columns."""
+    return lambda case: backend.column_sum_sq_(case.sum_sq, case.grad, case.columns)
+
+
+def columns(backend: Any) -> Callable[[Case], object]:
+    """Update from step sizes of columns."""
+    return lambda case: backend.update_columns_(
+        case.tensors, case.columns, case.vectors, case.scalars
+    )
+
+
+def column_parts(backend: Any) -> Callable[[Case], object]:
+    """The same where runs are parts of longer ones."""
+    return lambda case: backend.update_columns_(
+        case.tensors, case.parts, case.vectors, case.scalars
+    )
 
 
 def sizes(backend: Any) -> Callable[[Case], object]:
@@ -270,10 +308,16 @@ def check(case: Case, triton_gpu: Any) -> list[str]:
     both = [case.after(sums(triton_gpu), "sum_sq") for _ in range(2)]
     compare("sums", both[0], expected_sums, SUM_RTOL)
     compare("sums, again", both[1], both[0])
+    expected = case.after(column_sums(reference), "sum_sq")
+    both = [case.after(column_sums(triton_gpu), "sum_sq") for _ in range(2)]
+    compare("sums of columns", both[0], expected, SUM_RTOL)
+    compare("sums of columns, again", both[1], both[0])
     for kernel, *poisoned in (
         (sizes, "step_size"),
         (all_sizes, "step_size"),
         (update,),
+        (columns,),
+        (column_parts,),
         (elementwise,),
     ):
         states = (case.after(kernel(backend), *poisoned) for backend in (triton_gpu, reference))
@@ -294,7 +338,7 @@ def check_nothing_written(
     for scale, dtypes in ((float("nan"), DTYPES[0]), (float("inf"), DTYPES[-1])):
         case = Case(rng, device, dtypes, largest=largest, grad_scale=scale)
         before = case.after(lambda _: None)
-        for kernel in (sizes, all_sizes, update, elementwise, one_pass):
+        for kernel in (sizes, all_sizes, update, columns, elementwise, one_pass):
             texts = differences(case.after(kernel(triton_gpu)), before)
             found += [f"grad_scale {scale}, {kernel.__name__}: {text}" for text in texts]
     return found

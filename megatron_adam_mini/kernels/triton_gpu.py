@@ -83,7 +83,7 @@ def segment_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: SegmentTable) -> N
 def column_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: ColumnTable) -> None:
     """Write the sum of squares of each column; see ``reference.column_sum_sq_``.
 
-    Squares are added in float32 within 32,768 elements, beyond that in float64.
+    Up to 200 squares of a column are added in float32, beyond that in float64.
     """
     if not len(table):
         return
