@@ -41,6 +41,7 @@ class Case:
     parallel: Parallel
     options: AdamMiniConfig = field(default_factory=AdamMiniConfig)
     remark: str = ""
+    distributed_optimizer: bool = True
 
     @property
     def model(self) -> Model:

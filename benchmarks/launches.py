@@ -28,6 +28,7 @@ from megatron_adam_mini.estimate.buckets import plan_stage, stage_blocks
 from megatron_adam_mini.estimate.models import Model
 from megatron_adam_mini.estimate.parallel import Parallel
 from megatron_adam_mini.optimizer import AdamMini
+from megatron_adam_mini.plan.layout import BucketLayout, BufferLayout, Placement
 from megatron_adam_mini.plan.step_plan import DENSE, EXPERT, DomainLayout, StepPlan, plan_step
 
 _META = torch.device("meta")
@@ -77,7 +78,7 @@ class _Done:
         """Do nothing."""
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Counts operations of torch that launch something on a GPU."""
 
     def __init__(self) -> None:
@@ -100,6 +101,7 @@ def rank_plan(
     *,
     stage: int = 0,
     place: float = 0.5,
+    distributed_optimizer: bool = True,
 ) -> StepPlan:
     """Plan the step of one rank of a whole model.
 
@@ -109,10 +111,17 @@ def rank_plan(
         options: of Adam-mini.
         stage: pipeline stage.
         place: of the rank in its data-parallel groups, from 0 to 1.
+        distributed_optimizer: whether ranks share buckets; else each parameter is a buffer.
     """
     chunks = stage_blocks(model, parallel, options or AdamMiniConfig(), pp_rank=stage)
     found = plan_stage(model, parallel, chunks, pp_rank=stage)
     replicas = parallel.num_distributed_optimizer_instances > 1
+    if not distributed_optimizer:
+        whole = tuple(
+            BufferLayout((BucketLayout(n, 1, (Placement(index, 0, n),)),))
+            for index, n in enumerate(blocks.info.numel for blocks in found.parameters)
+        )
+        return plan_step(found.parameters, [DomainLayout(DENSE, whole, 0, 0, parallel.tp, True)])
     domains = [
         DomainLayout(name, tuple(buffers), int(place * shards), 0, tp, replicas)
         for name, buffers, shards, tp in (
@@ -148,7 +157,7 @@ def count_launches(plan: StepPlan, options: AdamMiniConfig | None = None) -> Lau
     with _recorded(optimizer, triton_gpu, names):
         _step(optimizer)  # makes the launch tables
         names.clear()
-        recorder = _Recorder()
+        recorder = Recorder()
         with recorder:
             _step(optimizer)
     own, collectives = (

@@ -1,7 +1,7 @@
 """Launches of a step, and its time on paper, as tables; ``plan_scale`` prints them.
 
 ``launches``: what a step launches by kind, counted without a GPU (see ``benchmarks.launches``), for
-the plans by which the goal of 20 is judged, and two further ones.
+the plans by which the goal of 20 is judged, and three further ones.
 
 ``step``, made by a model (see ``step_time``), not by measurement:
 
@@ -47,12 +47,24 @@ def launch_cases() -> list[Case]:
         Case("deepseek-v3-like", parallel_of("deepseek-v3-like", 8, 16, 64)),
         Case("llama-3-405b", large, AdamMiniConfig(single_phase=True), "single phase"),
         Case("llama-3-405b", large, AdamMiniConfig(value_as_block=True), "value as block"),
+        Case(
+            "llama-2-7b",
+            parallel_of("llama-2-7b", 8, 1, 8),
+            remark="without distributed optimizer",
+            distributed_optimizer=False,
+        ),
     ]
 
 
 def launch_row(case: Case) -> list[str]:
     """Return one line of the table of launches."""
-    plan = rank_plan(case.model, case.parallel, case.options, stage=case.stage)
+    plan = rank_plan(
+        case.model,
+        case.parallel,
+        case.options,
+        stage=case.stage,
+        distributed_optimizer=case.distributed_optimizer,
+    )
     found = count_launches(plan, case.options)
     numbers = (found.triton, found.torch, found.collectives, found.total)
     return [case.name, layout_of(case.parallel), case.remark, *map(str, numbers)]
