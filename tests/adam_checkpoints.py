@@ -28,6 +28,7 @@ SAVED: dict[str, tuple[Job, int, str | None]] = {
     "adam-tp2": (replace(ADAM, tp=2), 2, SHARDING),
     "plain": (PLAIN, 1, None),
     "mini": (replace(MINI, tp=2, pp=2), 4, SHARDING),
+    "mini-slim": (replace(MINI, tp=2, pp=2, adam_mini={"preset": "slim"}), 4, SHARDING),
     "adam-experts": (replace(ADAM, experts=4, ep=2, mtp=1), 2, SHARDING),
     "mini-experts": (replace(MINI, experts=4, ep=2, pp=2, mtp=1), 4, SHARDING),
     "buckets": (replace(MINI, adam_mini={"checkpoint_format": "buckets"}), 2, SHARDING),

@@ -5,6 +5,7 @@ Steps are compared with the oracle in ``test_oracle``, plans in ``test_layout`` 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_adam_mini.checkpoint.reader import Checkpoint
+from megatron_adam_mini.checkpoint.writer import CheckpointWriter
+from megatron_adam_mini.cli import main
+from megatron_adam_mini.convert.inspection import inspect
 from tests import test_parameter_state
+from tests.adam_checkpoints import MINI, SAVED, load_each, read_all, saved
 from tests.gather import whole_tensors
 from tests.megatron_job import Job
 from tests.ranks import RankError, run_ranks
@@ -26,6 +32,7 @@ from tests.test_checkpoint import (
     train_adam_and_save,
     train_and_save,
 )
+from tests.test_convert import layers_of
 from tests.test_oracle import labels_of
 
 SLIM = {"preset": "slim"}
@@ -92,3 +99,82 @@ def test_columns_are_no_union_of_rows_and_one_block_is_one_of_columns(tmp_path: 
         with pytest.raises(RankError) as caught:
             run_ranks(2, load_and_show, job, str(tmp_path))
         assert all("finer or cut otherwise" in text for _, text in caught.value.errors.values())
+
+
+# Offline.
+
+
+def elements_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Return Adam's v in a checkpoint, by key."""
+    prefix = "optimizer.state.exp_avg_sq."
+    return {k.removeprefix(prefix): v for k, v in read_all(folder).items() if k.startswith(prefix)}
+
+
+@pytest.mark.parametrize("name", ["adam-tp2", "adam-experts"])
+def test_adam_is_converted_to_columns_and_back(
+    name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    adam, job = saved(name, tmp_path_factory), SAVED[name][0]
+    slim, back = str(tmp_path / "slim"), str(tmp_path / "adam")
+    assert main(["convert", "--to", "adam-mini", "--preset", "slim", str(adam), slim]) == 0
+    assert main(["verify", slim]) == 0
+    assert main(["convert", "--to", "adam", slim, back]) == 0
+    before, after = elements_of(adam), elements_of(Path(back))
+    assert before.keys() == after.keys()
+    slim_job = replace(job, adam_mini=SLIM)
+    for key, value in after.items():
+        old, new = layers_of(key, before[key]), layers_of(key, value)
+        for (full, expected), (_, found) in zip(old, new, strict=True):
+            if "eh_proj" not in full:
+                mean = averaged(expected, labels_of(full, tuple(found.shape), slim_job))
+                torch.testing.assert_close(found, mean.float(), rtol=1e-6, atol=0)
+    assert inspect_of(slim)["adam_mini"]["preset"] == "slim"
+
+
+def inspect_of(folder: str) -> dict[str, Any]:
+    return inspect(Checkpoint(Path(folder)))
+
+
+def test_what_a_run_saved_is_sound_and_no_state_of_the_public_package(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slim = saved("mini-slim", tmp_path_factory)
+    assert main(["verify", str(slim)]) == 0
+    assert main(["convert", "--to", "adam", str(slim), str(tmp_path / "adam")]) == 0
+    job = replace(MINI, adam_mini=SLIM | {"convert_partition": True})
+    for folder in (slim, tmp_path / "adam"):
+        (found,) = run_ranks(1, load_each, job, [str(folder)])
+        v = whole_tensors([found[0]], "v", job)
+        assert set(v) == set(whole_tensors([found[0]], "param", job))
+        if folder == slim:
+            expected = v
+        for name, value in v.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=0)
+    capsys.readouterr()
+    assert main(["convert", "--to", "public", str(slim), str(tmp_path / "public.pt")]) != 0
+    assert "v of columns" in capsys.readouterr().err
+
+
+def test_faults_in_v_of_columns_are_found(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slim = Checkpoint(saved("mini-slim", tmp_path_factory))
+    prefix = "optimizer.adam_mini.v_"
+
+    def changed(name: str, change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> str:
+        (tmp_path / name).mkdir()
+        writer = CheckpointWriter(slim, tmp_path / name)
+        writer.copy(list(slim.objects))
+        for key in slim.tensors:
+            value = change(key, slim.read(key))
+            if value is not None:
+                writer.add(key, tuple(value.shape), (0,) * value.ndim, value)
+        writer.finish(slim.common)
+        assert main(["verify", str(tmp_path / name)]) != 0
+        return capsys.readouterr().out
+
+    fc1 = f"{prefix}column.decoder.layers.0.mlp.linear_fc1.weight"
+    qkv = f"{prefix}row.decoder.layers.0.self_attention.linear_qkv.weight"
+    assert "do not agree" in changed("lost", lambda key, v: None if key == fc1 else v)
+    assert "column sets" in changed("one", lambda key, v: v[:1] if key == fc1 else v)
+    assert "hold others than 0" in changed("rows", lambda key, v: v + 1 if key == qkv else v)

@@ -14,7 +14,7 @@ from megatron_adam_mini.checkpoint.errors import CorruptError, UnreadableError
 from megatron_adam_mini.checkpoint.reader import Checkpoint
 from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.convert.parameters import StoredParameter, name_in_run
-from megatron_adam_mini.plan.parameter_info import HeadGeometry, ParameterInfo
+from megatron_adam_mini.plan.parameter_info import HeadGeometry, ParameterInfo, num_stacked
 from megatron_adam_mini.plan.partition import (
     ParameterBlocks,
     partition_parameter,
@@ -64,6 +64,7 @@ def info_of(
     name: str,
     args: Any,
     stored: Mapping[str, Mapping[str, Any]] | None = None,
+    stacked: Mapping[str, int] | None = None,
 ) -> ParameterInfo:
     """Return what the partition must know of a parameter.
 
@@ -73,6 +74,7 @@ def info_of(
         args: the checkpoint's, ``None`` if it has none.
         stored: head geometries that the checkpoint stores with Adam-mini's state, by folded key;
             ``args`` tell those that are missing.
+        stacked: weights that hold several matrices, as it stores them; ``None``: ``args`` tell.
 
     Raises:
         CorruptError: a stored geometry is none.
@@ -98,7 +100,15 @@ def info_of(
             )
         return heads_of(args, role)
 
-    return ParameterInfo.of(name, parameter.shape, heads, key=parameter.key)
+    # Checkpoints have the rows of gate above those of up, whatever the layout.
+    gated = bool(getattr(args, "swiglu", False) or getattr(args, "quick_geglu", False))
+    count = num_stacked(name, gated=gated) if stacked is None else stacked.get(parameter.key, 1)
+    return ParameterInfo.of(name, parameter.shape, heads, key=parameter.key, num_stacked=count)
+
+
+def has_columns(blocks: ParameterBlocks) -> bool:
+    """Return whether columns of a parameter have v."""
+    return blocks.pattern is not None and blocks.pattern.num_column_sets > 0
 
 
 def blocks_of(
@@ -115,10 +125,11 @@ def blocks_of(
         name = name_in_run(parameter.key, args)
         found[parameter.key] = partition_parameter(info_of(parameter, name, args), config)
     for blocks in found.values():
-        if blocks.pattern is not None and blocks.pattern.num_column_sets:
+        in_parts = blocks.info.role in ("mixer_input", "convolution", "state_space")
+        if has_columns(blocks) and (in_parts or len(blocks.info.shape) != 2):
             raise UnreadableError(
-                f"{blocks.info.name!r} would have one v per column, which is not converted offline "
-                "yet. Load the checkpoint in a run (--load), which averages v itself."
+                f"{blocks.info.name!r} cannot have one v per column: columns are those of one "
+                "matrix of two dimensions. Give it the rule 'row'."
             )
     missing = unmatched_patterns([b.info.name for b in found.values()], config)
     if missing:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from megatron_adam_mini.convert.adam_state import (
     find_adam_state,
     refuse_unsound,
 )
-from megatron_adam_mini.convert.blocks import args_of, blocks_of
+from megatron_adam_mini.convert.blocks import args_of, blocks_of, has_columns
 from megatron_adam_mini.convert.parameters import (
     StoredParameter,
     fold,
@@ -39,7 +39,7 @@ from megatron_adam_mini.convert.parameters import (
 )
 from megatron_adam_mini.convert.progress import bytes_bar
 from megatron_adam_mini.plan.manifest import MODEL_SPACE, identity_of, manifest_of, state_key
-from megatron_adam_mini.plan.partition import ParameterBlocks
+from megatron_adam_mini.plan.partition import ParameterBlocks, RowPattern
 
 
 def convert_from_adam(source: Checkpoint, writer: CheckpointWriter, config: AdamMiniConfig) -> None:
@@ -57,12 +57,12 @@ def convert_from_adam(source: Checkpoint, writer: CheckpointWriter, config: Adam
     identity = _identity(blocks, config, args)
     total = sum(source.tensors[k].num_bytes for key in state.model_keys for k in state.keys(key))
     with bytes_bar(total, "Adam -> Adam-mini") as progress:
-        parts: dict[str, list[tuple[StoredParameter, Tensor]]] = {}
+        parts: dict[str, list[tuple[StoredParameter, Sums]]] = {}
         for layers in parameters.values():
             for parameter, sums in _convert_key(source, writer, state, layers, blocks, progress):
                 parts.setdefault(whole_of(parameter.key), []).append((parameter, sums))
         for whole, found in parts.items():
-            _write_rows(writer, found, blocks[whole])
+            _write_v(writer, found, blocks[whole])
         writer.copy([k for k in source.tensors if not k.startswith(ADAM_PREFIX)])
         writer.copy(list(source.objects))
     writer.finish(_common(source, state, identity))
@@ -75,8 +75,8 @@ def _convert_key(
     layers: list[StoredParameter],
     blocks: dict[str, ParameterBlocks],
     progress: tqdm,
-) -> list[tuple[StoredParameter, Tensor]]:
-    """Write what a model key holds; return the parts of parameters, with sums over rows of v."""
+) -> list[tuple[StoredParameter, Sums]]:
+    """Write what a model key holds; return the parts of parameters, with sums of v."""
     model_key = layers[0].model_key
     main_key, m_key, v_key = (source.tensors[key] for key in state.keys(model_key))
     for kind, stored in (("param", main_key), ("exp_avg", m_key)):
@@ -92,22 +92,41 @@ def _convert_key(
     if whole_of(model_key) != model_key:
         return sums_of
     for parameter, sums in sums_of:
-        _write_rows(writer, [(parameter, sums)], blocks[parameter.key])
+        _write_v(writer, [(parameter, sums)], blocks[parameter.key])
     return []
 
 
-def _write_rows(
+class Sums(NamedTuple):
+    """Sums of v of one parameter, float64.
+
+    Attributes:
+        rows: over each row.
+        columns: over the rows of each column set, shape ``(sets, columns)``.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+
+def _write_v(
     writer: CheckpointWriter,
-    parts: list[tuple[StoredParameter, Tensor]],
+    parts: list[tuple[StoredParameter, Sums]],
     blocks: ParameterBlocks,
 ) -> None:
-    """Write v of every row of a parameter, given sums over the rows of its parts."""
-    rows = means_of_blocks(blocks, torch.cat([sums for _, sums in parts]))
-    first = 0
-    for parameter, sums in parts:
-        of_part = rows[first : first + len(sums)]
-        writer.add(state_key("v_row", parameter.key), parameter.shape[:1], (0,), of_part)
-        first += len(sums)
+    """Write v of every row of a parameter, and of its columns, given sums of its parts."""
+    assert blocks.pattern is not None
+    if blocks.pattern.num_row_blocks:
+        rows = means_of_blocks(blocks, torch.cat([sums.rows for _, sums in parts]))
+        first = 0
+        for parameter, sums in parts:
+            of_part = rows[first : first + len(sums.rows)]
+            writer.add(state_key("v_row", parameter.key), parameter.shape[:1], (0,), of_part)
+            first += len(sums.rows)
+    if has_columns(blocks):
+        ((parameter, sums),) = parts
+        height = np.bincount(blocks.pattern.column_set_of_rows() + 1)[1:]
+        means = (sums.columns / torch.from_numpy(height)[:, None]).float()
+        writer.add(state_key("v_column", parameter.key), tuple(means.shape), (0, 0), means)
 
 
 def _convert_v(
@@ -117,23 +136,42 @@ def _convert_v(
     layers: list[StoredParameter],
     blocks: dict[str, ParameterBlocks],
     progress: tqdm,
-) -> dict[int, Tensor]:
-    """Write v of elementwise parameters; return sums over rows, by layer, for the others."""
-    sums: dict[int, Tensor] = {
-        index: torch.zeros(layer.shape[0], dtype=torch.float64)
+) -> dict[int, Sums]:
+    """Write v of elementwise parameters; return sums, by layer, for the others."""
+    sums = {
+        index: _zeros(layer, blocks[whole_of(layer.key)])
         for index, layer in enumerate(layers)
         if blocks[whole_of(layer.key)].pattern is not None
     }
     for offset, window in source.windows(stored):
         for layer, rest, values in by_layer(layers, offset, window):
-            if blocks[whole_of(layer.key)].pattern is None:
+            of_layer = blocks[whole_of(layer.key)]
+            if of_layer.pattern is None:
                 writer.add(state_key("v_element", layer.key), layer.shape, rest, values.float())
             else:
-                of_rows = values.double().reshape(len(values), -1).sum(dim=1)
-                row_sums = sums[number_of(layer.layer, layer.model_shape)]
-                row_sums[rest[0] : rest[0] + len(values)] += of_rows
+                found = sums[number_of(layer.layer, layer.model_shape)]
+                _add(found, of_layer.pattern, rest, values.double())
         progress.update(window.nbytes)
     return sums
+
+
+def _zeros(layer: StoredParameter, blocks: ParameterBlocks) -> Sums:
+    columns = blocks.pattern.num_column_sets if blocks.pattern is not None else 0
+    shape = (columns, layer.shape[1] if columns else 0)
+    return Sums(
+        torch.zeros(layer.shape[0], dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    )
+
+
+def _add(sums: Sums, pattern: RowPattern, at: tuple[int, ...], values: Tensor) -> None:
+    """Add a box of v, float64, that begins at ``at``."""
+    here = slice(at[0], at[0] + len(values))
+    sums.rows[here] += values.reshape(len(values), -1).sum(dim=1)
+    if len(sums.columns):
+        of_set = torch.from_numpy(pattern.column_set_of_rows()[here])
+        for column_set in sorted({*of_set[of_set >= 0].tolist()}):
+            of_box = values[of_set == column_set].sum(dim=0)
+            sums.columns[column_set, at[1] : at[1] + len(of_box)] += of_box
 
 
 def means_of_blocks(blocks: ParameterBlocks, sums: Tensor) -> Tensor:
@@ -144,14 +182,16 @@ def means_of_blocks(blocks: ParameterBlocks, sums: Tensor) -> Tensor:
         sums: float64 sum over each row, shape ``(rows,)``.
 
     Returns:
-        float32, shape ``(rows,)``; rows of one block have equal values.
+        float32, shape ``(rows,)``; rows of one block have equal values, those of column sets 0.
     """
     assert blocks.pattern is not None
     labels = blocks.pattern.block_of_rows()
     width = math.prod(blocks.info.shape[1:])
     counts = np.bincount(labels, minlength=blocks.num_blocks) * width
     totals = np.bincount(labels, weights=sums.numpy(), minlength=blocks.num_blocks)
-    return torch.from_numpy((totals / counts).astype(np.float32)[labels])
+    with np.errstate(invalid="ignore"):  # blocks of columns have no rows of their own
+        means = (totals / counts).astype(np.float32)[labels]
+    return torch.from_numpy(np.where(blocks.pattern.column_set_of_rows() < 0, means, np.float32(0)))
 
 
 def by_layer(

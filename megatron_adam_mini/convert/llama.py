@@ -96,6 +96,12 @@ def read_llama(checkpoint: Checkpoint) -> Llama:
             "The Megatron model was made with --rotary-interleaved; Hugging Face's Llama rotates "
             "halves of a head, and its rows lie in another order."
         )
+    if state.by_column:
+        raise UnreadableError(
+            f"{checkpoint.folder} has v of columns ({min(state.by_column)!r}), which the public "
+            "package does not know: it has v of rows, heads and whole tensors. Use the preset "
+            "'paper'."
+        )
     blocks = {p.key: stored_blocks(state, p, args) for p in state.parameters}
     return Llama(state, args, heads_of(args), blocks)
 

@@ -37,6 +37,7 @@ class MiniState:
         identity: identity of the state.
         rules: manifest entries of its parameters, by folded key.
         parameters: in stored order.
+        by_row, by_column: folded keys of parameters with v of rows, of columns, or of both.
         elementwise: folded keys of parameters with one second moment per element.
         step: steps taken.
         param_groups: options of the parameter groups, without parameters.
@@ -45,6 +46,8 @@ class MiniState:
     identity: dict[str, Any]
     rules: dict[str, StoredRule]
     parameters: tuple[StoredParameter, ...]
+    by_row: frozenset[str]
+    by_column: frozenset[str]
     elementwise: frozenset[str]
     step: int
     param_groups: list[dict[str, Any]]
@@ -74,23 +77,32 @@ def find_mini_state(checkpoint: Checkpoint) -> MiniState:
         )
     kinds = {kind: set(keys) for kind, keys in keys_by_kind(checkpoint, STATE_PREFIX).items()}
     ordered = keys_by_kind(checkpoint, STATE_PREFIX).get("param", [])
-    rows, elements = kinds.get("v_row", set()), kinds.get("v_element", set())
-    for kind, keys in (("exp_avg", kinds.get("exp_avg", set())), ("v", rows | elements)):
+    rows, columns, elements = (
+        kinds.get(kind, set()) for kind in ("v_row", "v_column", "v_element")
+    )
+    of_blocks = rows | columns
+    for kind, keys in (("exp_avg", kinds.get("exp_avg", set())), ("v", of_blocks | elements)):
         if keys != set(ordered):
             odd = sorted(keys ^ set(ordered))[0]
             raise CorruptError(f"{checkpoint.folder}: {kind} and param do not agree about {odd!r}.")
-    if rows & elements:
+    if of_blocks & elements:
         raise CorruptError(
-            f"{checkpoint.folder}: {sorted(rows & elements)[0]!r} has v per row and per element."
+            f"{checkpoint.folder}: {sorted(of_blocks & elements)[0]!r} has v per row or column, "
+            "and per element."
         )
     parameters = tuple(parameter_of(checkpoint, key) for key in ordered)
     for parameter in parameters:
-        _check_shapes(checkpoint, parameter, parameter.key in rows)
+        kinds_of_v = [
+            k for k, keys in kinds.items() if k.startswith("v_") and parameter.key in keys
+        ]
+        _check_shapes(checkpoint, parameter, kinds_of_v)
     rules = stored_rules(identity, {name_of(key, local=True): key for key in ordered})
     return MiniState(
         identity=identity,
         rules=rules | _rules_of_parts(rules, parameters),
         parameters=parameters,
+        by_row=frozenset(rows),
+        by_column=frozenset(columns),
         elementwise=frozenset(elements),
         step=int(checkpoint.optimizer["step"]),
         param_groups=list(checkpoint.optimizer["param_groups"]),
@@ -121,14 +133,20 @@ def stored_blocks(state: MiniState, parameter: StoredParameter, args: Any) -> Pa
     if parameter.key not in state.rules:
         raise CorruptError(f"{parameter.key!r} has state, but is not in the manifest.")
     stored = state.identity.get("heads")
-    info = info_of(parameter, name_of(parameter.key, local=False), args, stored)
+    stacked = state.identity.get("stacked")
+    info = info_of(parameter, name_of(parameter.key, local=False), args, stored, stacked)
     return partition_by_rule(info, state.rules[parameter.key].rule, config_of(state.identity))
 
 
-def _check_shapes(checkpoint: Checkpoint, parameter: StoredParameter, by_row: bool) -> None:
-    v = ("v_row", parameter.shape[:1]) if by_row else ("v_element", parameter.shape)
-    for kind, shape in (("param", parameter.shape), ("exp_avg", parameter.shape), v):
+def _check_shapes(
+    checkpoint: Checkpoint, parameter: StoredParameter, kinds_of_v: list[str]
+) -> None:
+    shapes = {"v_row": parameter.shape[:1], "v_column": parameter.shape[1:]}
+    for kind in ("param", "exp_avg", *kinds_of_v):
+        shape = shapes.get(kind, parameter.shape)
         found = checkpoint.tensors[state_key(kind, parameter.key)].shape
+        if kind == "v_column":
+            found = found[1:]  # a row for each column set
         if found != shape:
             raise CorruptError(
                 f"{checkpoint.folder}: {kind} of {parameter.key!r} has shape {list(found)}, the "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -15,7 +16,7 @@ from megatron_adam_mini.adam_rules import ADAM_ONLY, adam_key
 from megatron_adam_mini.checkpoint.errors import CorruptError
 from megatron_adam_mini.checkpoint.reader import Checkpoint, tiling_problem
 from megatron_adam_mini.checkpoint.writer import CheckpointWriter
-from megatron_adam_mini.convert.mini_state import MiniState, find_mini_state
+from megatron_adam_mini.convert.mini_state import MiniState, find_mini_state, stored_blocks
 from megatron_adam_mini.convert.parameters import StoredParameter
 from megatron_adam_mini.convert.progress import bytes_bar
 from megatron_adam_mini.plan.manifest import STATE_PREFIX, state_key
@@ -70,13 +71,47 @@ def _convert_parameter(
         for offset, window in source.windows(source.tensors[state_key("v_element", parameter.key)]):
             add("exp_avg_sq", offset, window)
         return
-    rows = source.read(state_key("v_row", parameter.key))
-    narrow = (1,) * (len(parameter.shape) - 1)
+    v_of = _V(source, state, parameter)
     # The boxes of m, so that the three tensors of a parameter have the same boxes.
     for chunk_offset, window in source.windows(source.tensors[state_key("exp_avg", parameter.key)]):
-        first, count = chunk_offset[0], len(window)
-        values = rows[first : first + count].reshape(count, *narrow).expand(window.shape)
-        add("exp_avg_sq", chunk_offset, values.contiguous())
+        add("exp_avg_sq", chunk_offset, v_of.box(chunk_offset, window.shape))
+
+
+class _V:
+    """v of the rows and columns of one parameter.
+
+    Raises:
+        CorruptError, UnreadableError: as of :func:`stored_blocks`.
+    """
+
+    def __init__(self, source: Checkpoint, state: MiniState, parameter: StoredParameter) -> None:
+        self._rows: Tensor | None = None
+        self._columns: Tensor | None = None
+        if parameter.key in state.by_row:
+            self._rows = source.read(state_key("v_row", parameter.key))
+        if parameter.key in state.by_column:
+            self._columns = source.read(state_key("v_column", parameter.key))
+            blocks = stored_blocks(state, parameter, source.common.get("args"))
+            if blocks.pattern is None or blocks.pattern.num_column_sets != len(self._columns):
+                raise CorruptError(
+                    f"{source.folder}: {parameter.key!r} has v of {len(self._columns)} column "
+                    "sets, which are not those of its rule."
+                )
+            self._set_of_row = torch.from_numpy(blocks.pattern.column_set_of_rows())
+
+    def box(self, offset: tuple[int, ...], shape: torch.Size) -> Tensor:
+        """Return v of the elements of a box."""
+        here = slice(offset[0], offset[0] + shape[0])
+        if self._columns is None:
+            assert self._rows is not None
+            narrow = (1,) * (len(shape) - 1)
+            return self._rows[here].reshape(-1, *narrow).expand(shape).contiguous()
+        of_set = self._set_of_row[here]
+        columns = self._columns[:, offset[1] : offset[1] + shape[1]]
+        found = columns[of_set.clamp(min=0)]
+        if self._rows is not None:
+            found = torch.where(of_set[:, None] < 0, self._rows[here, None], found)
+        return found.contiguous()
 
 
 def _common(source: Checkpoint, state: MiniState) -> dict[str, Any]:

@@ -42,7 +42,10 @@ from megatron_adam_mini.plan.partition import rule_for
 from megatron_adam_mini.plan.roles import role_of
 
 #: Prefixes of the keys of v and of main parameters, for either optimizer.
-_V = (state_key("v_row", ""), state_key("v_element", ""), adam_key("exp_avg_sq", ""))
+_V = (
+    *(state_key(kind, "") for kind in ("v_row", "v_column", "v_element")),
+    adam_key("exp_avg_sq", ""),
+)
 _MAIN = (
     state_key("param", ""),
     adam_key(MAIN_PARAM, ""),
@@ -189,9 +192,11 @@ def _check_adam_mini(checkpoint: Checkpoint, broken: set[str], findings: Finding
     listed = _parameters_in_manifest(state, findings)
     _check_manifest(state, listed, findings)
     for parameter in listed:
-        key = state_key("v_row", parameter.key)
-        if key in checkpoint.tensors and key not in broken:
-            _check_blocks(checkpoint, state, parameter, checkpoint.read(key), findings)
+        if parameter.key not in state.elementwise:
+            key = state_key("v_row", parameter.key)
+            is_sound = key in checkpoint.tensors and key not in broken
+            rows = checkpoint.read(key) if is_sound else None
+            _check_blocks(checkpoint, state, parameter, rows, findings)
 
 
 def _parameters_in_manifest(state: MiniState, findings: Findings) -> list[StoredParameter]:
@@ -248,10 +253,13 @@ def _check_blocks(
     checkpoint: Checkpoint,
     state: MiniState,
     parameter: StoredParameter,
-    rows: Tensor,
+    rows: Tensor | None,
     findings: Findings,
 ) -> None:
-    """Check that rows of one block hold one value, and that the number of blocks is right."""
+    """Check that rows of one block hold one value, and that the number of blocks is right.
+
+    Rows of column sets hold 0.
+    """
     name, rule, promised = state.rules[parameter.key]
     args = checkpoint.common.get("args")
     told = parameter.key in state.identity.get("heads", {})
@@ -269,6 +277,20 @@ def _check_blocks(
         )
     if blocks.pattern is None:
         return
+    key = state_key("v_column", parameter.key)
+    sets = checkpoint.tensors[key].shape[0] if parameter.key in state.by_column else 0
+    if sets != blocks.pattern.num_column_sets:
+        findings.problems.append(
+            f"{key}: {sets} column sets, its rule makes {blocks.pattern.num_column_sets}."
+        )
+    if (parameter.key in state.by_row) != bool(blocks.pattern.num_row_blocks):
+        findings.problems.append(f"{name}: rule {rule!r}, but v of rows is stored otherwise.")
+    if rows is None:
+        return
+    if rows.numpy()[blocks.pattern.column_set_of_rows() >= 0].any():
+        findings.problems.append(
+            f"{state_key('v_row', parameter.key)}: rows whose columns have v hold others than 0."
+        )
     labels, values = blocks.pattern.block_of_rows(), rows.numpy()
     first = np.zeros(blocks.num_blocks, dtype=values.dtype)
     first[labels[::-1]] = values[::-1]
