@@ -397,7 +397,6 @@ def test_no_column_changes_in_a_skipped_step(kernels, grad_scale):
         kernels.update_columns_(tensors, runs.table, vectors, scalars_of(grad_scale=grad_scale))
 
 
-@pytest.mark.support("CPU kernels: instruction sets, threads", "test")
 @pytest.mark.parametrize("name", ["narrow", "wide", "tall"])
 def test_instruction_sets_and_threads_change_no_bit_of_columns(name):
     runs, found = runs_of(name), []
