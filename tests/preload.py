@@ -44,10 +44,12 @@ import megatron_adam_mini.mcore.registration
 import tests.gather
 import tests.megatron_job
 import tests.older_megatron
+import tests.older_torch
 import tests.reference
 
 torch.set_num_threads(1)
 tests.older_megatron.install()
+tests.older_torch.install()
 
 # The writers of a checkpoint report through a process that Megatron would spawn on every rank, with
 # all imports of the main module; here it is forked, as the ranks are.

@@ -1,4 +1,4 @@
-"""What every release of Megatron-Core is tried with; see ``tools/releases.sh``, which runs it.
+"""What every release of Megatron-Core, torch and Python is tried with, by ``tools/releases.sh``.
 
 The suite runs on one release. This file has one small test for each promise that depends on the
 release, at most four ranks each; its markers fill the section on releases of ``docs/support.md``.
@@ -16,12 +16,13 @@ from typing import Any
 
 import megatron.core
 import pytest
+import torch
 
 import megatron_adam_mini
-from tests import crossing, test_checkpoint
+from tests import crossing, test_checkpoint, test_standalone_ranks
 from tests.megatron_job import Job
 from tests.ranks import RankError, run_ranks, start_program
-from tests.support import RELEASES
+from tests.support import OF_OTHERS, OF_RELEASES, OTHERS, row_of
 from tests.test_checkpoint import (
     ADAM_FORMATS,
     compare,
@@ -37,20 +38,27 @@ from tests.training_run import MODEL, SCHEDULE, Run, assert_same_state, make_dat
 
 ROOT = Path(__file__).resolve().parent.parent
 RELEASE = megatron.core.__version__.partition("+")[0]
-#: What this release shows, as ``tests/support.py`` calls it.
-ROW = RELEASES[RELEASE]
+#: What this environment shows, as ``tests/support.py`` calls it.
+ROW = row_of(RELEASE, torch.__version__.partition("+")[0], "{}.{}".format(*sys.version_info))
 TIMEOUT_S = 240
 
 BASE = Job(overlap=True, bucket_size=3000, steps=5)
 
 
-@pytest.mark.support(ROW, "train")
+def shows(column: str) -> pytest.MarkDecorator:
+    """Mark a test as one that fills a cell of this row, or leave it out if there is no such."""
+    if column in (OF_OTHERS if ROW in OTHERS else OF_RELEASES):
+        return pytest.mark.support(ROW, column)
+    return pytest.mark.skip(reason=f"the row {ROW!r} has no column {column!r}")
+
+
+@shows("train")
 def test_a_run_equals_the_unsharded_oracle() -> None:
     job = replace(BASE, tp=2)
     compare_runs(job, run_ranks(world_of(job, 2), sharded_run, job), unsharded(job))
 
 
-@pytest.mark.support(ROW, "release overlap")
+@shows("release overlap")
 def test_overlap_on_equals_overlap_off_bit_for_bit() -> None:
     job = Job(tp=2, bf16=True)
     assert run_ranks(4, bits_per_step, job) == run_ranks(
@@ -58,7 +66,7 @@ def test_overlap_on_equals_overlap_off_bit_for_bit() -> None:
     )
 
 
-@pytest.mark.support(ROW, "release reshard")
+@shows("release reshard")
 def test_saved_under_one_layout_loads_under_others(tmp_path: Path) -> None:
     job = replace(test_checkpoint.BASE, tp=2)
     saved = run_ranks(4, train_and_save, job, str(tmp_path))
@@ -66,7 +74,7 @@ def test_saved_under_one_layout_loads_under_others(tmp_path: Path) -> None:
         compare(saved, job, run_ranks(world, load_and_show, other, str(tmp_path)), other)
 
 
-@pytest.mark.support(ROW, "register")
+@shows("register")
 def test_a_script_needs_no_megatron_training() -> None:
     """The wheel of 0.16.1 has none."""
     job = Job(bf16=True, overlap=True)
@@ -82,7 +90,7 @@ def bits_without_megatron_training(job: Job) -> list[str]:
     return bits_per_step(job)
 
 
-@pytest.mark.support(ROW, "neighbours")
+@shows("neighbours")
 @pytest.mark.skipif("ADAM_MINI_SAVED" not in os.environ, reason="tools/releases.sh saves them")
 def test_checkpoints_of_neighbours_load() -> None:
     """Saved by the release before and the one after, each loaded under another layout.
@@ -101,7 +109,7 @@ def test_checkpoints_of_neighbours_load() -> None:
         compare(held, crossing.JOB, run_ranks(2, load_and_show, job, str(folder)), job)
 
 
-@pytest.mark.support(ROW, "adam")
+@shows("adam")
 @pytest.mark.parametrize("sharding", ["fully_reshardable", "dp_reshardable"])
 def test_adam_checkpoint_gives_its_masters_and_m_and_the_mean_of_v(
     sharding: str, tmp_path: Path
@@ -112,12 +120,12 @@ def test_adam_checkpoint_gives_its_masters_and_m_and_the_mean_of_v(
     compare_with_adam(adam, adam_job, run_ranks(2, load_and_show, job, str(tmp_path)), job)
 
 
-@pytest.mark.support(ROW, "adam")
+@shows("adam")
 def test_what_is_known_of_megatrons_own_format_is_true(tmp_path: Path) -> None:
     test_checkpoint.test_megatron_writes_fully_reshardable_state_as_compat_says(tmp_path)
 
 
-@pytest.mark.support(ROW, "experts")
+@shows("experts")
 def test_experts_equal_the_unsharded_oracle_and_reshard(tmp_path: Path) -> None:
     job = replace(BASE, experts=4, tp=2, ep=2, etp=1)
     compare_runs(job, run_ranks(4, sharded_run, job), unsharded(job))
@@ -125,6 +133,17 @@ def test_experts_equal_the_unsharded_oracle_and_reshard(tmp_path: Path) -> None:
     saved = run_ranks(2, train_and_save, saved_job, str(tmp_path))
     other = replace(saved_job, ep=1, pp=2)
     compare(saved, saved_job, run_ranks(2, load_and_show, other, str(tmp_path)), other)
+
+
+@shows("plain")
+def test_plain_pytorch_trains_and_reshards(tmp_path: Path) -> None:
+    for layout in (("fsdp", 3, {}, None), ("tp", 2, {}, [32]), ("fsdp tp", 4, {}, None)):
+        test_standalone_ranks.test_blocks_are_completed_over_the_mesh(*layout)
+    # Not with "fsdp": on gloo, torch 2.8 adds its ranks' gradients instead of averaging them. Steps
+    # do not depend on the scale of gradients, but a run that goes on under another layout does.
+    test_standalone_ranks.test_a_distributed_checkpoint_loads_under_another_layout(
+        "tp", 2, "none", 1, tmp_path
+    )
 
 
 # With megatron.training.
@@ -135,8 +154,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_dataset(tmp_path_factory.mktemp("data") / "text")
 
 
-@pytest.mark.support(ROW, "resume")
-@pytest.mark.support(ROW, "launch")
+@shows("resume")
+@shows("launch")
 def test_a_run_by_the_launcher_is_resumed_bit_for_bit(data: str, tmp_path: Path) -> None:
     def go(flags: str, optimizer: str = "adam_mini") -> Any:
         seen = run_ranks(2, train, Run(f"{data} {flags}", optimizer))
@@ -151,7 +170,7 @@ def test_a_run_by_the_launcher_is_resumed_bit_for_bit(data: str, tmp_path: Path)
         assert_same_state(before.end, after.end)
 
 
-@pytest.mark.support(ROW, "register")
+@shows("register")
 def test_all_that_is_wrapped_exists_and_is_restored() -> None:
     (found,) = run_ranks(1, hooks_of_this_release)
     assert len(found) == (15 if RELEASE == "0.16.1" else 16)
@@ -177,7 +196,7 @@ def names_after_registration() -> dict[str, bool]:
     return facts
 
 
-@pytest.mark.support(ROW, "patch")
+@shows("patch")
 def test_a_patched_tree_trains_without_the_launcher(data: str, tmp_path: Path) -> None:
     """The release's own files; nothing but the patch registers Adam-mini."""
     (installed,) = run_ranks(1, folder_of_training)

@@ -42,6 +42,7 @@ COLUMNS = {
     "register": "register",
     "patch": "patch",
     "neighbours": "checkpoints of the neighbours",
+    "plain": "plain PyTorch",
 }
 FOUR = ("oracle", "overlap", "reshard", "conversion")
 OF_RELEASES = (
@@ -56,6 +57,18 @@ RELEASES = {
     "0.19.2": "0.19.2",
     "0.20.0": "main, 0.20.0 (d98e8a64, 2026-08-22)",
 }
+#: What the suite runs with: torch, and versions of Python.
+SUITE_TORCH = re.findall(
+    r"^torch==(.+)$", (ROOT / "requirements/runtime.txt").read_text(encoding="utf-8"), re.M
+)[0]
+SUITE_PYTHONS = ("3.12", "3.13")
+OF_OTHERS = (*(column for column in OF_RELEASES if column != "neighbours"), "plain")
+#: Rows of the section on other versions of torch and Python; see :func:`row_of`.
+OTHERS = (
+    "torch 2.8.0, Megatron-Core 0.19.2",
+    "torch 2.11.0, Megatron-Core 0.19.2",
+    "Python 3.11, Megatron-Core 0.16.1",
+)
 #: What a cell says where a feature cannot matter.
 NO_MATTER = "-"
 
@@ -161,6 +174,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], tuple[Feature, ...]]] = {
         ),
     ),
     "Releases of Megatron-Core": (OF_RELEASES, tuple(map(Feature, RELEASES.values()))),
+    "Other versions of torch and Python": (OF_OTHERS, tuple(map(Feature, OTHERS))),
 }
 
 #: Feature, column, name of the test file without folder and ending.
@@ -225,9 +239,21 @@ def marks_of(module: Any) -> Iterator[pytest.Mark]:
                 )
 
 
+def row_of(megatron: str, torch: str, python: str) -> str:
+    """Return what ``tests/releases.py`` calls an environment in which it runs, by its versions."""
+    others = [f"torch {torch}"] if torch != SUITE_TORCH else []
+    others += [f"Python {python}"] if python not in SUITE_PYTHONS else []
+    return ", ".join([*others, f"Megatron-Core {megatron}"]) if others else RELEASES[megatron]
+
+
 def claimed_of_releases() -> set[Shown]:
-    """Return what ``tests/releases.py`` shows if it passes on every release."""
-    return {(row, column, "releases") for row in RELEASES.values() for column in OF_RELEASES}
+    """Return what ``tests/releases.py`` shows if it passes in every environment."""
+    return {
+        (row, column, "releases")
+        for rows, columns in ((RELEASES.values(), OF_RELEASES), (OTHERS, OF_OTHERS))
+        for row in rows
+        for column in columns
+    }
 
 
 # The plugin: what the marked tests of a run have shown.
@@ -318,10 +344,13 @@ about the feature.
 * *checkpoint reshard*: saved under one layout, loaded under another, every value bit for bit.
 * *conversion*: from and to Megatron's Adam, offline or with `--load`.
 
-The rows of releases come from `tools/releases.sh`, which runs `tests/releases.py` on each; all
-other tables are of 0.19.2. The wheel of 0.16.1 contains megatron.core alone, with which scripts
-that call `register()` train; the rest ran with megatron.training of its tag. Its router of experts
-needs Transformer Engine, for whose absence the tests define one name."""
+The rows of releases and versions come from `tools/releases.sh`, which runs `tests/releases.py` on
+each; all other tables are of Megatron-Core 0.19.2 with torch 2.14.1 and Python 3.12. The wheel of
+0.16.1 contains megatron.core alone, with which scripts that call `register()` train; the rest ran
+with megatron.training of its tag. Its router of experts needs Transformer Engine, for whose absence
+the tests define one name. torch 2.6 and 2.7 lack a function that AdamMini for plain PyTorch needs,
+and no test with Megatron started on them, because the Triton of 2.6 needs a GPU to be imported;
+that of 2.7 was not looked into. torch 2.15, Python 3.10 and 3.14 were not tried."""
 
 #: Flag, reason and remedy: the table of preflight.py, and what arguments.py checks besides.
 REFUSALS = (

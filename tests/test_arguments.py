@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -487,6 +488,23 @@ def registration_story() -> dict[str, Any]:
         facts["replaced again"] = replaced() != originals
     facts["restored again"] = replaced() == originals
     return facts
+
+
+def wrapper_that_a_script_has_imported() -> Any:
+    from megatron.core import optimizer
+
+    from megatron_adam_mini.mcore import compat
+
+    name = compat.FACTORY.name
+    setattr(optimizer, name, lambda config, model_chunks: f"Megatron's {config.optimizer}")
+    with megatron_adam_mini.register():
+        imported = getattr(optimizer, name)
+    return imported(SimpleNamespace(optimizer="adam_mini"), [])
+
+
+def test_what_a_script_has_imported_is_megatrons_after_the_end_of_the_registration():
+    """Before 0.18 scripts import the function that is wrapped."""
+    assert only(run_ranks(1, wrapper_that_a_script_has_imported)) == "Megatron's adam_mini"
 
 
 def test_registration_is_idempotent_and_reversible():

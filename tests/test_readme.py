@@ -240,6 +240,8 @@ def known_flags() -> set[str]:
     sources = (ROOT.glob(f"{folder}/**/*.py") for folder in FOLDERS)
     for path in (PACKAGE / "launch.py", *chain.from_iterable(sources)):
         known |= set(re.findall(r'"(--[\w-]+)"', path.read_text()))
+    for path in (ROOT / "tools").glob("*.sh"):
+        known |= set(re.findall(r"^ +(--[\w-]+)\)$", path.read_text(), re.MULTILINE))
     return known
 
 

@@ -51,6 +51,17 @@ def test_wrong_flags_in_the_environment_are_an_error(
         unattached.options_of_process()
 
 
+def test_flags_in_the_environment_beside_those_of_the_command_line_are_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(unattached, "_kept", OPTIONS)
+    monkeypatch.setenv(unattached.VARIABLE, " ")
+    assert unattached.options_of_process() == OPTIONS
+    monkeypatch.setenv(unattached.VARIABLE, "--adam-mini-preset row")
+    with pytest.raises(ValueError, match=r"^ADAM_MINI_FLAGS='--adam-mini-preset row' .* unset"):
+        unattached.options_of_process()
+
+
 class FrameworksTrainer(Trainer):
     """Its optimizer's config is made by the framework."""
 

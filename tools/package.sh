@@ -11,7 +11,7 @@ set -eu
 
 cd "$(dirname "$0")/.."
 ROOT=$(pwd)
-SUPPORTED="3.12 3.13"
+SUPPORTED="3.11 3.12 3.13"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 

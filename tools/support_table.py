@@ -5,8 +5,8 @@
 Without FILES, all marked tests run (minutes), and the table is written anew. With FILES (such as
 ``tests/test_oracle.py``), only theirs do; what other files have shown stays in the table. If a test
 fails, nothing is written. With ``--release``, only the row of the installed release of
-Megatron-Core is written; ``tools/releases.sh`` calls it so. See ``tests/support.py`` for the marker
-and the rows.
+Megatron-Core, or of another torch or Python, is written; ``tools/releases.sh`` calls it so. See
+``tests/support.py`` for the marker and the rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.support import RELEASES, Shown, read_table, table  # noqa: E402
+from tests.support import OTHERS, RELEASES, Shown, read_table, table  # noqa: E402
 
 TABLE = ROOT / "docs/support.md"
 
@@ -70,7 +70,7 @@ def merged(
         files: which files ran.
         rows: what other rows say of these files stays; ``None``: nothing does.
     """
-    releases = set(RELEASES.values())
+    releases = {*RELEASES.values(), *OTHERS}
     return shown | {
         entry
         for entry in read_table(old)

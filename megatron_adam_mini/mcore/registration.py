@@ -144,7 +144,8 @@ def _wrap_factory(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_optimizer(*args: Any, **kwargs: Any) -> Any:
         given = compat.factory_arguments(original, args, kwargs)
-        if given["config"].optimizer != OPTIMIZER:
+        # Who has imported this function by name keeps it when the registration is undone.
+        if _active is None or given["config"].optimizer != OPTIMIZER:
             return original(*args, **kwargs)
         read = [given.pop(name, None) for name in BUILD_ARGUMENTS]
         refuse_keywords(given, defaults)

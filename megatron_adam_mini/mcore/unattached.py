@@ -28,9 +28,19 @@ def options_of_process() -> AdamMiniConfig:
     """Return the options that were kept, or else those of the environment, or else the defaults.
 
     Raises:
-        ValueError: the environment has a flag that is not known, or a value that is not allowed.
+        ValueError: the environment has a flag that is not known, a value that is not allowed, or
+            flags although options were kept.
     """
-    return _kept or _parse(os.environ.get(VARIABLE, ""))
+    flags = os.environ.get(VARIABLE, "")
+    if _kept is None:
+        return _parse(flags)
+    if flags.strip():
+        raise ValueError(
+            f"{VARIABLE}={flags!r} would be ignored, because register_with was given the arguments "
+            "of the command line, whose options this process uses. Remedy: unset the variable, and "
+            "give its flags on the command line."
+        )
+    return _kept
 
 
 def _parse(flags: str) -> AdamMiniConfig:
