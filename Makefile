@@ -1,4 +1,5 @@
 # make demo   train a small Llama with Adam and with Adam-mini on this machine's CPU, and compare
+# make why    docs/why.md and its pictures: the talk's quadratic problems, run again; half a minute of one core
 # make test   lint, types and all tests
 # make check  lint, types and the tests that need one process: for the inner loop
 # make lint   lint and types only
@@ -12,7 +13,7 @@
 SHELL := /bin/sh
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo evidence test check lint format docs package bootstrap clean
+.PHONY: help demo evidence why test check lint format docs package bootstrap clean
 WORKERS := 2
 
 help:
@@ -26,6 +27,9 @@ demo: bootstrap
 
 evidence: bootstrap
 	@OMP_NUM_THREADS=1 $(BIN)/python -m evidence $(ARGS)
+
+why: bootstrap
+	@OMP_NUM_THREADS=1 $(BIN)/python -m evidence.why
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)

@@ -57,8 +57,8 @@ def draw_spectra(axes: Any, measured: Measurement) -> None:
         axes.set_yticks([])
     axes.invert_yaxis()
     assert axis.floor is not None
-    least = np.ceil(np.log10(axis.floor))
-    exponents = np.arange(least, np.log10(max(measured.largest)) + 1, 2)
+    least = np.ceil(np.log10(axis.floor)) + 1
+    exponents = np.arange(least, np.log10(max(measured.largest)) + 1, 3)
     values = [*(-(10.0 ** exponents[::-1])), 0.0, *(10.0**exponents)]
     labels = [_label(value) for value in values]
     places = axis.places(np.array(values))
