@@ -140,7 +140,8 @@ class LocalShard:
                 f"of shape {tuple(param.shape)}, {_sharded(param)}. Remedy: the state_dict() of "
                 "the torch.optim.AdamW that has trained the same parameters."
             )
-        state = {"step": saved["step"], "exp_avg": saved["exp_avg"].clone()}
+        step = torch.as_tensor(saved["step"]).clone()
+        state = {"step": step, "exp_avg": saved["exp_avg"].clone()}
         if self.sums is None:
             return {**state, self.v_key: v.clone()}
         means = zeros_of_rows(param, self.blocks)
