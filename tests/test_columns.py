@@ -17,10 +17,10 @@ from megatron_adam_mini.checkpoint.reader import Checkpoint
 from megatron_adam_mini.checkpoint.writer import CheckpointWriter
 from megatron_adam_mini.cli import main
 from megatron_adam_mini.convert.inspection import inspect
-from tests import test_parameter_state
+from tests import test_offload, test_parameter_state
 from tests.adam_checkpoints import MINI, SAVED, load_each, read_all, saved
-from tests.gather import whole_tensors
-from tests.megatron_job import Job
+from tests.gather import slices_of, whole_tensors
+from tests.megatron_job import Job, Trainer
 from tests.ranks import RankError, run_ranks
 from tests.test_checkpoint import (
     ADAM_FORMATS,
@@ -33,10 +33,12 @@ from tests.test_checkpoint import (
     train_and_save,
 )
 from tests.test_convert import layers_of
+from tests.test_huge_gradients import SMALL, Grads, write
 from tests.test_oracle import labels_of
 
 SLIM = {"preset": "slim"}
 JOB = replace(BASE, adam_mini=SLIM)
+GIVEN = replace(SMALL, steps=3)
 
 
 def test_v_of_columns_loads_under_any_layout(tmp_path: Path) -> None:
@@ -99,6 +101,76 @@ def test_columns_are_no_union_of_rows_and_one_block_is_one_of_columns(tmp_path: 
         with pytest.raises(RankError) as caught:
             run_ranks(2, load_and_show, job, str(tmp_path))
         assert all("finer or cut otherwise" in text for _, text in caught.value.errors.values())
+
+
+# Storage, and steps of all kinds.
+
+
+def test_bits_are_those_of_a_run_without_offload() -> None:
+    """Chunks on the host cut runs of rows; skipped steps, float64 sums, stochastic rounding."""
+    job = replace(test_offload.JOB, adam_mini=SLIM | test_offload.SMALL)
+    plain = run_ranks(4, test_offload.run, job)
+    assert [updated for updated, *_ in plain[0]["outcomes"]] == [True, False, True, True]
+    host = test_offload.offloaded(job, 0.5)
+    test_offload.assert_same(plain, run_ranks(4, test_offload.run, host, True))
+
+
+def given_steps(job: Job) -> Any:
+    """Take steps with gradients that are the same in every layout."""
+    trainer = Trainer(job)
+    for step in range(job.steps):
+        write(trainer, Grads(10.0**-step))
+        trainer.optimizer.step()
+        trainer.sync_params()
+    return slices_of(trainer)
+
+
+def test_noise_of_stochastic_rounding_is_that_of_the_element() -> None:
+    options = SLIM | {"exp_avg_dtype": "bf16", "stochastic_rounding": True}
+    job = replace(GIVEN, adam_mini=options, bf16=True)
+    whole = whole_tensors(run_ranks(1, given_steps, job), "exp_avg", job)
+    for other, world in ((job, 3), (replace(job, tp=2, bucket_size=None), 2)):
+        found = whole_tensors(run_ranks(world, given_steps, other), "exp_avg", other)
+        for name, value in whole.items():
+            # Gate and up of each tensor-parallel rank are numbered one after the other.
+            if other.tp == 1 or "linear_fc1" not in name:
+                assert torch.equal(found[name], value), name
+
+
+def test_a_single_phase_makes_the_same_step() -> None:
+    job = replace(GIVEN, adam_mini=SLIM, tp=2, clip_grad=0.0)
+    two = run_ranks(4, given_steps, job)
+    one = run_ranks(4, given_steps, replace(job, adam_mini=SLIM | {"single_phase": True}))
+    for key in ("param", "exp_avg", "v"):
+        expected = whole_tensors(two, key, job)
+        for name, value in whole_tensors(one, key, job).items():
+            assert torch.equal(value, expected[name]), f"{key} {name}"
+
+
+def refusals(jobs: list[Job]) -> list[str]:
+    found = []
+    for job in jobs:
+        with pytest.raises(NotImplementedError) as caught:
+            Trainer(job)
+        found.append(str(caught.value))
+        parallel_state_destroy()
+    return found
+
+
+def parallel_state_destroy() -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+
+
+def test_columns_without_a_meaning_are_refused() -> None:
+    experts = replace(GIVEN, experts=2, bias=False)
+    interleaved = {"moe_mlp_glu_interleave_size": 8}
+    jobs = [
+        replace(experts, config_args=interleaved, adam_mini=SLIM),
+    ]
+    (found,) = run_ranks(1, refusals, jobs)
+    assert "rows of gate and up alternate" in found[0]
 
 
 # Offline.

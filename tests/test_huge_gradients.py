@@ -161,6 +161,8 @@ LAYOUTS = {
         2,
     ),
     "tp2-dp2": (replace(SMALL, tp=2), 4),
+    # a column of gate, and of up, has 32 elements as a row does
+    "tp2, columns": (replace(SMALL, tp=2, ffn=32, adam_mini={"preset": "slim"}), 2),
 }  # fmt: skip
 
 

@@ -339,6 +339,9 @@ META_OPTIONS: dict[str, dict[str, Any]] = {
     "405b, heads cut by tp": {"value_as_block": True},
     "llama, several instances, cp": {"full_v": ("*fc1.weight",)},
     "gpt, gate, norms of q and k": {"preset": "first"},
+    "llama, vpp, busbw, bf16 gradients": {"preset": "slim"},
+    "experts": {"preset": "slim"},
+    "latent attention": {"preset": "row-column"},
 }
 
 
