@@ -28,8 +28,9 @@ def add_partition_flags(group: Any, *, prefix: str = "") -> None:
         choices=PRESETS,
         default=AdamMiniConfig.preset,
         help="partition into blocks: 'paper' (head for Q and K, row elsewhere), 'row' (for Q "
-        "and K, too), 'first' (one "
-        "block per tensor outside of attention, embedding and output elementwise), 'tensor'",
+        "and K, too), 'row-column' (columns for Value and the attention projection), 'slim' "
+        "(columns for the MLP, too, full v for norms), 'first' (one block per tensor outside of "
+        "attention, embedding and output elementwise), 'tensor'",
     )
     group.add_argument(
         f"--{prefix}value-as-block",
@@ -46,7 +47,7 @@ def add_partition_flags(group: Any, *, prefix: str = "") -> None:
     group.add_argument(
         f"--{prefix}rules",
         metavar="FILE",
-        help="JSON object {name pattern: row | head | tensor | element}; first match wins",
+        help="JSON object {name pattern: row | column | head | tensor | element}; first match wins",
     )
 
 

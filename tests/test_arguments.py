@@ -173,7 +173,7 @@ def test_help_shows_the_flags():
     for flag in FLAGS:
         assert flag in text
     group = text[text.index("Adam-mini:") :]
-    assert "{paper,row,first,tensor}" in group
+    assert "{paper,row,row-column,slim,first,tensor}" in group
     assert f"{{{','.join(BACKENDS)}}}" in group
     assert "arXiv:2406.16793" in group
     choices = text[text.index("--optimizer {") :].split("}")[0]

@@ -4,10 +4,10 @@ May import numpy, the standard library and ``config``.
 
 Data flow: ``roles`` (name -> what it is) -> ``parameter_info`` (facts about a parameter) ->
 ``partition`` (blocks of one second moment) -> ``manifest`` (the same for users and checkpoints);
-``partition`` -> ``layout`` (where blocks lie in a rank's slices) -> ``reduction`` (which sums cross
-ranks) -> ``segment_table`` (what kernels walk) -> ``buffer_plan`` (slices, state and tables of one
-buffer) -> ``step_plan`` (all of it for one rank) -> ``shares`` (what lies in which memory) ->
-``chunks`` (what the host updates at once).
+``partition`` -> ``layout`` (where blocks lie in a rank's slices; ``column_runs``) -> ``reduction``
+and ``column_sums`` (which sums cross ranks) -> ``segment_table`` and ``column_table`` (what kernels
+walk) -> ``buffer_plan`` (slices, state and tables of one buffer) -> ``step_plan`` (all of it for
+one rank) -> ``shares`` (what lies in which memory) -> ``chunks`` (what the host updates at once).
 
 Words, here and in the whole package:
 
@@ -28,6 +28,8 @@ window         position of a run of elements in the buffer, and in the state
 cut block      block with segments on several ranks; the others are uncut
 spread block   block of several row segments, or with rows on several tensor-parallel ranks
 edge           boundary between two slices that cuts a row segment
+column set     rows of a parameter within which each column, an input, is a block
+run            what a slice holds of a row segment of a column set; its columns are segments
 slot           place of a spread block's sum among those that ranks exchange
 domain         the buffers that share one pair of process groups: dense parameters, or experts
 group          process group; a *parameter group* is torch's
@@ -43,6 +45,7 @@ Shape suffixes, here and in the whole package:
 ``_S``  segments of the rank (in ``layout``: of one slice; in tables: of one table)
 ``_R``  element ranges, likewise
 ``_SR`` segments, then element ranges
+``_C``  runs of rows of column sets
 ``_E``  elements of all element ranges
 ``_P``  parameters
 ``_G``  parameter groups
