@@ -397,3 +397,35 @@ def test_bucket_that_does_not_divide_is_refused():
     text = "A bucket of 7 elements cannot be cut into 2 equal slices; Megatron pads buckets"
     with pytest.raises(ValueError, match=re.escape(text)):
         BucketLayout(7, 2, ())
+
+
+@pytest.mark.parametrize(("tp_dim", "stacked"), [(None, 1), (None, 2), (0, 2), (1, 1)])
+def test_columns_of_any_slice(tp_dim: int | None, stacked: int) -> None:
+    """Every element is of the segment of its column and set, however slices cut rows."""
+    tp_size = 1 if tp_dim is None else 2
+    for tp_rank, num_slices, gap in product(range(tp_size), (1, 2, 3, 5, 11), (0, 2)):
+        info = ParameterInfo(
+            name="weight", shape=(4, 3), role="mlp", tp_dim=tp_dim, tp_size=tp_size,
+            tp_rank=tp_rank, num_stacked=stacked,
+        )  # fmt: skip
+        blocks = [partition_parameter(info, AdamMiniConfig(rules=(("*", "column"),)))]
+        numel = -(-(gap + 12) // num_slices) * num_slices
+        bucket = BucketLayout(numel, num_slices, (Placement(0, gap, gap + 12),))
+        height = info.global_shape[0] // stacked
+        seen = []
+        for rank in range(num_slices):
+            part = segment_slice(bucket, blocks, rank)
+            assert slice_size(bucket, blocks, rank).num_segments == part.num_segments
+            assert part.is_column_S.all()
+            assert (part.block_numel_S == height).all()
+            runs = part.columns
+            for run in range(len(runs)):
+                for at in range(int(runs.start_C[run]), int(runs.end_C[run])):
+                    step = (at - int(runs.start_C[run])) % int(runs.width_C[run])
+                    row, column = divmod(at + rank * bucket.slice_numel - gap, 3)
+                    matrix = row // (4 // stacked)
+                    offset = 3 * tp_rank if tp_dim == 1 else 0
+                    block = part.block_S[int(runs.first_C[run]) + step]
+                    assert block == matrix * info.global_shape[1] + offset + column
+                    seen.append((row, column))
+        assert sorted(seen) == list(product(range(4), range(3)))
