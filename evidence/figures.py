@@ -82,22 +82,21 @@ def gaps(plan: Plan, results: Results) -> Figure | None:
     first = next(iter(found))
     by_size = [one for one in found if one.steps == first.steps]
     by_length = sorted((one for one in found if one.size == first.size), key=lambda s: s.steps)
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    axes: Axes
-    for axes, shown, names in zip(
-        figure.subplots(1, 2, sharey=True),
-        (by_size, by_length),
-        ([s.size for s in by_size], [str(s.steps) for s in by_length]),
-        strict=True,
-    ):
-        _draw_gaps(axes, [found[setting] for setting in shown])
+    shown = [(by_size, [s.size for s in by_size], f"parameters; {first.steps} steps")]
+    if len(by_length) > 1:
+        lengths = [str(setting.steps) for setting in by_length]
+        shown.append((by_length, lengths, f"steps; {first.size} parameters"))
+    figure = Figure(figsize=(1 + 5 * len(shown), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axes, (settings, names, text) in zip(panels, shown, strict=True):
+        _draw_gaps(axes, [found[setting] for setting in settings])
         axes.set_xticks(range(len(names)), names)
+        axes.set_xlabel(text)
         axes.grid(axis="y", alpha=0.3)
-    left, right = figure.axes
-    left.set(xlabel=f"parameters; {first.steps} steps", ylabel="loss above AdamW (nats per byte)")
-    right.set(xlabel=f"steps; {first.size} parameters")
-    left.legend(fontsize="small")
-    figure.suptitle("Each at its best rate of the grid; mean and 95 % interval of the seeds")
+    panels[0].set_ylabel("loss above AdamW (nats per byte)")
+    lines, names = panels[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=2 * len(shown), frameon=False)
+    figure.suptitle("Each at its best rate: mean, 95 % interval and values of the seeds")
     return figure
 
 
@@ -124,7 +123,7 @@ def _draw_gaps(axes: Axes, columns: list[list[Comparison]]) -> None:
             label=label(name),
         )
         for x, gap in points:
-            axes.plot([x] * len(gap.values), gap.values, ".", color=_COLORS[name], markersize=3)
+            axes.plot([x + 0.04] * len(gap.values), gap.values, "_", color=_COLORS[name])
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, -0.15), min(high, 0.25))
 
