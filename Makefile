@@ -3,7 +3,7 @@
 # make test   lint, types and all tests
 # make check  lint, types and the tests that need one process: for the inner loop
 # make lint   lint and types only
-# make evidence  train small models with AdamW and Adam-mini and compare: some hours, resumable; see evidence/README.md
+# make evidence  train small models with AdamW and Adam-mini and compare: hours, resumable; see evidence/README.md
 # make docs   the documents as a site, in build/site
 # make package  an sdist and a manylinux wheel in dist/, tried in clean environments; see tools/package.sh
 #
