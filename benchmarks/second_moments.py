@@ -16,6 +16,7 @@ rows of a head, the whole part.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sysconfig
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import heading, write
+from megatron_adam_mini.second_moment_noise import average_snr
 from tests import megatron_job, models
 from tests.megatron_job import Job, Trainer
 from tests.ranks import run_ranks
@@ -289,7 +291,7 @@ def candidates(v: Tensor, head_rows: int | None) -> dict[str, Tensor]:
 def snr(blocks: Tensor) -> float:
     """Return mean^2 / variance within blocks, averaged over blocks."""
     variance, mean = torch.var_mean(blocks, dim=1, correction=0)
-    return float((mean.square() / variance).mean())
+    return average_snr(mean.numpy(), variance.numpy()) or math.inf
 
 
 def share_within(blocks: Tensor) -> float:

@@ -31,13 +31,17 @@ def register() -> Registration:
     return register_with_megatron()
 
 
-def metrics_of(optimizer: Any, *, updates: bool = False) -> dict[str, float]:
+def metrics_of(
+    optimizer: Any, *, updates: bool = False, heterogeneity: bool = False
+) -> dict[str, float]:
     """Return what Megatron's loop logs of Adam-mini, for a loop of your own; see ``docs/logs.md``.
 
     Args:
         optimizer: what ``get_megatron_optimizer`` returned.
         updates: also how large the last update was beside the weights, and the range of v. All
             ranks must then call it, between a step and anything else that changes the state.
+        heterogeneity: also how unlike v is within blocks, of parameters that keep one per element;
+            all ranks must then call it.
 
     Returns:
         Names, which begin with ``adam-mini/``, and values.
@@ -54,7 +58,7 @@ def metrics_of(optimizer: Any, *, updates: bool = False) -> dict[str, float]:
             f"metrics_of needs what get_megatron_optimizer returns for optimizer='adam_mini', got "
             f"{type(optimizer).__name__}."
         )
-    return metrics_of_member(member, updates=updates)
+    return metrics_of_member(member, updates=updates, heterogeneity=heterogeneity)
 
 
 def __getattr__(name: str) -> Any:

@@ -60,7 +60,7 @@ def check_agreement(
     hashes = {ranks: short_hash(list(layout)) for ranks, layout in record.layouts.items()}
     error = None if record.error is None else f"{type(record.error).__name__}: {record.error}"
     mine = (short_hash(record.rules), hashes, sorted(record.matched), error)
-    everyone = _gather(mine, group)
+    everyone = gather(mine, group)
 
     failed = [(rank, entry[3]) for rank, entry in enumerate(everyone) if entry[3] is not None]
     if record.error is not None:
@@ -134,7 +134,7 @@ def on_all_ranks(
         outcome.append(work())
     except (Exception, CheckpointException) as caught:  # torch's own is not an Exception
         error = caught
-    everyone = _gather(None if error is None else f"{type(error).__name__}: {error}", group)
+    everyone = gather(None if error is None else f"{type(error).__name__}: {error}", group)
     if error is not None:
         raise error
     for rank, message in enumerate(everyone):
@@ -160,8 +160,8 @@ def _raise_difference(
         ranks: key of the layouts that differ; ``None``: the options differ.
     """
     own: Any = record.rules if ranks is None else list(record.layouts.get(ranks, ()))
-    mine = own if _rank(group) in (left, right) else None
-    everyone = _gather(mine, group)
+    mine: Any = own if _rank(group) in (left, right) else None
+    everyone = gather(mine, group)
     a, b = everyone[left], everyone[right]
     what = "options" if ranks is None else f"layout of {ranks}"
     if ranks is None:
@@ -196,7 +196,8 @@ def _names(layout: Sequence[dict[str, Any]]) -> set[str]:
     return {str(entry.get("name")) for entry in layout}
 
 
-def _gather(value: Any, group: distributed.ProcessGroup | None) -> list[Any]:
+def gather(value: T, group: distributed.ProcessGroup | None = None) -> list[T]:
+    """Return the values of all ranks of a group, default all; they are pickled to be sent."""
     if not distributed.is_initialized():
         return [value]
     gathered: list[Any] = [None] * distributed.get_world_size(group)

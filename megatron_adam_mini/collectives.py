@@ -115,6 +115,23 @@ class Collectives:
         """Take the largest of each number over all ranks; else as :meth:`add_over_model_`."""
         self._reduce_over_model_(values_D, distributed.ReduceOp.MAX)
 
+    def add_over_shards_(self, values: Tensor, domain: int, *, over_tp: bool) -> None:
+        """Add up numbers of one parameter over the ranks that hold parts of it.
+
+        Collectives: an all-reduce in the data-parallel group, one in the tensor-parallel group,
+        each left out if its ranks hold the same.
+
+        Args:
+            values: modified in place.
+            domain: index of the parameter's domain.
+            over_tp: whether tensor parallelism splits it.
+        """
+        layout, group = self._plan.domains[domain], self._groups[domain]
+        if layout.num_slices > 1:
+            distributed.all_reduce(values, group=group.dp)
+        if over_tp and layout.tp_size > 1:
+            distributed.all_reduce(values, group=group.tp)
+
     def _reduce_over_model_(self, values_D: Tensor, op: Any) -> None:
         if not distributed.is_initialized():
             return

@@ -64,6 +64,8 @@ class AdamMiniConfig:
             sizes and checksums.
         log_updates_interval: iterations of Megatron's training loop from one measurement of
             updates and v, for its logs, to the next; 0 (default): none.
+        log_heterogeneity: the same for how unlike v is within the blocks that rules would make of
+            parameters with one second moment per element.
 
     Raises:
         ValueError: a value is not allowed; the message names it and the allowed ones.
@@ -85,6 +87,7 @@ class AdamMiniConfig:
     checkpoint_format: str = "model_space"
     check_files: bool = True
     log_updates_interval: int = 0
+    log_heterogeneity: int = 0
 
     def __post_init__(self) -> None:
         """Normalise sequences to tuples and check every value."""
@@ -112,11 +115,12 @@ class AdamMiniConfig:
                 "exp_avg_dtype='fp32'; give exp_avg_dtype='bf16' (--exp-avg-dtype bf16) too, or "
                 "drop it."
             )
-        if self.log_updates_interval < 0:
-            raise ValueError(
-                f"Adam-mini log_updates_interval={self.log_updates_interval} is not allowed; it "
-                "must be a number of iterations, or 0: never."
-            )
+        for name in ("log_updates_interval", "log_heterogeneity"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"Adam-mini {name}={getattr(self, name)} is not allowed; it must be a number "
+                    "of iterations, or 0: never."
+                )
         for pattern, rule in self.rules:
             if rule not in RULES:
                 raise ValueError(
@@ -137,6 +141,7 @@ class AdamMiniConfig:
             "single_phase",
             "checkpoint_format",
             "log_updates_interval",
+            "log_heterogeneity",
         )
         return {name: getattr(self, name) for name in names}
 

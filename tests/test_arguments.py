@@ -40,6 +40,7 @@ FLAGS = (
     "--adam-mini-stochastic-rounding",
     "--adam-mini-single-phase",
     "--adam-mini-checkpoint-format",
+    "--adam-mini-log-heterogeneity",
 )
 
 
@@ -124,6 +125,7 @@ def test_flags_reach_the_config(tmp_path):
         *("--adam-mini-stochastic-rounding", "--exp-avg-dtype", "bf16", "--bf16"),
         *("--adam-mini-single-phase", "--clip-grad", "0"),
         *("--adam-mini-checkpoint-format", "buckets"),
+        *("--adam-mini-log-heterogeneity", "50"),
     ]
     own = [flag for flag in flags if flag.startswith("--adam-mini")]
     assert sorted(own) == sorted(FLAGS)
@@ -141,6 +143,7 @@ def test_flags_reach_the_config(tmp_path):
         param_remainders=True,
         single_phase=True,
         checkpoint_format="buckets",
+        log_heterogeneity=50,
     )
 
 
@@ -193,6 +196,7 @@ def test_help_shows_the_flags():
         (["--adam-mini-rules", "x"], "--adam-mini-rules"),
         (["--adam-mini-backend", "reference"], "--adam-mini-backend"),
         (["--adam-mini-no-file-check"], "--adam-mini-no-file-check"),
+        (["--adam-mini-log-heterogeneity", "5"], "--adam-mini-log-heterogeneity"),
     ],
 )
 def test_stray_flags_are_refused(flags, named):
@@ -209,6 +213,7 @@ def test_bad_values_are_refused_before_megatron_validates(tmp_path):
         ("--adam-beta2", "-0.5"): ("ValueError", "beta2=-0.5 is not allowed"),
         ("--adam-eps", "0"): ("ValueError", "eps=0.0 is not allowed"),
         ("--weight-decay", "-1"): ("ValueError", "weight_decay=-1.0 is not allowed"),
+        ("--adam-mini-log-heterogeneity", "-1"): ("ValueError", "log_heterogeneity=-1 is not"),
         ("--adam-mini-stochastic-rounding",): ("ValueError", "give exp_avg_dtype='bf16'"),
         ("--adam-mini-single-phase",): ("ValueError", "but --clip-grad 1.0 needs it first"),
         ("--adam-mini-single-phase", "--clip-grad", "0", "--fp16"): (

@@ -100,6 +100,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="write to TensorBoard and Weights & Biases, every so many iterations, how large "
         "updates are beside weights and the range of v, by kind of parameter; 0: never",
     )
+    group.add_argument(
+        "--adam-mini-log-heterogeneity",
+        type=int,
+        default=AdamMiniConfig.log_heterogeneity,
+        metavar="ITERATIONS",
+        help="with --adam-mini-full-v '*': print and log, every so many iterations, how unlike v "
+        "is within the blocks that each rule would make of each parameter; 0: never",
+    )
     return parser
 
 
@@ -122,6 +130,7 @@ def config_from_args(args: argparse.Namespace) -> AdamMiniConfig:
         checkpoint_format=args.adam_mini_checkpoint_format,
         check_files=args.adam_mini_check_files,
         log_updates_interval=args.adam_mini_log_updates_interval,
+        log_heterogeneity=args.adam_mini_log_heterogeneity,
     )
     return storage_options(args, options)
 

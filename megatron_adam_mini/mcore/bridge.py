@@ -58,6 +58,7 @@ class AdamMiniOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
     adam_mini_checkpoint_format: str = AdamMiniConfig.checkpoint_format
     adam_mini_check_files: bool = AdamMiniConfig.check_files
     adam_mini_log_updates_interval: int = AdamMiniConfig.log_updates_interval
+    adam_mini_log_heterogeneity: int = AdamMiniConfig.log_heterogeneity
 
     @classmethod
     def like(cls, config: OptimizerConfig, **changes: Any) -> AdamMiniOptimizerConfig:

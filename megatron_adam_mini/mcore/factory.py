@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -20,7 +20,7 @@ from torch import distributed
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
-from megatron_adam_mini.agreement import PlanRecord, agree_on_plan, on_all_ranks
+from megatron_adam_mini.agreement import PlanRecord, agree_on_plan, gather, on_all_ranks
 from megatron_adam_mini.collectives import DomainGroups
 from megatron_adam_mini.config import AdamMiniConfig, check_adam_values
 from megatron_adam_mini.kernels import select_backend
@@ -30,6 +30,7 @@ from megatron_adam_mini.mcore.chained_optimizer import AdamMiniChainedOptimizer
 from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
 from megatron_adam_mini.mcore.low_precision import ignored_dtype, plain_config, storage_options
 from megatron_adam_mini.mcore.metrics import observe
+from megatron_adam_mini.mcore.noise_report import refuse_unmeasurable
 from megatron_adam_mini.mcore.param_info import collect_parameters, frozen_keys
 from megatron_adam_mini.mcore.preflight import (
     refuse_buckets,
@@ -46,14 +47,13 @@ from megatron_adam_mini.mcore.quantized import drop_initial_values, is_quantized
 from megatron_adam_mini.mcore.slices import buffers_of, sharded_buffers, whole_parameters
 from megatron_adam_mini.mcore.unattached import options_of_process
 from megatron_adam_mini.optimizer import AdamMini
+from megatron_adam_mini.plan.candidates import candidates_of
 from megatron_adam_mini.plan.manifest import BUCKETS, manifest_of, partition_fields
 from megatron_adam_mini.plan.partition import partition_parameter, unmatched_patterns
 from megatron_adam_mini.plan.step_plan import DENSE, EXPERT, DomainLayout, StepPlan, plan_step
 from megatron_adam_mini.state import Buffer, check_remainders
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 def build_optimizer(
@@ -102,6 +102,8 @@ def build_optimizer(
     )
     drop_initial_values(planned.parameters)
     manifest = _gather_manifest(planned, options, frozen_keys(model_chunks))
+    if options.log_heterogeneity:
+        refuse_unmeasurable(manifest)
     optimizer = AdamMiniOptimizer(
         inner,
         plain_config(config),
@@ -165,6 +167,10 @@ def _plan(
         check_remainders(param.dtype for param in infos)
     blocks = [partition_parameter(info, options) for info in infos.values()]
     refuse_columns(blocks, model_chunks[0].config, select_backend(options.backend, device))
+    if options.log_heterogeneity:  # what cannot be measured is an error now, not in the run
+        for entry in blocks:
+            if entry.pattern is None:
+                candidates_of(entry.info, options)
     domains = [
         _domain(name, config, model_chunks, list(infos), groups)
         for name in _domain_names(model_chunks)
@@ -367,21 +373,15 @@ def _gather_manifest(
     ]
     entries, keys = {entry["key"]: entry for entry in own}, set(frozen)
     if len(planned.domain_groups) > 1:  # ranks of a stage hold different experts
-        for others, of_others in _gathered((list(entries.values()), keys), planned.groups.ep):
+        for others, of_others in gather((list(entries.values()), keys), planned.groups.ep):
             entries |= {entry["key"]: entry for entry in others}
             keys |= of_others
-    stages = _gathered((list(entries.values()), keys), planned.groups.pp)
+    stages = gather((list(entries.values()), keys), planned.groups.pp)
     return manifest_of(
         [entry for of_stage, _ in stages for entry in of_stage],
         options,
         frozen=[key for _, of_stage in stages for key in of_stage],
     )
-
-
-def _gathered(value: T, group: ProcessGroup) -> list[T]:
-    found: list[Any] = [None] * group.size()
-    distributed.all_gather_object(found, value, group=group)
-    return found
 
 
 def _report(

@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from megatron_adam_mini.mcore.compat import argument_reader
+from megatron_adam_mini.mcore.noise_report import noise_metrics, noise_of_model, noise_table
 from megatron_adam_mini.update_sizes import measure_updates
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ def observe(optimizer: AdamMiniOptimizer) -> None:
     _observed = weakref.ref(optimizer)
 
 
-def metrics_of(optimizer: AdamMiniOptimizer, *, updates: bool = False) -> dict[str, float]:
+def metrics_of(
+    optimizer: AdamMiniOptimizer, *, updates: bool = False, heterogeneity: bool = False
+) -> dict[str, float]:
     """Return the metrics of this rank (Megatron logs those of the last one).
 
     ``adam-mini/state-bytes/KIND``: bytes of optimizer state that the rank holds.
@@ -40,6 +43,7 @@ def metrics_of(optimizer: AdamMiniOptimizer, *, updates: bool = False) -> dict[s
     Args:
         optimizer: Adam-mini.
         updates: also :func:`update_metrics`, which all ranks must call.
+        heterogeneity: also ``noise_report.noise_metrics``, likewise.
     """
     added = optimizer.communication_per_step()
     found: dict[str, float] = {
@@ -48,7 +52,11 @@ def metrics_of(optimizer: AdamMiniOptimizer, *, updates: bool = False) -> dict[s
     found["adam-mini/added-collectives-per-step"] = added["collectives"]
     for group, num_bytes in added["by_group"].items():
         found[f"adam-mini/added-bytes-per-step/{group.replace(' ', '-')}"] = num_bytes
-    return found | (update_metrics(optimizer) if updates else {})
+    if updates:
+        found |= update_metrics(optimizer)
+    if heterogeneity:
+        found |= noise_metrics(noise_of_model(optimizer))
+    return found
 
 
 def update_metrics(optimizer: AdamMiniOptimizer) -> dict[str, float]:
@@ -173,7 +181,9 @@ def _saved_bytes(optimizer: AdamMiniOptimizer) -> int:
 def write_metrics(
     optimizer: AdamMiniOptimizer, iteration: int, log_interval: int, writer: Any, wandb_writer: Any
 ) -> None:
-    """Write what is due; all ranks must call it and measure updates, those with a writer write.
+    """Write what is due; all ranks must call it and measure, those with a writer write.
+
+    The table of heterogeneity is printed by rank 0.
 
     Args:
         optimizer: Adam-mini.
@@ -182,8 +192,12 @@ def write_metrics(
         writer: of TensorBoard, ``None`` if this rank has none.
         wandb_writer: module or run of Weights & Biases, likewise.
     """
-    interval = optimizer.inner.config.log_updates_interval
-    found = update_metrics(optimizer) if interval and iteration % interval == 0 else {}
+    config = optimizer.inner.config
+    found: dict[str, float] = {}
+    if _is_due(config.log_updates_interval, iteration):
+        found |= update_metrics(optimizer)
+    if _is_due(config.log_heterogeneity, iteration):
+        found |= _report_noise(optimizer, iteration)
     if not (writer or wandb_writer):
         return
     if iteration % log_interval == 0:
@@ -193,6 +207,17 @@ def write_metrics(
             writer.add_scalar(name, value, iteration)
     if wandb_writer and found:
         wandb_writer.log(found, iteration)
+
+
+def _is_due(interval: int, iteration: int) -> bool:
+    return interval > 0 and iteration % interval == 0
+
+
+def _report_noise(optimizer: AdamMiniOptimizer, iteration: int) -> dict[str, float]:
+    noise = noise_of_model(optimizer)
+    if noise and distributed.get_rank() == 0:
+        print(noise_table(noise, optimizer.manifest, iteration), flush=True)  # noqa: T201
+    return noise_metrics(noise)
 
 
 def _write(optimizer: AdamMiniOptimizer, iteration: int) -> None:

@@ -108,6 +108,12 @@ class RankOptimizer(MegatronOptimizer):  # type: ignore[misc]
         scale: Tensor = self.grad_scaler.scale
         return scale
 
+    @property
+    def groups_of_parts(self) -> list[distributed.ProcessGroup]:
+        """Groups whose ranks hold different parameters: of experts if there are any, of stages."""
+        experts = any(domain.name == EXPERT for domain in self.inner.plan.domains)
+        return [self._groups_of_ranks.ep] * experts + [self._groups_of_ranks.pp]
+
     # What this rank has.
 
     def state_bytes(self) -> dict[str, int]:
