@@ -38,13 +38,12 @@ from tests.ranks import RankError, run_ranks
 from tests.test_logged_updates import WandbDouble
 
 FULL = {"full_v": ["*"], "log_heterogeneity": 2}
-BASE = Job(
-    hidden=32, ffn=48, vocab=64, heads=4, groups=2, swiglu=False, batch=8, steps=1, adam_mini=FULL
-)
+BASE = Job(hidden=32, ffn=48, vocab=64, heads=4, groups=2, batch=8, steps=1, adam_mini=FULL)
 LAYOUTS = {
     "one rank": (BASE, 1),
     "dp2, buckets": (replace(BASE, bucket_size=3000), 2),
     "tp2-dp2": (replace(BASE, tp=2, bucket_size=3000), 4),
+    "tp2, not gated, biases": (replace(BASE, tp=2, swiglu=False, bias=True), 2),
     "tp2-pp2, tied": (replace(BASE, tp=2, pp=2, tied=True), 4),
     "tp4, a head on two ranks": (replace(BASE, tp=4, groups=1), 4),
     "experts, ep2-tp2": (replace(BASE, tp=2, ep=2, etp=1, experts=4, bf16=True), 4),
@@ -117,6 +116,8 @@ def measured(job: Job) -> dict[str, Any]:
 def parts_of(name: str, v: NDArray[Any], job: Job) -> dict[str, NDArray[Any]]:
     """Return v of each part, ``(rows, columns)``; heads of Query and Key one after the other."""
     v = v.astype(np.float64).reshape(len(v), -1)
+    if job.swiglu and name.endswith("linear_fc1.weight"):
+        return dict(zip(("gate", "up"), np.split(v, 2), strict=True))
     if not name.endswith("linear_qkv.weight"):
         return {"": v}
     dim = job.hidden // job.heads
@@ -218,6 +219,8 @@ def test_gate_and_up_are_parts_wherever_their_rows_lie() -> None:
 
 def test_what_has_no_blocks_of_several_elements_is_no_candidate() -> None:
     config = AdamMiniConfig(full_v=("*",))
+    convolution = candidates_of(info_of("x.mixer.conv1d.weight", (6, 1, 4)), config)
+    assert convolution.of_part(0) == ("row", "tensor")
     for name, shape in (("x.linear_fc1.bias", (5,)), ("x.shared_experts.gate_weight", (1, 5))):
         found = candidates_of(info_of(name, shape), config)
         assert found.of_part(0) == ("tensor",)
@@ -303,3 +306,9 @@ def build_with_heads_that_do_not_match(job: Job) -> None:
 def test_heads_that_do_not_match_are_refused_at_the_start() -> None:
     with pytest.raises(RankError, match=r"make 56; check --num-attention-heads"):
         run_ranks(1, build_with_heads_that_do_not_match, BASE)
+
+
+def test_gate_and_up_in_turns_are_refused() -> None:
+    job = replace(BASE, experts=4, config_args={"moe_mlp_glu_interleave_size": 4})
+    with pytest.raises(RankError, match=r"NotImplementedError: --adam-mini-log-het.* alternate"):
+        run_ranks(1, Trainer, job)

@@ -36,6 +36,7 @@ from megatron_adam_mini.mcore.preflight import (
     refuse_buckets,
     refuse_columns,
     refuse_coupled_decay,
+    refuse_measuring,
     refuse_missing_groups,
     refuse_qk_clip,
     refuse_single_phase,
@@ -168,6 +169,7 @@ def _plan(
     blocks = [partition_parameter(info, options) for info in infos.values()]
     refuse_columns(blocks, model_chunks[0].config, select_backend(options.backend, device))
     if options.log_heterogeneity:  # what cannot be measured is an error now, not in the run
+        refuse_measuring(blocks, model_chunks[0].config)
         for entry in blocks:
             if entry.pattern is None:
                 candidates_of(entry.info, options)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_adam_mini.plan.partition import ParameterBlocks
+from megatron_adam_mini.plan.partition import ParameterBlocks, has_columns
 
 #: attribute -> (flag, why it is refused, what to do instead)
 _REFUSED = {
@@ -214,21 +214,46 @@ def refuse_columns(parameters: Sequence[ParameterBlocks], config: Any, backend: 
         )
     for blocks in found:
         info = blocks.info
-        if len(info.shape) != 2 or info.role in ("mixer_input", "convolution", "state_space"):
+        if not has_columns(info):
             raise NotImplementedError(
                 f"Parameter {info.name!r} of shape {info.global_shape} (role {info.role!r}) cannot "
                 "have one v per column: columns are those of one matrix of two dimensions. Give it "
                 "the rule 'row'."
             )
-        interleaved = getattr(config, "moe_mlp_glu_interleave_size", None) or getattr(
-            config, "moe_shared_expert_glu_interleave_size", None
-        )
-        if info.num_stacked > 1 and interleaved:
+        if info.num_stacked > 1 and _is_interleaved(config):
             raise NotImplementedError(
                 f"Parameter {info.name!r} cannot have one v per column: with "
                 "--moe-mlp-glu-interleave-size, rows of gate and up alternate in it. Drop that "
                 "flag, or give the parameter the rule 'row'."
             )
+
+
+def refuse_measuring(parameters: Sequence[ParameterBlocks], config: Any) -> None:
+    """Refuse to compare second moments within parts of a weight that are not where they should be.
+
+    Args:
+        parameters: of the rank.
+        config: of the model.
+
+    Raises:
+        NotImplementedError: names the parameter.
+    """
+    for blocks in parameters:
+        if blocks.pattern is None and blocks.info.num_stacked > 1 and _is_interleaved(config):
+            raise NotImplementedError(
+                "--adam-mini-log-heterogeneity compares gate and up apart, but with "
+                "--moe-mlp-glu-interleave-size their rows alternate in parameter "
+                f"{blocks.info.name!r}. Drop one of the two flags, or measure other parameters "
+                "only (--adam-mini-full-v)."
+            )
+
+
+def _is_interleaved(config: Any) -> bool:
+    """Return whether rows of gate and up alternate in the weights of experts."""
+    return bool(
+        getattr(config, "moe_mlp_glu_interleave_size", None)
+        or getattr(config, "moe_shared_expert_glu_interleave_size", None)
+    )
 
 
 def refuse_coupled_decay(*, float32_gradients: bool, single_phase: bool) -> None:

@@ -20,6 +20,7 @@ from megatron_adam_mini.plan.parameter_info import ParameterInfo
 from megatron_adam_mini.plan.partition import (
     IntArray,
     ParameterBlocks,
+    has_columns,
     partition_by_rule,
     partition_parameter,
 )
@@ -39,6 +40,7 @@ class Candidates:
         parts: name of each part; ``("",)``: the parameter is one matrix.
         rules: for each part, which candidate the preset makes of it, or ``element``.
         num_columns: columns of the whole parameter.
+        has_columns: whether they may be blocks.
         part_of_row: number of the part of each row, ``(rows,)``.
         head_of_row: number of the head of each row, for all heads of the parameter; ``None``: it
             has none. Rows of parts without heads have numbers, too, which mean nothing.
@@ -47,6 +49,7 @@ class Candidates:
     parts: tuple[str, ...]
     rules: tuple[str, ...]
     num_columns: int
+    has_columns: bool
     part_of_row: IntArray
     head_of_row: IntArray | None
 
@@ -55,7 +58,7 @@ class Candidates:
         num_rows = int((self.part_of_row == part).sum())
         applies = {
             "row": num_rows > 1 and self.num_columns > 1,
-            "column": num_rows > 1 and self.num_columns > 1,
+            "column": self.has_columns and num_rows > 1 and self.num_columns > 1,
             "head": self.head_of_row is not None and self.parts[part] in _WITH_HEADS,
             "tensor": True,
         }
@@ -81,7 +84,7 @@ def candidates_of(info: ParameterInfo, config: AdamMiniConfig) -> Candidates:
         head_of_row = heads.block_of_rows()
     chosen = partition_parameter(info, replace(config, full_v=()))
     rules = tuple(_rule_of(chosen, part_of_row == part) for part in range(len(parts)))
-    return Candidates(parts, rules, math.prod(others), part_of_row, head_of_row)
+    return Candidates(parts, rules, math.prod(others), has_columns(info), part_of_row, head_of_row)
 
 
 def _parts_of(info: ParameterInfo, num_rows: int) -> tuple[tuple[str, ...], IntArray]:

@@ -82,6 +82,9 @@ _ROLE_RULES: dict[str, dict[str, str]] = {
     | {role: _PAPER[role] for role in (*_OF_HEADS, "mixer_input", "convolution", "state_space")},
 }
 
+#: Roles of weights whose columns are not those of one matrix: several projections, or channels.
+_WITHOUT_COLUMNS = ("mixer_input", "convolution", "state_space")
+
 #: All roles.
 ROLES = (*_PAPER, "unknown")
 
@@ -327,6 +330,11 @@ def partition_by_rule(info: ParameterInfo, rule: str, config: AdamMiniConfig) ->
     if rule == "row":
         return ParameterBlocks(info, rule, RowPattern((1,), (-1,), num_rows))
     return ParameterBlocks(info, rule, RowPattern((num_rows,), (-1,), 1))
+
+
+def has_columns(info: ParameterInfo) -> bool:
+    """Return whether a parameter's columns are those of one matrix, or of equal ones."""
+    return len(info.shape) == 2 and info.role not in _WITHOUT_COLUMNS
 
 
 def column_pattern(info: ParameterInfo) -> RowPattern:
