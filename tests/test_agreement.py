@@ -50,8 +50,8 @@ def build(job: Job) -> list[str]:
             "Adam-mini preset='adam' is not known; allowed: paper, row, first, tensor.",
         ),
         (
-            {"rules": (("*.bias", "column"),)},
-            "Adam-mini rule 'column' for pattern '*.bias' is not known; allowed: row, head, "
+            {"rules": (("*.bias", "diagonal"),)},
+            "Adam-mini rule 'diagonal' for pattern '*.bias' is not known; allowed: row, column, head, "
             "tensor, element.",
         ),
     ],
