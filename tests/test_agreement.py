@@ -47,12 +47,13 @@ def build(job: Job) -> list[str]:
     [
         (
             {"preset": "adam"},
-            "Adam-mini preset='adam' is not known; allowed: paper, row, first, tensor.",
+            "Adam-mini preset='adam' is not known; allowed: paper, row, row-column, slim, first, "
+            "tensor.",
         ),
         (
             {"rules": (("*.bias", "diagonal"),)},
-            "Adam-mini rule 'diagonal' for pattern '*.bias' is not known; allowed: row, column, head, "
-            "tensor, element.",
+            "Adam-mini rule 'diagonal' for pattern '*.bias' is not known; allowed: row, column, "
+            "head, tensor, element.",
         ),
     ],
 )
