@@ -64,7 +64,8 @@ def _zeros_of_missing(
     layouts = [_layout(param) for param in params]
     if mesh.size() == 1:
         return
-    most = torch.tensor(layouts, dtype=torch.float32).to(params[0].device, non_blocking=True)
+    # Where the mesh has collectives: parameters may lie in host memory (CPUOffloadPolicy).
+    most = torch.tensor(layouts, dtype=torch.float32).to(mesh.device_type, non_blocking=True)
     for dim in range(mesh.ndim):
         if mesh.size(dim) > 1:
             distributed.all_reduce(most, op=distributed.ReduceOp.MAX, group=mesh.get_group(dim))
