@@ -17,6 +17,7 @@ from megatron_adam_mini.convert.parameters import StoredParameter, name_in_run
 from megatron_adam_mini.plan.parameter_info import HeadGeometry, ParameterInfo, num_stacked
 from megatron_adam_mini.plan.partition import (
     ParameterBlocks,
+    has_columns,
     partition_parameter,
     unmatched_patterns,
 )
@@ -106,11 +107,6 @@ def info_of(
     return ParameterInfo.of(name, parameter.shape, heads, key=parameter.key, num_stacked=count)
 
 
-def has_columns(blocks: ParameterBlocks) -> bool:
-    """Return whether columns of a parameter have v."""
-    return blocks.pattern is not None and blocks.pattern.num_column_sets > 0
-
-
 def blocks_of(
     parameters: list[StoredParameter], args: Any, config: AdamMiniConfig
 ) -> dict[str, ParameterBlocks]:
@@ -125,8 +121,7 @@ def blocks_of(
         name = name_in_run(parameter.key, args)
         found[parameter.key] = partition_parameter(info_of(parameter, name, args), config)
     for blocks in found.values():
-        in_parts = blocks.info.role in ("mixer_input", "convolution", "state_space")
-        if has_columns(blocks) and (in_parts or len(blocks.info.shape) != 2):
+        if blocks.num_column_sets and not has_columns(blocks.info):
             raise UnreadableError(
                 f"{blocks.info.name!r} cannot have one v per column: columns are those of one "
                 "matrix of two dimensions. Give it the rule 'row'."

@@ -29,7 +29,7 @@ from megatron_adam_mini.convert.adam_state import (
     find_adam_state,
     refuse_unsound,
 )
-from megatron_adam_mini.convert.blocks import args_of, blocks_of, has_columns
+from megatron_adam_mini.convert.blocks import args_of, blocks_of
 from megatron_adam_mini.convert.parameters import (
     StoredParameter,
     fold,
@@ -122,7 +122,7 @@ def _write_v(
             of_part = rows[first : first + len(sums.rows)]
             writer.add(state_key("v_row", parameter.key), parameter.shape[:1], (0,), of_part)
             first += len(sums.rows)
-    if has_columns(blocks):
+    if blocks.num_column_sets:
         ((parameter, sums),) = parts
         height = np.bincount(blocks.pattern.column_set_of_rows() + 1)[1:]
         means = (sums.columns / torch.from_numpy(height)[:, None]).float()
@@ -156,7 +156,7 @@ def _convert_v(
 
 
 def _zeros(layer: StoredParameter, blocks: ParameterBlocks) -> Sums:
-    columns = blocks.pattern.num_column_sets if blocks.pattern is not None else 0
+    columns = blocks.num_column_sets
     shape = (columns, layer.shape[1] if columns else 0)
     return Sums(
         torch.zeros(layer.shape[0], dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)

@@ -203,7 +203,7 @@ def refuse_columns(parameters: Sequence[ParameterBlocks], config: Any, backend: 
     Raises:
         NotImplementedError: names the parameter, or the setting.
     """
-    found = [p for p in parameters if p.pattern is not None and p.pattern.num_column_sets]
+    found = [blocks for blocks in parameters if blocks.num_column_sets]
     if not found:
         return
     if not hasattr(backend, "update_columns_"):

@@ -115,8 +115,8 @@ def _places(
     numel = 0
     for placement in (p for bucket in buckets for p in bucket.placements):
         blocks = parameters[placement.parameter]
-        if blocks.pattern is not None and blocks.pattern.num_column_sets:
-            count = blocks.pattern.num_column_sets * blocks.info.row_numel
+        if blocks.num_column_sets:
+            count = blocks.num_column_sets * blocks.info.row_numel
             first_of[placement.parameter] = numel
             crosses.append(np.full(count, crosses_tp(blocks)))
             numel += count

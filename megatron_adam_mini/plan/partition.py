@@ -265,6 +265,11 @@ class ParameterBlocks:
             return math.prod(self.info.global_shape)
         return self.pattern.num_blocks
 
+    @property
+    def num_column_sets(self) -> int:
+        """Column sets of the parameter; 0: no column has a second moment of its own."""
+        return 0 if self.pattern is None else self.pattern.num_column_sets
+
     def manifest_entry(self) -> dict[str, Any]:
         """Return this parameter's entry in the manifest, independent of the layout."""
         return {
