@@ -21,6 +21,15 @@ RULES = ("row", "column", "head", "tensor", "element")
 #: How m may be stored; Megatron's names.
 EXP_AVG_DTYPES = ("fp32", "bf16")
 
+#: What ``lean`` stands for: the fewest bytes that trained as well as float32 (docs/memory.md).
+LEAN: dict[str, Any] = {
+    "exp_avg_dtype": "bf16",
+    "stochastic_rounding": True,
+    "param_remainders": True,
+}
+#: The same for weights that are not bfloat16, in the words of an error.
+LEAN_WITHOUT_REMAINDERS = "--exp-avg-dtype bf16 --adam-mini-stochastic-rounding"
+
 BACKENDS = ("auto", "reference", "cpu", "triton")
 
 #: How state is stored in checkpoints; see ``mcore/checkpoint``.
@@ -51,6 +60,8 @@ class AdamMiniConfig:
         stochastic_rounding: round a bfloat16 m stochastically instead of to the nearest.
         param_remainders: store only the lower 16 bits of the float32 main parameters; the upper
             ones are the bfloat16 model weights. Training is the same, bit for bit.
+        lean: the smallest state that trains like float32 state; sets the three options above to
+            ``bf16``, ``True`` and ``True``. Needs bfloat16 weights.
         single_phase: read each gradient once per step instead of twice. Possible if nothing needs
             the gradient norm (no clipping, no loss scale); the norm is then not reported, and a
             non-finite gradient does not skip the step, nor do squares that overflow float32.
@@ -81,6 +92,7 @@ class AdamMiniConfig:
     exp_avg_dtype: str = "fp32"
     stochastic_rounding: bool = False
     param_remainders: bool = False
+    lean: bool = False
     single_phase: bool = False
     manifest: str | None = None
     convert_partition: bool = False
@@ -109,6 +121,8 @@ class AdamMiniConfig:
         _one_of("backend", self.backend, BACKENDS)
         _one_of("exp_avg_dtype", self.exp_avg_dtype, EXP_AVG_DTYPES)
         _one_of("checkpoint_format", self.checkpoint_format, CHECKPOINT_FORMATS)
+        if self.lean:
+            self._make_lean()
         if self.stochastic_rounding and self.exp_avg_dtype == "fp32":
             raise ValueError(
                 "Adam-mini stochastic_rounding=True has nothing to round with "
@@ -128,22 +142,34 @@ class AdamMiniConfig:
                     f"allowed: {', '.join(RULES)}."
                 )
 
+    def _make_lean(self) -> None:
+        if self.exp_avg_dtype not in ("fp32", LEAN["exp_avg_dtype"]):
+            raise ValueError(
+                f"Adam-mini lean=True stores m as {LEAN['exp_avg_dtype']}, but "
+                f"exp_avg_dtype={self.exp_avg_dtype!r} (--exp-avg-dtype {self.exp_avg_dtype}) was "
+                "given, too. Drop one of them; what else --adam-mini-lean selects is "
+                "--adam-mini-param-remainders and --adam-mini-stochastic-rounding."
+            )
+        for name, value in LEAN.items():
+            object.__setattr__(self, name, value)
+
     def overrides(self) -> tuple[tuple[str, str], ...]:
         """Return all ``(pattern, rule)`` pairs in the order of precedence."""
         return tuple((pattern, "element") for pattern in self.full_v) + self.rules
 
+    def storage_fields(self) -> dict[str, Any]:
+        """Return how state is stored in memory; what it stands for is the same."""
+        return {name: getattr(self, name) for name in LEAN}
+
     def step_fields(self) -> dict[str, Any]:
         """Return what else must be equal on all ranks: how they step, what they save and log."""
         names = (
-            "exp_avg_dtype",
-            "stochastic_rounding",
-            "param_remainders",
             "single_phase",
             "checkpoint_format",
             "log_updates_interval",
             "log_heterogeneity",
         )
-        return {name: getattr(self, name) for name in names}
+        return self.storage_fields() | {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from megatron_adam_mini.config import LEAN_WITHOUT_REMAINDERS
 from megatron_adam_mini.plan.buffer_plan import BufferPlan, Window
 from megatron_adam_mini.plan.shares import Share
 from megatron_adam_mini.plan.step_plan import Piece, StepPlan
@@ -66,7 +67,8 @@ def check_remainders(dtypes: Iterable[torch.dtype]) -> None:
         raise ValueError(
             "Adam-mini param_remainders=True needs bfloat16 weights, got "
             f"{', '.join(sorted(map(str, found)))}: 16 bits complete a bfloat16 to a float32, and "
-            "no other type. Remedy: --bf16, or drop --adam-mini-param-remainders."
+            "no other type. Remedy: --bf16, or drop --adam-mini-param-remainders or "
+            f"--adam-mini-lean; {LEAN_WITHOUT_REMAINDERS} saves memory with any weights."
         )
 
 

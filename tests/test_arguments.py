@@ -38,6 +38,7 @@ FLAGS = (
     "--adam-mini-no-file-check",
     "--adam-mini-param-remainders",
     "--adam-mini-stochastic-rounding",
+    "--adam-mini-lean",
     "--adam-mini-single-phase",
     "--adam-mini-checkpoint-format",
     "--adam-mini-log-heterogeneity",
@@ -123,7 +124,7 @@ def test_flags_reach_the_config(tmp_path):
         *("--adam-mini-manifest", "manifest.json", "--adam-mini-convert-partition"),
         *("--adam-mini-no-file-check", "--adam-mini-param-remainders"),
         *("--adam-mini-stochastic-rounding", "--exp-avg-dtype", "bf16", "--bf16"),
-        *("--adam-mini-single-phase", "--clip-grad", "0"),
+        *("--adam-mini-lean", "--adam-mini-single-phase", "--clip-grad", "0"),
         *("--adam-mini-checkpoint-format", "buckets"),
         *("--adam-mini-log-heterogeneity", "50"),
     ]
@@ -141,6 +142,7 @@ def test_flags_reach_the_config(tmp_path):
         exp_avg_dtype="bf16",
         stochastic_rounding=True,
         param_remainders=True,
+        lean=True,
         single_phase=True,
         checkpoint_format="buckets",
         log_heterogeneity=50,
@@ -241,9 +243,20 @@ def test_bad_values_are_refused_before_megatron_validates(tmp_path):
         ),
         ("--fp8-param-gather", "--adam-mini-param-remainders", "--bf16"): (
             "NotImplementedError",
-            "they complete bfloat16 weights. Remedy: drop one of the two.",
+            "they complete bfloat16 weights. Remedy: drop one of the two; --exp-avg-dtype bf16",
         ),
         ("--adam-mini-param-remainders", "--fp16"): ("ValueError", "needs --bf16"),
+        ("--adam-mini-lean", "--fp16"): (
+            "ValueError",
+            "--adam-mini-lean needs --bf16: 16 bits complete a bfloat16 weight to its float32 main "
+            "parameter, and no other type. Train in bfloat16, or drop it; --exp-avg-dtype bf16 "
+            "--adam-mini-stochastic-rounding saves memory with any weights.",
+        ),
+        ("--adam-mini-lean",): ("ValueError", "--adam-mini-lean needs --bf16"),
+        ("--adam-mini-lean", "--fp8-param-gather", "--bf16"): (
+            "NotImplementedError",
+            "with 16-bit remainders (--adam-mini-param-remainders, --adam-mini-lean,",
+        ),
         ("--adam-mini-rules", missing): ("ValueError", f"{missing!r} cannot be read"),
         ("--save", "x", "--ckpt-format", "fsdp_dtensor"): (
             "NotImplementedError",

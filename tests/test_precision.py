@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import megatron_adam_mini
+from megatron_adam_mini import AdamMiniConfig
+from megatron_adam_mini.config import EXP_AVG_DTYPES
 from megatron_adam_mini.decision import Decision
+from megatron_adam_mini.mcore.low_precision import storage_options
 from tests.gather import slices_of
 from tests.megatron_job import Job, Trainer, global_names
 from tests.ranks import run_ranks
@@ -40,6 +44,22 @@ def train(job: Job) -> dict[str, Any]:
         ],
         "weights": {name: p.detach().float().clone() for name, p in weights.items()},
     }
+
+
+def test_lean_is_remainders_and_a_stochastically_rounded_m() -> None:
+    lean = AdamMiniConfig(lean=True, preset="row")
+    assert replace(lean, lean=False) == AdamMiniConfig(preset="row", **STOCHASTIC | REMAINDERS)
+    assert AdamMiniConfig(lean=True, exp_avg_dtype="bf16").step_fields() == lean.step_fields()
+
+
+def test_lean_and_its_opposite_are_refused() -> None:
+    other = [dtype for dtype in EXP_AVG_DTYPES if dtype not in ("fp32", "bf16")]
+    for dtype in other:
+        with pytest.raises(ValueError, match=rf"stores m as bf16, but .*--exp-avg-dtype {dtype}"):
+            AdamMiniConfig(lean=True, exp_avg_dtype=dtype)
+    masters = SimpleNamespace(store_param_remainders=False)
+    with pytest.raises(ValueError, match=r"16-bit remainders, but .*params?_remainders=F"):
+        storage_options(masters, AdamMiniConfig(lean=True))
 
 
 @pytest.mark.support("16-bit remainders", "oracle")
@@ -108,6 +128,7 @@ def test_remainders_of_float16_weights_are_refused_on_all_ranks() -> None:
     found = run_ranks(2, build_error, Job(fp16=True, adam_mini=REMAINDERS))
     assert all("needs bfloat16 weights, got torch.float16" in text for text in found)
     assert all("Remedy: --bf16" in text for text in found)
+    assert all("--adam-mini-stochastic-rounding saves memory" in text for text in found)
 
 
 # What a step costs.
@@ -184,8 +205,6 @@ def recorded(events: list[str], name: str, call: Any) -> Any:
 
 
 def order_of_events(job: Job) -> list[str]:
-    from types import SimpleNamespace
-
     trainer = Trainer(job)
     trainer.step(0)
     trainer.backward(1)

@@ -250,6 +250,41 @@ def test_overrides_that_come_and_go(data: str, overridden: tuple[Path, Seen]) ->
         assert of(seen, name) == (rates(), [0.1] * 4)
 
 
+# State in fewer bits.
+
+LEAN = "--adam-mini-lean"
+
+
+def test_a_run_goes_on_with_a_lean_state(data: str, mini: tuple[Path, Seen]) -> None:
+    folder, saved = mini
+    seen = finish(data, Run(f"--load {folder} {LEAN}"))
+    for values in saved.end["state"].values():
+        values["exp_avg"] = torch.from_numpy(values["exp_avg"]).bfloat16().float().numpy()
+    assert_same_state(saved.end, seen.start)
+    assert seen.warnings == [
+        "The checkpoint's run stored float32 main parameters and m as fp32; this run stores 16-bit "
+        "remainders and m as bf16, rounded stochastically. Main parameters are the same, bit for "
+        "bit, and so is v; m is rounded to bf16 once, now."
+    ]
+
+
+@pytest.mark.parametrize("flags", ["", "--ckpt-format torch"])
+def test_a_lean_run_goes_on_as_if_undisturbed_or_without_the_flag(
+    data: str, tmp_path: Path, flags: str
+) -> None:
+    saved = save(data, tmp_path, Run(f"{flags} {LEAN}"))[0]
+    seen = finish(data, Run(f"{flags} --load {tmp_path} {LEAN}"))
+    assert seen.warnings == []
+    assert_same_state(saved.end, seen.start)
+    if not flags:
+        assert_same_state(finish(data, Run(LEAN)).end, seen.end)
+    seen = finish(data, Run(f"{flags} --load {tmp_path}"))
+    assert_same_state(saved.end, seen.start)
+    (warning,) = seen.warnings
+    assert "this run stores float32 main parameters and m as fp32" in warning
+    assert warning.endswith("m is that of the checkpoint.")
+
+
 # What is not loaded, or not saved.
 
 

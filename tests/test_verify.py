@@ -92,6 +92,7 @@ def test_inspect_says_what_is_there(folder, capsys):
     assert main(["inspect", str(folder)]) == 0
     words = capsys.readouterr().out
     assert f"step {MINI.steps}" in words
+    assert "in memory     exp_avg_dtype fp32, stochastic_rounding False, param_rem" in words
     assert f"{blocks:,} for {elements:,} elements" in words
 
 

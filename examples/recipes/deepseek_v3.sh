@@ -31,5 +31,5 @@ TRAINING=(
     --tokenizer-type HuggingFaceTokenizer
     --train-iters "${TRAIN_ITERS:-880000}" --micro-batch-size 1 --global-batch-size 4096
     --lr 1.1e-4 --min-lr 1.1e-5 --lr-warmup-iters 2000
-    --adam-mini-param-remainders --exp-avg-dtype bf16 --adam-mini-stochastic-rounding
+    --adam-mini-lean # 16-bit remainders, bf16 m with stochastic rounding
 )

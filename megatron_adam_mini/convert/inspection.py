@@ -39,6 +39,7 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
         report["adam_mini"] = {
             "layout": format_of(identity),
             "saved_from": identity["saved_from"],
+            "storage": identity.get("storage"),
             "preset": identity["partition"]["preset"],
             "value_as_block": identity["partition"]["value_as_block"],
             "overrides": identity["partition"]["overrides"],
@@ -67,9 +68,11 @@ def as_text(report: dict[str, Any]) -> str:
         sizes = ", ".join(f"{key} {value}" for key, value in mini["saved_from"].items())
         options = " value-as-block" if mini["value_as_block"] else ""
         options += "".join(f" {pattern}={rule}" for pattern, rule in mini["overrides"])
+        storage = ", ".join(f"{key} {value}" for key, value in (mini["storage"] or {}).items())
         lines += [
             f"  layout        {mini['layout']}, saved from {sizes}",
             f"  partition     {mini['preset']}{options}, manifest {mini['manifest_hash']}",
+            f"  in memory     {storage or 'not stored'}",
             f"  blocks        {mini['blocks']:,} for {mini['elements']:,} elements of "
             f"{mini['parameters']} parameters",
         ]

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_adam_mini.config import (
     BACKENDS,
     CHECKPOINT_FORMATS,
+    LEAN_WITHOUT_REMAINDERS,
     AdamMiniConfig,
     OffloadConfig,
     check_adam_values,
@@ -62,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--adam-mini-stochastic-rounding",
         action="store_true",
         help="with --exp-avg-dtype bf16 (Megatron's flag): round m stochastically",
+    )
+    group.add_argument(
+        "--adam-mini-lean",
+        action="store_true",
+        help="the smallest state that trains like float32 state: --adam-mini-param-remainders "
+        "--exp-avg-dtype bf16 --adam-mini-stochastic-rounding; needs --bf16",
     )
     group.add_argument(
         "--adam-mini-single-phase",
@@ -124,6 +131,7 @@ def config_from_args(args: argparse.Namespace) -> AdamMiniConfig:
         exp_avg_dtype=dtype_name(args.exp_avg_dtype),
         stochastic_rounding=args.adam_mini_stochastic_rounding,
         param_remainders=args.adam_mini_param_remainders,
+        lean=args.adam_mini_lean,
         single_phase=args.adam_mini_single_phase,
         manifest=args.adam_mini_manifest,
         convert_partition=args.adam_mini_convert_partition,
@@ -162,9 +170,11 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.fp8_param_gather:
         refuse_with_fp8_weights(args, param_remainders=config_from_args(args).param_remainders)
     if config_from_args(args).param_remainders and not args.bf16:
+        flag = "--adam-mini-lean" if args.adam_mini_lean else "--adam-mini-param-remainders"
         raise ValueError(
-            "--adam-mini-param-remainders needs --bf16: 16 bits complete a bfloat16 weight to its "
-            "float32 main parameter, and no other type. Drop it, or train in bfloat16."
+            f"{flag} needs --bf16: 16 bits complete a bfloat16 weight to its float32 main "
+            "parameter, and no other type. Train in bfloat16, or drop it; "
+            f"{LEAN_WITHOUT_REMAINDERS} saves memory with any weights."
         )
     if args.adam_mini_checkpoint_format == "buckets":
         refuse_buckets(

@@ -46,6 +46,7 @@ from megatron_adam_mini.mcore.entries import (
     v_from_rows,
 )
 from megatron_adam_mini.mcore.frozen import note_new_pieces, start_new_pieces
+from megatron_adam_mini.mcore.low_precision import report_other_storage
 from megatron_adam_mini.mcore.model_space import ModelEntries, copy_back
 from megatron_adam_mini.mcore.param_groups import load_groups
 from megatron_adam_mini.plan.manifest import (
@@ -191,6 +192,7 @@ def finish_load(view: StateView, pending: PendingLoad, loaded: Mapping[str, Any]
     Raises:
         ValueError: state of Adam is unsound.
     """
+    _report_storage(view, loaded)
     for name, asked in pending.asked.items():
         copy_back(asked, loaded[SHARDS][name])
     if pending.adam_format is not None:
@@ -215,7 +217,14 @@ def load_common(view: StateView, state_dict: Mapping[str, Any]) -> None:
     Raises:
         ValueError: the steps of parameter groups differ.
     """
+    _report_storage(view, state_dict)
     _take_common(view, adam_import.common_of(state_dict))
+
+
+def _report_storage(view: StateView, loaded: Mapping[str, Any]) -> None:
+    # Neither Adam's checkpoints nor the first of Adam-mini's say it.
+    identity = loaded.get("adam_mini") or {}
+    report_other_storage(identity.get("storage"), view.inner.config)
 
 
 def _take_common(view: StateView, common: Mapping[str, Any]) -> None:

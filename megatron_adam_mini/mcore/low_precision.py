@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import distributed
 
-from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.config import LEAN_WITHOUT_REMAINDERS, AdamMiniConfig
+
+logger = logging.getLogger(__name__)
 
 FLAG = "use_precision_aware_optimizer"
 DTYPES = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
@@ -36,7 +40,7 @@ def storage_options(source: Any, options: AdamMiniConfig) -> AdamMiniConfig:
     Raises:
         NotImplementedError: main parameters would be of another type than float32; or another
             dtype is given without the flag that Megatron wants for it.
-        ValueError: m cannot be stored like that.
+        ValueError: m cannot be stored like that, or the config says the opposite of ``lean``.
     """
     aware = bool(getattr(source, FLAG, False))
     for name in ("main_params_dtype", *(() if aware else ("main_grads_dtype", "exp_avg_sq_dtype"))):
@@ -47,13 +51,20 @@ def storage_options(source: Any, options: AdamMiniConfig) -> AdamMiniConfig:
                 "allowed is fp32. Remedy: drop the flag; what saves memory here is "
                 "--exp-avg-dtype bf16 and --adam-mini-param-remainders."
             )
+    remainders = bool(getattr(source, "store_param_remainders", True))
+    if options.lean and not remainders:
+        raise ValueError(
+            "Adam-mini lean=True (--adam-mini-lean) stores main parameters as 16-bit remainders, "
+            "but the config has store_param_remainders=False. Remedy: drop one of them; "
+            f"{LEAN_WITHOUT_REMAINDERS} keeps float32 main parameters."
+        )
     asked: dict[str, Any] = {}
     exp_avg_dtype = dtype_name(getattr(source, "exp_avg_dtype", "fp32"))
     if exp_avg_dtype != "fp32":
         asked["exp_avg_dtype"] = exp_avg_dtype
     # With the state in host memory, Megatron wants the flag for other reasons, and keeps float32.
     host = bool(getattr(source, "optimizer_cpu_offload", False))
-    if aware and source.bf16 and getattr(source, "store_param_remainders", True) and not host:
+    if aware and source.bf16 and remainders and not host:
         asked["param_remainders"] = True
     return replace(options, **asked)
 
@@ -62,6 +73,34 @@ def ignored_dtype(source: Any) -> str | None:
     """Return the dtype that the config wants for v and does not get, ``None`` if it is float32."""
     dtype = dtype_name(getattr(source, "exp_avg_sq_dtype", "fp32"))
     return None if dtype == "fp32" else dtype
+
+
+def report_other_storage(saved: Mapping[str, Any] | None, options: AdamMiniConfig) -> None:
+    """Log on the first rank that a checkpoint's run stored its state in other bits than this one.
+
+    Checkpoints hold float32 values, so any run loads them.
+
+    Args:
+        saved: :meth:`AdamMiniConfig.storage_fields` of that run; ``None``: it did not say.
+        options: of this run.
+    """
+    own = options.storage_fields()
+    if saved is None or saved == own or (distributed.is_initialized() and distributed.get_rank()):
+        return
+    loses = saved["exp_avg_dtype"] != own["exp_avg_dtype"] != "fp32"
+    logger.warning(
+        "The checkpoint's run stored %s; this run stores %s. Main parameters are the same, bit for "
+        "bit, and so is v; m %s.",
+        _described(saved),
+        _described(own),
+        f"is rounded to {own['exp_avg_dtype']} once, now" if loses else "is that of the checkpoint",
+    )
+
+
+def _described(storage: Mapping[str, Any]) -> str:
+    main = "16-bit remainders" if storage["param_remainders"] else "float32 main parameters"
+    rounded = ", rounded stochastically" if storage["stochastic_rounding"] else ""
+    return f"{main} and m as {storage['exp_avg_dtype']}{rounded}"
 
 
 def plain_config(config: Any) -> Any:

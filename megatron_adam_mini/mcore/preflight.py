@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_adam_mini.config import LEAN_WITHOUT_REMAINDERS
 from megatron_adam_mini.plan.partition import ParameterBlocks, has_columns
 
 #: attribute -> (flag, why it is refused, what to do instead)
@@ -115,8 +116,12 @@ def refuse_with_fp8_weights(*sources: Any, param_remainders: bool) -> None:
         if any(getattr(source, attribute, None) for source in sources)
     ]
     if param_remainders:
-        flag = "16-bit remainders (--adam-mini-param-remainders, --use-precision-aware-optimizer)"
-        found.append((flag, "they complete bfloat16 weights", "drop one of the two"))
+        flag = (
+            "16-bit remainders (--adam-mini-param-remainders, --adam-mini-lean, "
+            "--use-precision-aware-optimizer)"
+        )
+        remedy = f"drop one of the two; {LEAN_WITHOUT_REMAINDERS} saves memory with any weights"
+        found.append((flag, "they complete bfloat16 weights", remedy))
     if not all(getattr(source, "use_distributed_optimizer", True) for source in sources):
         flag, remedy = "state that is not distributed", "add --use-distributed-optimizer"
         found.append((flag, "weights are quantized from the main parameters of buckets", remedy))

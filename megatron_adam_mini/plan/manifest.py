@@ -168,6 +168,7 @@ def identity_of(
         "heads": {e["key"]: e["heads"] for e in manifest["parameters"] if e["heads"]},
         **(_stacked(manifest) if has_columns(manifest) else {}),
         "frozen": manifest["frozen"],
+        "storage": config.storage_fields(),
         "saved_from": saved_from,
     }
 
