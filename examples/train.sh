@@ -59,6 +59,8 @@ COMMON=(
 ((TP == 1)) || COMMON+=(--sequence-parallel)
 # The order of kernels in which Megatron overlaps communication; it refuses another before Blackwell.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+# Where kernels are compiled to: on the node's own disk, because the home directory may be one for all nodes.
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-$(id -u)}
 export PYTHONPATH="$MEGATRON_LM${PYTHONPATH:+:$PYTHONPATH}"
 
 exec torchrun --nnodes "$NUM_NODES" --nproc-per-node "$GPUS_PER_NODE" --node-rank "$NODE_RANK" \

@@ -1,6 +1,6 @@
 """The only collectives of a step: data parallel, tensor parallel, norm.
 
-Imports ``plan``, ``column_reduction`` and torch.distributed. Data flow: partial sums of this rank
+Imports ``plan``, ``column_reduction`` and ``exchange``. Data flow: partial sums of this rank
 -> **Collectives** -> sums over whole blocks, and the squared norm of the whole gradient.
 
 Every rank calls, in this order, :meth:`Collectives.start_`, :meth:`Collectives.add_over_model_`
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
+from megatron_adam_mini import exchange
 from megatron_adam_mini.column_reduction import ColumnReduction
 from megatron_adam_mini.plan.partition import IntArray
 from megatron_adam_mini.plan.reduction import ReductionPlan
@@ -128,18 +129,18 @@ class Collectives:
         """
         layout, group = self._plan.domains[domain], self._groups[domain]
         if layout.num_slices > 1:
-            distributed.all_reduce(values, group=group.dp)
+            exchange.all_reduce(values, group=group.dp)
         if over_tp and layout.tp_size > 1:
-            distributed.all_reduce(values, group=group.tp)
+            exchange.all_reduce(values, group=group.tp)
 
     def _reduce_over_model_(self, values_D: Tensor, op: Any) -> None:
         if not distributed.is_initialized():
             return
         if all(group.norm == self.norm_group for group in self._groups):
-            distributed.all_reduce(values_D, op, group=self.norm_group)
+            exchange.all_reduce(values_D, op, group=self.norm_group)
         else:
             for row, group in zip(values_D, self._groups, strict=True):
-                distributed.all_reduce(row, op, group=group.norm)
+                exchange.all_reduce(row, op, group=group.norm)
 
     @property
     def norm_group(self) -> ProcessGroup | None:
@@ -214,7 +215,7 @@ class Reduction:
         )
         self._dp_sums = zeros(len(plan.dp_target))
         self._tp_sums = zeros(len(plan.tp_target))
-        self._in_flight: distributed.Work | None = None
+        self._in_flight: exchange.Work | None = None
 
     @property
     def collectives(self) -> list[tuple[str, int]]:
@@ -236,7 +237,7 @@ class Reduction:
             return
         self._offer(sum_sq_S, out=self._offered)
         if self.plan.gathers:
-            distributed.all_gather_into_tensor(self._gathered, self._offered, group=self.dp_group)
+            exchange.all_gather_into_tensor(self._gathered, self._offered, group=self.dp_group)
         if len(self._dp_target):
             self._sum_dp(self._gathered, out=self._dp_sums)
             sum_sq_S.index_copy_(0, self._dp_target, self._dp_sums)
@@ -256,9 +257,7 @@ class Reduction:
         torch.index_select(sum_sq_S, 0, self._tp_exact, out=self._exact)
         if len(self._slots):
             self._sum_slots(self._gathered, out=self._slots)
-        self._in_flight = distributed.all_reduce(
-            self._tp_vector, group=self.tp_group, async_op=True
-        )
+        self._in_flight = exchange.all_reduce(self._tp_vector, group=self.tp_group, async_op=True)
 
     def finish_tp_(self, sum_sq_S: Tensor) -> None:
         """Wait for the all-reduce of :meth:`start_tp`, and put the sums in their places."""

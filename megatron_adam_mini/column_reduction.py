@@ -1,6 +1,6 @@
 """The collectives that complete the sums of one domain's columns.
 
-Imports ``plan`` and torch.distributed. Data flow: partial sums of this rank -> **ColumnReduction**
+Imports ``plan`` and ``exchange``. Data flow: partial sums of this rank -> **ColumnReduction**
 -> sums over whole columns. ``plan/column_sums`` describes the exchange; ``collectives`` owns it.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 
+from megatron_adam_mini import exchange
 from megatron_adam_mini.plan.column_sums import ColumnPlan
 
 
@@ -74,16 +75,16 @@ class ColumnReduction:
             return
         self._add_own(sum_sq_S)
         if self.plan.dp_size > 1:
-            distributed.all_to_all_single(self._received, self._columns, group=self.dp_group)
+            exchange.all_to_all_single(self._received, self._columns, group=self.dp_group)
             self._add_rows(self._received.view(self.plan.dp_size, -1), self._share)
         if len(self._gathered):
             offered = self._picked[: len(self._crossing)]
             torch.index_select(self._share, 0, self._crossing, out=offered)
-            distributed.all_gather_into_tensor(self._gathered, offered, group=self.tp_group)
+            exchange.all_gather_into_tensor(self._gathered, offered, group=self.tp_group)
             self._add_rows(self._gathered.view(self.plan.tp_size, -1), offered)
             self._share.index_copy_(0, self._crossing, offered)
         if self.plan.dp_size > 1:
-            distributed.all_gather_into_tensor(self._columns, self._share, group=self.dp_group)
+            exchange.all_gather_into_tensor(self._columns, self._share, group=self.dp_group)
         whole = self._picked[: len(self._segment)]
         torch.index_select(self._columns, 0, self._position, out=whole)
         sum_sq_S.index_copy_(0, self._segment, whole)

@@ -126,6 +126,12 @@ class HostUpdate:
         places = [t for p in self._places for held in (p.grad, p.weight) for t in held.values()]
         return sum(tensor.nbytes for tensor in (*places, self._received))
 
+    def warm_up(self, state: RankState, *, betas: tuple[float, float]) -> None:
+        """Make the tables of all chunks; modifies nothing that lasts."""
+        self._scalars.fill([], betas=betas, step=1, grad_scale=math.nan)
+        for chunk in self._chunks:
+            self._update(chunk, self._places[0], state.on_host[chunk.share.number])
+
     def begin(self, state: RankState, step_size_S: Tensor, grad_scale: Tensor) -> None:
         """Start to copy step sizes, and the first gradients; does not wait for the device.
 

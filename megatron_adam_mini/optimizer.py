@@ -16,6 +16,7 @@ Shape suffixes: see the docstring of ``plan``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from torch import Tensor
 from megatron_adam_mini.collectives import Collectives, DomainGroups
 from megatron_adam_mini.config import AdamMiniConfig, OffloadConfig, check_adam_values
 from megatron_adam_mini.decision import Decision, Outcome, decide
+from megatron_adam_mini.exchange import alone
 from megatron_adam_mini.host_update import HostUpdate
 from megatron_adam_mini.kernels import (
     BufferTensors,
@@ -179,6 +181,44 @@ class AdamMini:
 
     decide = staticmethod(decide)
 
+    @torch.no_grad()
+    def warm_up(self, *, clip_grad: float = 0.0, inv_scale: Tensor | None = None) -> bool:
+        """Compile the kernels of a step and make their tables, so that no step has to.
+
+        This rank does what it does in a step, on the live tensors, but without collectives and with
+        a factor of the gradients that is NaN, so nothing that lasts is written. Other ranks may
+        do something else meanwhile.
+
+        Args:
+            clip_grad: of the steps, see :func:`decision.decide`.
+            inv_scale: likewise.
+
+        Returns:
+            Whether it was done: not without memory of gradients and weights, which callers may have
+            freed until they train.
+        """
+        live = [tensor for buffer in self.buffers for tensor in (buffer.grad, buffer.weight)]
+        if any(tensor.numel() and not tensor.untyped_storage().nbytes() for tensor in live):
+            return False
+        state, betas = self.main_params.attach(), self._betas()
+        with alone():
+            decision = Decision()
+            grad_scale: float | Tensor = math.nan
+            if self.config.single_phase:
+                self.sum_squares_of_cut_blocks()
+            else:
+                stats = self.sum_squares()
+                decision = self.decide(  # every norm is above the threshold
+                    stats, clip_grad=clip_grad, inv_scale=inv_scale, skip_threshold=-1.0
+                )
+                grad_scale = decision.grad_scale
+            # Without groups: their learning rates may not be set yet.
+            self._scalars.fill([], betas=betas, step=1, grad_scale=grad_scale)
+            self._advance(state, decision, None)
+            if self._host is not None:
+                self._host.warm_up(state, betas=betas)
+        return True
+
     def sum_squares(self) -> Tensor:
         """Read every gradient once, and compute all sums that the step needs.
 
@@ -258,9 +298,12 @@ class AdamMini:
             self._update_with(decision.wide, decision)
             self._call(early, decision)
             return
-        scalars, kernels = self._scalars, self.kernels
         self._fill_scalars(grad_scale)
-        state = self.main_params.attach()
+        self._advance(self.main_params.attach(), decision, early)
+
+    def _advance(self, state: RankState, decision: Decision, early: EarlyBuffers | None) -> None:
+        """Do the four lines of :meth:`update` with the numbers that the scalars hold."""
+        scalars, kernels = self._scalars, self.kernels
         vectors = self._vectors(state)
         single_phase = self.config.single_phase
         if not single_phase:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_adam_mini import collectives
+from megatron_adam_mini import exchange
 from megatron_adam_mini.collectives import OrderedSum, Reduction
 from megatron_adam_mini.plan.layout import BucketLayout, Placement, segment_slice
 from megatron_adam_mini.plan.reduction import ReductionPlan, plan_reduction
@@ -90,7 +90,7 @@ class Collectives:
         assert output.shape == gathered.shape
         output.copy_(gathered)
 
-    def all_reduce(self, tensor, group, async_op):
+    def all_reduce(self, tensor, op, group, async_op):
         assert async_op
         values = self._exchange(group, tensor)
         for position in range(tensor.numel()):
@@ -250,7 +250,7 @@ def simulate(grid: Grid, seed: int = 0, whole_numbers: bool = False) -> Outcome:
 def complete_(sums: dict, outcome: Outcome) -> None:
     """Complete one vector of sums per rank (modified in place)."""
     in_memory = Collectives()
-    original, collectives.distributed = collectives.distributed, in_memory
+    original, exchange.distributed = exchange.distributed, in_memory
     try:
         run_phase(
             in_memory,
@@ -263,7 +263,7 @@ def complete_(sums: dict, outcome: Outcome) -> None:
             [lambda k=k: complete_over_tp_(outcome.reductions[k], sums[k]) for k in sums],
         )
     finally:
-        collectives.distributed = original
+        exchange.distributed = original
 
 
 def complete_over_tp_(reduction: Reduction, sums: torch.Tensor) -> None:

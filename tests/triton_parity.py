@@ -38,6 +38,7 @@ from tests.triton_cases import (
     update_elementwise,
     update_in_one_pass,
 )  # fmt: skip
+from tests.warm_up import assert_unchanged, lasting, make_rank
 
 #: Squares are added in float32 within 16,384 elements: some ten roundings of 2**-24 in a row by
 #: one thread, and a tree of at most 11 levels.
@@ -318,3 +319,13 @@ def test_tables_and_scratch_are_made_once(monkeypatch):
         kind(case, triton_gpu)
     for kind in of_columns:
         kind(columns, triton_gpu)
+
+
+@pytest.mark.parametrize(
+    "mode", ["small state, bf16 gradients", "columns", "single phase", "elementwise"]
+)
+def test_a_warm_up_writes_nothing_that_lasts(mode):
+    optimizer = make_rank(mode, "triton")
+    before = lasting(optimizer)
+    assert optimizer.warm_up(clip_grad=1.0, inv_scale=torch.tensor([0.5]))
+    assert_unchanged(optimizer, before)

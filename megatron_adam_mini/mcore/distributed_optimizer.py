@@ -48,6 +48,10 @@ class AdamMiniOptimizer(SavedState):
         if self.config.overlap_param_gather_with_optimizer_step:
             self._early = self._first_chunk()
 
+    def warm_up(self) -> bool:
+        """Compile the kernels of a step and make their tables; see :meth:`AdamMini.warm_up`."""
+        return self.inner.warm_up(inv_scale=self._inv_scale(), clip_grad=self.config.clip_grad)
+
     @torch.no_grad()
     def step(self) -> tuple[bool, float | None, int | None]:
         """Take one step; all ranks must call it.

@@ -1,6 +1,7 @@
 """Megatron's configs and model chunks -> an optimizer, or one clear error on all ranks.
 
-Imports megatron.core and everything below it. Steps: collect parameters, plan, agree, allocate.
+Imports megatron.core and everything below it. Steps: collect parameters, plan, agree, allocate,
+prepare the first step.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from megatron_adam_mini.mcore import compat
 from megatron_adam_mini.mcore.arguments import offload_config
 from megatron_adam_mini.mcore.chained_optimizer import AdamMiniChainedOptimizer
 from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
+from megatron_adam_mini.mcore.first_step import prepare_first_step
 from megatron_adam_mini.mcore.low_precision import ignored_dtype, plain_config, storage_options
 from megatron_adam_mini.mcore.metrics import observe
 from megatron_adam_mini.mcore.noise_report import refuse_unmeasurable
@@ -90,30 +92,36 @@ def build_optimizer(
     # Megatron's own grouping gathers from all ranks, so it comes after the check.
     param_groups = _param_groups(model_chunks, config, config_overrides)
     group_of = {p: i for i, group in enumerate(param_groups) for p in group["params"]}
-    inner = AdamMini(
-        planned.plan,
-        options,
-        planned.buffers,
-        planned.domain_groups,
-        param_groups,
-        [group_of[param] for param in planned.parameters],
-        device=planned.device,
-        offload=offload_config(config),
-        decoupled_weight_decay=config.decoupled_weight_decay,
-    )
-    drop_initial_values(planned.parameters)
     manifest = _gather_manifest(planned, options, frozen_keys(model_chunks))
     if options.log_heterogeneity:
         refuse_unmeasurable(manifest)
-    optimizer = AdamMiniOptimizer(
-        inner,
-        plain_config(config),
-        model_chunks,
-        planned.parameters,
-        manifest,
-        planned.groups,
-        planned.domain_groups,
-    )
+
+    def make() -> AdamMiniOptimizer:
+        inner = AdamMini(
+            planned.plan,
+            options,
+            planned.buffers,
+            planned.domain_groups,
+            param_groups,
+            [group_of[param] for param in planned.parameters],
+            device=planned.device,
+            offload=offload_config(config),
+            decoupled_weight_decay=config.decoupled_weight_decay,
+        )
+        drop_initial_values(planned.parameters)
+        optimizer = AdamMiniOptimizer(
+            inner,
+            plain_config(config),
+            model_chunks,
+            planned.parameters,
+            manifest,
+            planned.groups,
+            planned.domain_groups,
+        )
+        prepare_first_step(optimizer)
+        return optimizer
+
+    optimizer = on_all_ranks(make, "Adam-mini could not allocate its state or prepare a step")
     observe(optimizer)
     follow(optimizer)
     _report(optimizer, options, ignored_dtype(config))
