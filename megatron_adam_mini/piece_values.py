@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_adam_mini.plan.step_plan import ColumnRun, Piece, StepPlan
+from megatron_adam_mini.plan.buffer_plan import PART_NUMEL
+from megatron_adam_mini.plan.step_plan import ColumnRun, Piece, RowRun, StepPlan
 
 
 def v_per_element(plan: StepPlan, piece: Piece, v: Tensor) -> Tensor:
@@ -66,23 +67,44 @@ def sum_over_segments(plan: StepPlan, piece: Piece, elements: Tensor) -> Tensor:
     Args:
         plan: all integers.
         piece: the piece, which has segments.
-        elements: one value for each of its elements.
+        elements: one value for each of its elements, in host memory: torch has no prefix sums of
+            floats on GPUs that ``--deterministic-mode`` allows.
     """
     found = [elements.new_empty(0, dtype=torch.float64)]
     for run in plan.runs_of(piece):
         if isinstance(run, ColumnRun):
-            own = elements[run.begin : run.end].double()
-            if len(own) > run.width:
-                own = torch.nn.functional.pad(own, (0, -len(own) % run.width))
-                own = own.view(-1, run.width).sum(dim=0)
-            found.append(own)
-            continue
-        # Prefix sums: one pass whatever the number of segments.
-        first, last = int(run.start_S[0]), int(run.end_S[-1])
-        own = elements[first:last].double()
-        prefix = torch.cat([own.new_zeros(1), own.cumsum(0)])
-        starts, ends = (
-            torch.from_numpy(bound - first).to(own.device) for bound in (run.start_S, run.end_S)
-        )
-        found.append(prefix[ends] - prefix[starts])
+            found.append(_sums_of_columns(run, elements))
+        else:
+            found.append(_sums_of_rows(run, elements))
     return torch.cat(found)
+
+
+def _sums_of_columns(run: ColumnRun, elements: Tensor) -> Tensor:
+    total = elements.new_zeros(min(run.width, run.end - run.begin), dtype=torch.float64)
+    # In parts, here and below: in float64, the largest parameters would take much memory.
+    rows = max(PART_NUMEL // run.width, 1)
+    for part in torch.split(elements[run.begin : run.end], rows * run.width):
+        whole = len(part) // run.width * run.width
+        if whole:
+            total += part[:whole].view(-1, run.width).sum(dim=0, dtype=torch.float64)
+        total[: len(part) - whole] += part[whole:]
+    return total
+
+
+def _sums_of_rows(run: RowRun, elements: Tensor) -> Tensor:
+    total = elements.new_zeros(len(run.start_S), dtype=torch.float64)
+    first, last = int(run.start_S[0]), int(run.end_S[-1])
+    for begin in range(first, last, PART_NUMEL):
+        end = min(begin + PART_NUMEL, last)
+        # Prefix sums: one pass whatever the number of segments.
+        prefix = elements.new_zeros(end - begin + 1, dtype=torch.float64)
+        torch.cumsum(elements[begin:end], 0, dtype=torch.float64, out=prefix[1:])
+        here = slice(
+            np.searchsorted(run.end_S, begin, side="right"), np.searchsorted(run.start_S, end)
+        )
+        starts, ends = (
+            torch.from_numpy(np.clip(bound[here], begin, end) - begin)
+            for bound in (run.start_S, run.end_S)
+        )
+        total[here] += prefix[ends] - prefix[starts]
+    return total

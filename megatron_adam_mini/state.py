@@ -9,7 +9,7 @@ Data flow: step plan -> **RankState** -> ``main_params`` (keeps it between steps
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -24,9 +24,6 @@ from megatron_adam_mini.rounding import join, split, to_weight
 
 #: Where state is that was offloaded.
 HOST = torch.device("cpu")
-
-#: Number of elements rounded or joined at a time.
-_STORE_NUMEL = 2**22
 
 
 class Buffer(Protocol):
@@ -133,7 +130,11 @@ class BufferState:
     @property
     def param_is_weight(self) -> bool:
         """Whether the model's weights are main parameters, or their upper halves."""
-        return self.param is None or self.param.dtype == torch.int16
+        return self.param is None or self._has_remainders
+
+    @property
+    def _has_remainders(self) -> bool:
+        return self.param is not None and self.param.dtype == torch.int16
 
     @property
     def is_quantized(self) -> bool:
@@ -155,46 +156,48 @@ class BufferState:
 
     def norm(self, window: Window) -> Tensor:
         """Return the norm of the main parameters of a window, float32, shape ``()``."""
-        # In parts: joined main parameters of a whole window are as long as what remainders save.
-        parts = range(0, window.numel, _STORE_NUMEL)
-        norms = [
-            self.main_param(window.part(begin, min(begin + _STORE_NUMEL, window.numel))).norm()
-            for begin in parts
-        ]
+        norms = [self.main_param(part).norm() for _, part in window.parts()]
         norm: Tensor = torch.stack(norms).norm()
         return norm
 
-    def as_float32(self, window: Window) -> dict[str, Tensor]:
-        """Return ``param`` and ``exp_avg`` of a window as float32: views of float32 state."""
+    def float32_views(self, window: Window) -> dict[str, Tensor | None]:
+        """Return views of ``param`` and ``exp_avg`` of a window; ``None``: not kept as float32."""
+        m = self.exp_avg_of(window)
         return {
-            "param": self.main_param(window),
-            "exp_avg": self.exp_avg_of(window).float(),
+            "param": None if self._has_remainders else self.main_param(window),
+            "exp_avg": m if m.dtype == torch.float32 else None,
         }
 
-    def store(self, window: Window, values: dict[str, Tensor]) -> None:
-        """Store what :meth:`as_float32` returned, after the caller has written to it.
+    def as_float32(self, window: Window, kind: str) -> Tensor:
+        """Return ``param`` or ``exp_avg`` of a window as float32: a view of float32 state."""
+        return self.main_param(window) if kind == "param" else self.exp_avg_of(window).float()
 
-        Without ``param``, main parameters that are model weights stay as they are. Model weights
-        are set to the rounded main parameters, unless they are quantized. State of lower precision
-        is rounded to the nearest.
+    def store(self, window: Window, values: Mapping[str, Tensor]) -> None:
+        """Set main parameters, m, and the model's weights, which are rounded main parameters.
+
+        State of lower precision is rounded to the nearest. Quantized weights stay as they are.
+
+        Args:
+            window: which elements.
+            values: ``param`` and ``exp_avg``, shape ``(window.numel,)``, in any memory; views of
+                the state, too. What is missing stays as it is.
         """
-        weight = self.buffer.weight
-        # In parts: rounding takes several temporaries of the length of what it rounds.
-        for begin in range(0, window.numel, _STORE_NUMEL):
-            part = slice(begin, min(begin + _STORE_NUMEL, window.numel))
-            in_buffer, in_state = window.part(part.start, part.stop)
-            in_state = self.share.own(in_state)
-            if self.exp_avg.dtype != torch.float32:
-                self.exp_avg[in_state] = to_weight(values["exp_avg"][part], self.exp_avg.dtype)
-            if self.param is None:
-                if "param" in values:
-                    weight[in_buffer] = values["param"][part]
+        weight, device = self.buffer.weight, self.exp_avg.device
+        for where, part in window.parts():
+            own = self.share.own(part.in_state)
+            new = {kind: flat[where].to(device, torch.float32) for kind, flat in values.items()}
+            if "exp_avg" in new:
+                _copy(to_weight(new["exp_avg"], self.exp_avg.dtype), self.exp_avg[own])
+            if "param" not in new:
                 continue
-            if self.param.dtype == torch.float32:
-                if not self.is_quantized:
-                    weight[in_buffer] = to_weight(values["param"][part], weight.dtype)
+            if self.param is None:
+                _copy(new["param"], weight[part.in_buffer])
+            elif self._has_remainders:
+                weight[part.in_buffer], self.param[own] = split(new["param"])
             else:
-                weight[in_buffer], self.param[in_state] = split(values["param"][part])
+                _copy(new["param"], self.param[own])
+                if not self.is_quantized:
+                    weight[part.in_buffer] = to_weight(new["param"], weight.dtype)
 
     def write_weights(self) -> None:
         """Set the model's weights to the rounded main parameters, unless they are quantized."""
@@ -223,12 +226,6 @@ class BufferState:
             else:
                 param.copy_(self.buffer.values(window.in_buffer).detach())
 
-    def shares_memory(self, values: Tensor) -> bool:
-        """Return whether values are a view of the state or of the model's weights."""
-        kept = (self.exp_avg, self.buffer.weight if self.param is None else self.param)
-        storage = values.untyped_storage().data_ptr()
-        return any(tensor.untyped_storage().data_ptr() == storage for tensor in kept)
-
     def bytes_by_kind(self) -> dict[str, int]:
         """Return allocated bytes of ``main_param``, ``exp_avg`` and ``exp_avg_sq``."""
         return {
@@ -236,6 +233,12 @@ class BufferState:
             "exp_avg": self.exp_avg.nbytes,
             "exp_avg_sq": self.exp_avg_sq_E.nbytes,
         }
+
+
+def _copy(values: Tensor, into: Tensor) -> None:
+    """Copy values, unless they are there."""
+    if (values.data_ptr(), values.device) != (into.data_ptr(), into.device):
+        into.copy_(values)
 
 
 class RankState(NamedTuple):

@@ -65,7 +65,8 @@ def slices_of(trainer: Trainer, *, grads_only: bool = False) -> list[Part]:
             state = held_state.of(piece)
             stored = held_state.v_of_elements if piece.is_elementwise else held_state.v_of_segments
             v = v_per_element(inner.plan, piece, stored(piece))
-            tensors |= {**state.as_float32(piece.window), "v": v}
+            floats = {key: state.as_float32(piece.window, key) for key in ("param", "exp_avg")}
+            tensors |= {**floats, "v": v}
         values = {key: tensor.float() for key, tensor in tensors.items()}
         parts.append(_part(trainer, names[param], param, piece.begin, values))
     return parts

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from megatron_adam_mini import rounding, state
+from megatron_adam_mini.plan import buffer_plan
 from megatron_adam_mini.plan.buffer_plan import Window
 from megatron_adam_mini.plan.shares import Share
 from tests.gather import slices_of, whole_tensors
@@ -204,7 +205,7 @@ def test_norm_of_joined_main_parameters_is_taken_in_parts(monkeypatch: pytest.Mo
         return rounding.join(*args)
 
     monkeypatch.setattr(state, "join", join)
-    monkeypatch.setattr(state, "_STORE_NUMEL", 40)
+    monkeypatch.setattr(buffer_plan, "PART_NUMEL", 40)
     norm = held.norm(Window(slice(3, 100), slice(3, 100)))
     assert float(norm) == pytest.approx(float(value[3:].double().norm()), rel=NORM_TOLERANCE)
     assert joined == [40, 40, 17]

@@ -40,8 +40,10 @@ from megatron_adam_mini.mcore.entries import (
 )
 from megatron_adam_mini.mcore.model_space import ModelEntries
 from megatron_adam_mini.mcore.slices import ShardedBuffer
+from megatron_adam_mini.plan.buffer_plan import Window
 from megatron_adam_mini.plan.step_plan import Piece
 from megatron_adam_mini.rounding import is_rounded
+from megatron_adam_mini.state import HOST, BufferState
 
 PLAIN, FULLY_RESHARDABLE = "plain", "fully_reshardable"
 #: Formats whose keys and contents depend on the buckets of one layout.
@@ -112,7 +114,7 @@ def prepare_load(view: StateView, entries: ModelEntries, adam_format: str) -> Pe
         flats["exp_avg_sq"] = view.state.v_of_elements(piece)
         if not piece.is_elementwise:
             flats["exp_avg_sq"] = pending.elements[number] = torch.empty(
-                piece.end - piece.begin, device=view.inner.device
+                piece.end - piece.begin, device=HOST
             )
         for kind, flat in flats.items():
             if adam_format == DP_RESHARDABLE:
@@ -185,11 +187,10 @@ def take_from_adam(
     pieces = zip(view.inner.plan.pieces, pending.floats, strict=True)
     wrong = [
         view.blocks_of(piece).info.name
-        for piece, (state, _, values) in pieces
-        for param in (values["param"],)
+        for piece, (state, window, values) in pieces
         if state.owns_main_param
         and not state.is_quantized
-        and not is_rounded(view.inner.weight(piece).to(param.device), param).all()
+        and _unrounded(state, window, values["param"])
     ]
     count = torch.tensor([len(wrong)], dtype=torch.int64, device=view.inner.device)
     distributed.all_reduce(count)
@@ -200,6 +201,14 @@ def take_from_adam(
             f"{example} do not round to the model's weights. {UNSOUND_CAUSE}"
         )
     return common_of(loaded[OBJECTS] if pending.adam_format in OF_BUCKETS else loaded)
+
+
+def _unrounded(state: BufferState, window: Window, param: Tensor) -> bool:
+    """Return whether the model's weights are other than rounded main parameters."""
+    return not all(
+        is_rounded(state.buffer.weight[part.in_buffer].to(param.device), param[where]).all()
+        for where, part in window.parts()
+    )
 
 
 def common_of(source: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from megatron_adam_mini.mcore.entries import (
     tp_rank_of_rows,
     v_from_columns,
     v_from_rows,
+    view_to_save,
 )
 from megatron_adam_mini.mcore.frozen import note_new_pieces, start_new_pieces
 from megatron_adam_mini.mcore.low_precision import report_other_storage
@@ -58,13 +59,14 @@ from megatron_adam_mini.plan.manifest import (
     partition_of_checkpoint,
     state_key,
 )
+from megatron_adam_mini.state import HOST
 
 #: Sizes of the layout that must be equal for a checkpoint of flat buckets.
 _FIXED_BY_BUCKETS = ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor")
 
 
 def state_to_save(view: StateView, entries: ModelEntries) -> dict[str, Any]:
-    """Return this rank's part of the optimizer state, as views where that is safe."""
+    """Return this rank's part of the optimizer state: views where that is safe, or on the host."""
     checkpoint_format = view.inner.config.checkpoint_format
     identity = identity_of(
         view.manifest,
@@ -73,6 +75,7 @@ def state_to_save(view: StateView, entries: ModelEntries) -> dict[str, Any]:
         saved_from=view.sizes(),
     )
     shards: Shards = {}
+    v_S = view.state.exp_avg_sq_S.to(HOST)
     for number, piece in enumerate(view.inner.plan.pieces):
         entry, span = view.entry_of(piece, entries), (piece.begin, piece.end)
         if checkpoint_format == MODEL_SPACE:
@@ -80,7 +83,7 @@ def state_to_save(view: StateView, entries: ModelEntries) -> dict[str, Any]:
                 boxes = entry.elements(state_key(kind, ""), flat, *span)
                 add_entries(shards, f"{kind}.{number}", boxes)
         if piece.is_elementwise:
-            values = view.state.v_of_elements(piece).clone()
+            values = view_to_save(view.state.v_of_elements(piece))
             boxes = entry.elements(state_key("v_element", ""), values, *span)
             add_entries(shards, f"v_element.{number}", boxes)
             continue
@@ -89,13 +92,13 @@ def state_to_save(view: StateView, entries: ModelEntries) -> dict[str, Any]:
         if pattern.num_row_blocks:
             boxes = entry.rows(
                 state_key("v_row", ""),
-                rows_from_v(view, piece),
+                rows_from_v(view, piece, v_S[piece.segments]),
                 *span,
                 loading=False,
                 tp_rank=tp_rank_of_rows(view, piece),
             )
             add_entries(shards, f"v_row.{number}", boxes)
-        for column_set, first, values in columns_from_v(view, piece):
+        for column_set, first, values in columns_from_v(view, piece, v_S[piece.segments]):
             boxes = entry.columns(
                 state_key("v_column", ""),
                 values[None],
@@ -157,20 +160,20 @@ def prepare_load(
             values = view.state.v_of_elements(piece)
             if not piece.is_elementwise:
                 values = pending.elements[number] = torch.empty(
-                    piece.end - piece.begin, device=view.inner.device
+                    piece.end - piece.begin, device=HOST
                 )
             boxes = entry.elements(state_key("v_element", ""), values, *span)
             add_entries(pending.asked, f"v_element.{number}", boxes)
             continue
         if source.pattern.num_column_sets:
             shape = source.pattern.num_column_sets, source.info.row_numel
-            columns = pending.columns[number] = torch.zeros(shape, device=view.inner.device)
+            columns = pending.columns[number] = torch.zeros(shape, device=HOST)
             boxes = entry.columns(state_key("v_column", ""), columns, shape[0], 0, 0)
             add_entries(pending.asked, f"v_column.{number}", boxes)
         if source.pattern.num_row_blocks:
             width = view.blocks_of(piece).info.row_numel
             touched = -(-piece.end // width) - piece.begin // width
-            rows = pending.rows[number] = torch.empty(touched, device=view.inner.device)
+            rows = pending.rows[number] = torch.empty(touched, device=HOST)
             boxes = entry.rows(
                 state_key("v_row", ""),
                 rows,

@@ -28,7 +28,7 @@ from megatron_adam_mini.plan.layout import row_parallel
 from megatron_adam_mini.plan.manifest import STATE_PREFIX
 from megatron_adam_mini.plan.partition import ParameterBlocks
 from megatron_adam_mini.plan.step_plan import DENSE, ColumnRun, Piece, RowRun
-from megatron_adam_mini.state import BufferState, RankState
+from megatron_adam_mini.state import HOST, BufferState, RankState
 
 #: Keys of the optimizer's state dict; Megatron's own optimizers use neither.
 SHARDS, OBJECTS = "adam_mini_shards", "adam_mini_objects"
@@ -137,7 +137,8 @@ class PendingLoad:
         asked: entries by name, as in the state dict.
         floats: state, window, and float32 tensors that the entries of ``param`` and ``exp_avg``
             are views of; see ``BufferState.store``.
-        rows: row values of each piece, by the piece's number.
+        rows: row values of each piece, by the piece's number. These and the next two are in host
+            memory.
         columns: v of this rank's columns of all sets, likewise; shape ``(sets, columns)``.
         sources: blocks of the checkpoint's v, by parameter.
         elements: element values of each piece whose v is averaged over blocks.
@@ -166,17 +167,25 @@ class PendingLoad:
     ) -> dict[str, Tensor]:
         """Return float32 tensors into which ``param`` and ``exp_avg`` of a window are read.
 
+        They are views of the state, or, where it cannot be read in place, in host memory.
+
         Args:
             state: state of the buffer.
             window: part of it.
             weights: whether to read main parameters that are the model's weights, too.
         """
-        values = state.as_float32(window)
+        views = state.float32_views(window)
         if not state.owns_main_param:
             # Before the optimizer, the model takes over its weights, which may have fewer bits.
-            main_param = values.pop("param")
-            if weights:
-                values["param"] = main_param.clone()
+            views["param"] = None
+            if not weights:
+                del views["param"]
+        values = {
+            kind: torch.empty(window.numel, dtype=torch.float32, device=HOST)
+            if view is None
+            else view
+            for kind, view in views.items()
+        }
         self.floats.append((state, window, values))
         return values
 
@@ -201,29 +210,64 @@ def tp_rank_of_rows(view: StateView, piece: Piece) -> int | None:
     return blocks.info.tp_rank if row_parallel(blocks) else None
 
 
-def to_save(state: BufferState, window: Window) -> dict[str, Tensor]:
-    """Return ``param`` and ``exp_avg`` of a window, float32, for a writer that may be asynchronous.
+@dataclass(frozen=True)
+class HostCopy:
+    """``param`` or ``exp_avg`` of a window that is not kept as float32; each slice is a new copy.
+
+    In host memory, which a checkpoint's float32 values need anyway: in device memory, there may be
+    no place for them. Megatron's writer does not clone tensors that fill their storage, so each
+    box of a checkpoint gets one.
+
+    Attributes:
+        state: state of the buffer.
+        kind: ``param`` or ``exp_avg``.
+        window: part of it.
+    """
+
+    state: BufferState
+    kind: str
+    window: Window
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """Return elements of the window, float32."""
+        window = self.window.part(part.start, part.stop)
+        values = torch.empty(window.numel, dtype=torch.float32, device=HOST)
+        for where, of_part in window.parts():
+            values[where] = self.state.as_float32(of_part, self.kind)
+        return values
+
+
+def to_save(state: BufferState, window: Window) -> dict[str, Tensor | HostCopy]:
+    """Return ``param`` and ``exp_avg`` of a window, for a writer that may be asynchronous."""
+    return {
+        kind: HostCopy(state, kind, window) if data is None else view_to_save(data)
+        for kind, data in state.float32_views(window).items()
+    }
+
+
+def view_to_save(data: Tensor) -> Tensor:
+    """Return a view of the state, float32, for a writer that may be asynchronous.
 
     On the CPU, Megatron's writer clones views but hands over tensors that fill their storage; were
     that the state's own, the next step would write into the checkpoint. On a GPU everything is
     copied to the host.
     """
-
-    def copied_if_shared(data: Tensor) -> Tensor:
-        fills = data.nbytes == data.untyped_storage().nbytes()
-        shared = data.device.type == "cpu" and fills and state.shares_memory(data)
-        return data.clone() if shared else data
-
-    return {kind: copied_if_shared(data) for kind, data in state.as_float32(window).items()}
+    fills = data.nbytes == data.untyped_storage().nbytes()
+    return data.clone() if fills and data.device.type == "cpu" else data
 
 
-def rows_from_v(view: StateView, piece: Piece) -> Tensor:
+def rows_from_v(view: StateView, piece: Piece, v: Tensor) -> Tensor:
     """Return v of every row with elements in the piece, from row ``begin // width`` on.
 
-    It is 0 for rows whose columns have v.
+    Args:
+        view: the optimizer.
+        piece: the piece.
+        v: of its segments.
+
+    Returns:
+        New values; 0 for rows whose columns have v.
     """
     width = view.blocks_of(piece).info.row_numel
-    v = view.state.v_of_segments(piece)
     rows = v.new_zeros(-(-piece.end // width) - piece.begin // width)
     for run in view.inner.plan.runs_of(piece):
         if isinstance(run, RowRun):
@@ -237,23 +281,27 @@ def rows_from_v(view: StateView, piece: Piece) -> Tensor:
 
 
 def v_from_rows(view: StateView, piece: Piece, rows: Tensor) -> None:
-    """Set v of the piece's segments from row values, see :func:`rows_from_v`."""
+    """Set v of the piece's segments from row values, in host memory; see :func:`rows_from_v`."""
     width = view.blocks_of(piece).info.row_numel
     v = view.state.v_of_segments(piece)
     for run in view.inner.plan.runs_of(piece):
         if isinstance(run, RowRun):
             row = (run.start_S + piece.begin) // width - piece.begin // width
-            v[run.entries] = rows[torch.from_numpy(row).to(v.device)]
+            v[run.entries] = rows[torch.from_numpy(row)]
 
 
-def columns_from_v(view: StateView, piece: Piece) -> list[tuple[int, int, Tensor]]:
+def columns_from_v(view: StateView, piece: Piece, v: Tensor) -> list[tuple[int, int, Tensor]]:
     """Return v of the columns whose first element, over all rows of their set, is in the piece.
 
+    Args:
+        view: the optimizer.
+        piece: the piece.
+        v: of its segments.
+
     Returns:
-        Column set, first column (counted on this rank) and values of each run of such columns.
+        Column set, first column (counted on this rank) and new values of each run of such columns.
     """
     blocks = view.blocks_of(piece)
-    v = view.state.v_of_segments(piece)
     found = []
     for run in view.inner.plan.runs_of(piece):
         if isinstance(run, ColumnRun):
@@ -280,7 +328,7 @@ def v_from_columns(view: StateView, piece: Piece, columns: Tensor) -> None:
     Args:
         view: the optimizer.
         piece: the piece.
-        columns: v of this rank's columns of all sets, shape ``(sets, columns)``.
+        columns: v of this rank's columns of all sets, in host memory, shape ``(sets, columns)``.
     """
     v = view.state.v_of_segments(piece)
     for run in view.inner.plan.runs_of(piece):
@@ -290,9 +338,9 @@ def v_from_columns(view: StateView, piece: Piece, columns: Tensor) -> None:
 
 
 def sums_over_segments(view: StateView, pending: PendingLoad) -> Tensor:
-    """Return, for each segment, the sum of its elements' v in the checkpoint."""
+    """Return, for each segment, the sum of its elements' v in the checkpoint; in host memory."""
     inner = view.inner
-    sum_S = torch.zeros(inner.plan.num_segments, dtype=torch.float32, device=inner.device)
+    sum_S = torch.zeros(inner.plan.num_segments, dtype=torch.float32, device=HOST)
     for number, piece in enumerate(inner.plan.pieces):
         out = sum_S[piece.segments]
         if not len(out) or number in pending.new:
@@ -373,8 +421,10 @@ def bucket_shards(view: StateView, pending: PendingLoad | None) -> Shards:
             if length <= 0:
                 continue
             number = first_of[state.share.number] + index
-            floats_of = to_save if pending is None else pending.floats_of
-            for kind, flat in floats_of(state, window.part(0, length)).items():
+            held = window.part(0, length)
+            floats = to_save(state, held) if pending is None else pending.floats_of(state, held)
+            for kind, values in floats.items():
+                flat = values[0:length]
                 # A slice that is on device and host has a part for each.
                 parts = shards.setdefault(f"{domain.name}_bucket_{kind}.{number}", {})
                 parts[str(len(parts))] = ShardedTensor(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -25,6 +25,14 @@ from torch import Tensor
 
 from megatron_adam_mini.checkpoint.rectangles import rectangles
 from megatron_adam_mini.plan.manifest import LEADING_AXES
+
+
+class Values(Protocol):
+    """Values of elements, or what makes them when they are asked for."""
+
+    def __getitem__(self, part: slice, /) -> Tensor:
+        """Return those of a part."""
+        ...
 
 
 class ModelEntry:
@@ -47,13 +55,14 @@ class ModelEntry:
         self._is_copy = is_copy
 
     def elements(
-        self, kind: str, flat: Tensor, begin: int, end: int, *, fold: bool = True
+        self, kind: str, flat: Values, begin: int, end: int, *, fold: bool = True
     ) -> list[ShardedTensor]:
         """Describe elements ``[begin, end)`` of the parameter.
 
         Args:
             kind: prefix of the key.
-            flat: these elements, shape ``(end - begin,)``; read on save, written on load.
+            flat: these elements, read on save; on load a tensor, shape ``(end - begin,)``, which
+                is written.
             begin: first element, in the flattened tensor-parallel shard.
             end: one past the last.
             fold: whether the layer number is in the key (ours) or a leading axis (Megatron's keys).

@@ -35,10 +35,12 @@ from megatron_adam_mini.mcore.entries import (
 from megatron_adam_mini.mcore.frozen import note_new_pieces, start_new_pieces
 from megatron_adam_mini.mcore.slices import ShardedBuffer
 from megatron_adam_mini.piece_values import first_of_segments, v_per_element
+from megatron_adam_mini.plan.buffer_plan import PART_NUMEL
 from megatron_adam_mini.plan.layout import Placement
 from megatron_adam_mini.plan.manifest import changes_blocks, identity_of, partition_of_checkpoint
 from megatron_adam_mini.plan.partition import ParameterBlocks
 from megatron_adam_mini.plan.step_plan import Piece
+from megatron_adam_mini.state import HOST
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 #: v of columns.
@@ -90,7 +92,9 @@ def gather(
             whole = {kind: torch.zeros(slice_plan.bucket.numel) for kind in KINDS}
         else:
             mine = _slice_values(view, number, bucket)
-            whole = {kind: _gathered(mine[kind], group, everywhere) for kind in KINDS}
+            whole = {
+                kind: _gathered(mine[kind], group, view.inner.device, everywhere) for kind in KINDS
+            }
         for placement in slice_plan.bucket.placements if receives else ():
             blocks = view.inner.plan.parameters[placement.parameter]
             values = {k: flat[placement.start : placement.end].clone() for k, flat in whole.items()}
@@ -172,11 +176,8 @@ def scatter(
             here = _in_slice(piece, window.in_buffer.start)
             pending.elements[index] = mine["exp_avg_sq"][here]
             if index not in pending.new:
-                state = view.state_of(piece)
-                floats = state.as_float32(piece.window)
-                for kind, into in floats.items():
-                    into.copy_(mine[kind][here])
-                state.store(piece.window, floats)
+                floats = {kind: mine[kind][here] for kind in ("param", "exp_avg")}
+                view.state_of(piece).store(piece.window, floats)
     _set_v(view, pending)
 
 
@@ -212,15 +213,17 @@ def _in_slice(piece: Piece, start: int) -> slice:
 
 
 def _slice_values(view: StateView, number: int, bucket: int) -> dict[str, Tensor]:
-    """Return this rank's slice of a bucket: float32, gaps between parameters zero."""
+    """Return this rank's slice of a bucket: float32, on the CPU, gaps between parameters zero."""
     window = view.inner.plan.buffers[number].slices[bucket].window
-    values = {kind: torch.zeros(window.numel, device=view.inner.device) for kind in KINDS}
+    values = {kind: torch.zeros(window.numel, device=HOST) for kind in KINDS}
     for _, piece in _pieces(view, number, bucket):
-        here = _in_slice(piece, window.in_buffer.start)
-        for kind, floats in view.state_of(piece).as_float32(piece.window).items():
-            values[kind][here] = floats
+        here, state = _in_slice(piece, window.in_buffer.start), view.state_of(piece)
+        for where, part in piece.window.parts():
+            for kind in ("param", "exp_avg"):
+                values[kind][here][where] = state.as_float32(part, kind)
         stored = view.state.v_of_elements if piece.is_elementwise else view.state.v_of_segments
-        values["exp_avg_sq"][here] = v_per_element(view.inner.plan, piece, stored(piece))
+        v = stored(piece).to(HOST)
+        values["exp_avg_sq"][here] = v_per_element(view.inner.plan, piece, v)
     return values
 
 
@@ -313,32 +316,57 @@ def _buffer_of_adam(
     return found, sizes
 
 
-def _gathered(values: Tensor, group: ProcessGroup | None, everywhere: bool) -> Tensor:
-    """Join the slices of all ranks, in the order of ranks, on the CPU."""
+def _gathered(
+    values: Tensor, group: ProcessGroup | None, device: torch.device, everywhere: bool
+) -> Tensor:
+    """Join the slices of all ranks, in the order of ranks; all of it on the CPU.
+
+    Args:
+        values: this rank's slice.
+        group: all ranks, or ``None``.
+        device: of the model, through which parts are sent unless the group is gloo's.
+        everywhere: whether to return it on all ranks; otherwise on the first, on others anything.
+    """
     if group is None:
-        return values.cpu()
-    values = _on_device_of(group, values)
-    slices = [torch.empty_like(values) for _ in range(group.size())]
-    if everywhere:
-        distributed.all_gather(slices, values, group=group)
-        return torch.cat(slices).cpu()
-    first = group.rank() == 0
-    into, target = slices if first else None, distributed.get_global_rank(group, 0)
-    distributed.gather(values, into, dst=target, group=group)
-    return torch.cat(slices).cpu() if first else values
+        return values
+    receives = everywhere or group.rank() == 0
+    whole = torch.empty(group.size() if receives else 0, len(values))
+    for part in _parts(len(values), group):
+        mine = values[part].to(_device_of(group, device))
+        slices = [torch.empty_like(mine) for _ in range(group.size() if receives else 0)]
+        if everywhere:
+            distributed.all_gather(slices, mine, group=group)
+        else:
+            first = distributed.get_global_rank(group, 0)
+            distributed.gather(mine, slices or None, dst=first, group=group)
+        for row, received in zip(whole, slices, strict=True):
+            row[part] = received
+    return whole.view(-1)
 
 
 def _scattered(
     whole: Tensor | None, group: ProcessGroup | None, numel: int, device: torch.device
 ) -> Tensor:
-    """Return this rank's slice of what the first rank has."""
+    """Return this rank's slice of what the first rank has; both on the CPU."""
     if group is None:
         assert whole is not None
-        return whole.to(device)
-    mine = _on_device_of(group, torch.empty(numel, device=device))
-    slices = None if whole is None else list(torch.split(whole.to(mine.device), numel))
-    distributed.scatter(mine, slices, src=distributed.get_global_rank(group, 0), group=group)
-    return mine.to(device)
+        return whole
+    mine, first = torch.empty(numel), distributed.get_global_rank(group, 0)
+    for part in _parts(numel, group):
+        slices = None
+        if whole is not None:
+            rows = whole.view(group.size(), numel)
+            slices = [row[part].to(_device_of(group, device)) for row in rows]
+        received = torch.empty(len(mine[part]), device=_device_of(group, device))
+        distributed.scatter(received, slices, src=first, group=group)
+        mine[part] = received
+    return mine
+
+
+def _parts(numel: int, group: ProcessGroup) -> list[slice]:
+    """Return parts of a slice, so short that those of all ranks together take little memory."""
+    length = max(PART_NUMEL // group.size(), 1)
+    return [slice(begin, min(begin + length, numel)) for begin in range(0, numel, length)]
 
 
 def _as_mapping(stored: Any) -> dict[Any, Any]:
@@ -357,8 +385,8 @@ def _from_first(value: dict[str, Any], group: ProcessGroup | None) -> dict[str, 
     return found[0]
 
 
-def _on_device_of(group: ProcessGroup, values: Tensor) -> Tensor:
-    return values.cpu() if distributed.get_backend(group) == "gloo" else values
+def _device_of(group: ProcessGroup, device: torch.device) -> torch.device:
+    return HOST if distributed.get_backend(group) == "gloo" else device
 
 
 def read_file(filename: str, *, check: bool) -> Any:

@@ -103,10 +103,9 @@ def scale_rows(optimizer: AdamMiniOptimizer, factors: dict[Parameter, Tensor]) -
         param = optimizer.model_params[piece.parameter]
         if param in factors:
             held = state.of(piece)
-            values = held.as_float32(piece.window)
-            here = factors[param].to(values["param"].device)
-            _scale_(values["param"], here, piece.begin, param.shape[1])
-            held.store(piece.window, values)
+            values = held.as_float32(piece.window, "param")
+            _scale_(values, factors[param].to(values.device), piece.begin, param.shape[1])
+            held.store(piece.window, {"param": values})
     for param, factors_of_rows in factors.items():
         if not param.requires_grad:  # no optimizer has it, nor is it gathered
             param.mul_(factors_of_rows[:, None])

@@ -311,11 +311,12 @@ class SavedState(DistributedNames):
         state = self.optimizer.attach()
         for piece in self.inner.plan.pieces:
             held = state.of(piece)
-            values = held.as_float32(piece.window)
             weight = values_of(weights[self.model_params[piece.parameter]]).reshape(-1)
-            values["param"].copy_(weight[piece.begin : piece.end])
+            values = weight[piece.begin : piece.end]
             if held.param_is_weight:
-                held.store(piece.window, values)
+                held.store(piece.window, {"param": values})
+            else:
+                held.main_param(piece.window).copy_(values)
         # Other weights stay as they are until the next step, as with Megatron's own optimizer.
         if any(held.param_is_weight for held in state.everywhere):
             self._sync_weights()

@@ -6,7 +6,7 @@ Imports numpy and the modules before it. Data flow: segments of slices, layout o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +22,10 @@ from megatron_adam_mini.plan.layout import (
 )
 from megatron_adam_mini.plan.partition import IntArray
 from megatron_adam_mini.plan.segment_table import SegmentTable
+
+#: Number of elements that are rounded, added or moved between memories at a time, outside of steps:
+#: that takes several temporaries of this length.
+PART_NUMEL = 2**22
 
 
 class Window(NamedTuple):
@@ -39,6 +43,12 @@ class Window(NamedTuple):
         """Return elements ``[begin, end)`` of the window."""
         buffer, state = self.in_buffer.start, self.in_state.start
         return Window(slice(buffer + begin, buffer + end), slice(state + begin, state + end))
+
+    def parts(self) -> Iterator[tuple[slice, Window]]:
+        """Yield parts of at most ``PART_NUMEL`` elements: where each is in the window, and it."""
+        for begin in range(0, self.numel, PART_NUMEL):
+            end = min(begin + PART_NUMEL, self.numel)
+            yield slice(begin, end), self.part(begin, end)
 
 
 class Entries(NamedTuple):
