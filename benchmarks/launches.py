@@ -143,16 +143,16 @@ def count_launches(plan: StepPlan, options: AdamMiniConfig | None = None) -> Lau
         for layout in domain.buffers
     ]
     decays = [int(len(blocks.info.shape) == 1) for blocks in plan.parameters]
-    optimizer = AdamMini(
-        plan,
-        options or AdamMiniConfig(),
-        buffers,
-        [DomainGroups()] * len(plan.domains),
-        [dict(group) for group in _GROUPS],
-        decays,
-        device=_META,
-    )
-    optimizer.kernels = triton_gpu
+    with patch("megatron_adam_mini.optimizer.select_backend", lambda *_: triton_gpu):
+        optimizer = AdamMini(
+            plan,
+            options or AdamMiniConfig(),
+            buffers,
+            [DomainGroups()] * len(plan.domains),
+            [dict(group) for group in _GROUPS],
+            decays,
+            device=_META,
+        )
     names: Counter[str] = Counter()
     with _recorded(optimizer, triton_gpu, names):
         _step(optimizer)  # makes the launch tables

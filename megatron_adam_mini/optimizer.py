@@ -26,7 +26,7 @@ from torch import Tensor
 
 from megatron_adam_mini.collectives import Collectives, DomainGroups
 from megatron_adam_mini.config import AdamMiniConfig, OffloadConfig, check_adam_values
-from megatron_adam_mini.decision import Decision, Outcome, decide
+from megatron_adam_mini.decision import Decision, Decisions, Outcome
 from megatron_adam_mini.exchange import alone
 from megatron_adam_mini.host_update import HostUpdate
 from megatron_adam_mini.kernels import (
@@ -152,7 +152,11 @@ class AdamMini:
             self._uncut = to_device(np.flatnonzero(~plan.is_cut_S))
             self._cut = to_device(np.flatnonzero(plan.is_cut_S))
         self._norm_domain_SR = to_device(plan.norm_domain_SR)
-        self._stats_D2 = floats(len(plan.domains), 2, dtype=torch.float64)
+        num_domains = len(plan.domains)
+        self._stats_D2 = floats(num_domains, 2, dtype=torch.float64)
+        self._norm_scratch = self.kernels.norm_scratch(len(plan.parameter_SR), num_domains, device)
+        #: See :meth:`Decisions.decide`.
+        self.decide = Decisions(self.kernels, device).decide
         self._scalars = StepScalars(len(param_groups), device)
         for group in self.main_params.param_groups:  # overrides may have values of their own
             check_adam_values(**{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")})
@@ -179,8 +183,6 @@ class AdamMini:
 
     # The step.
 
-    decide = staticmethod(decide)
-
     @torch.no_grad()
     def warm_up(self, *, clip_grad: float = 0.0, inv_scale: Tensor | None = None) -> bool:
         """Compile the kernels of a step and make their tables, so that no step has to.
@@ -190,7 +192,7 @@ class AdamMini:
         do something else meanwhile.
 
         Args:
-            clip_grad: of the steps, see :func:`decision.decide`.
+            clip_grad: of the steps, see :meth:`Decisions.decide`.
             inv_scale: likewise.
 
         Returns:
@@ -228,21 +230,23 @@ class AdamMini:
         last are left out where no block is cut.
 
         Returns:
-            float64 tensor ``[squared gradient norm, number of non-finite sums]`` on the device,
-            for the gradients as they are in the buffers (loss scale included), equal on all
-            ranks. The next call overwrites it.
+            float64 tensor on the device, for each domain ``[squared gradient norm, number of
+            non-finite sums]``, for the gradients as they are in the buffers (loss scale included),
+            equal on all ranks. The next call overwrites it.
         """
         # s <- sum(g * g), for each segment
         for buffer, plan in zip(self.buffers, self.plan.buffers, strict=True):
             self._sum(buffer, plan.segments, plan.columns)
             self._sum(buffer, plan.ranges)
         # norm^2 <- sum(s) over partial sums: complete ones would count a cut block once per rank
-        self.kernels.norm_partials_(self._stats_D2, self._sum_sq_SR, self._norm_domain_SR)
+        self.kernels.norm_partials_(
+            self._stats_D2, self._sum_sq_SR, self._norm_domain_SR, self._norm_scratch
+        )
         # s <- sum(s over the ranks that hold segments of the block)
         self.collectives.start_(self._sum_sq_S)
         # norm^2 <- sum(norm^2 over the ranks that hold a part of the model)
         self.collectives.add_over_model_(self._stats_D2)
-        return self._stats_D2.sum(dim=0) if len(self._stats_D2) > 1 else self._stats_D2[0]
+        return self._stats_D2
 
     def sum_squares_in_float64(self) -> tuple[Tensor, WideSums]:
         """Read every gradient again, with squares and sums in float64; all ranks must call it.
@@ -256,7 +260,7 @@ class AdamMini:
         stats_D2 = torch.zeros_like(self._stats_D2)
         wide.norm_partials_(stats_D2, self._norm_domain_SR)
         self.collectives.add_over_model_(stats_D2)
-        return stats_D2.sum(dim=0), wide
+        return stats_D2, wide
 
     def sum_squares_of_cut_blocks(self) -> None:
         """Sum the squares of cut blocks only; all ranks must call it.
@@ -380,7 +384,7 @@ class AdamMini:
         """
         if not decision.read().updated:
             return
-        grad_scale = torch.as_tensor(decision.grad_scale)
+        grad_scale = decision.grad_scale_in_float64
         if grad_scale < _MIN_SCALE:
             decision.skip("the factor that clips them does not fit into float32", [])
             return
@@ -404,7 +408,7 @@ class AdamMini:
         self._fill_scalars(1.0)
         means = vectors._replace(sum_sq_SR=mean_sq_S, inv_numel_S=torch.ones_like(mean_sq_S))
         kernels.segment_step_size_(means, scalars)
-        scalars.grad_scale.copy_(grad_scale)
+        self._fill_scalars(decision.grad_scale)
         if self._host is not None:
             self._host.begin(state, self._step_size_S, scalars.grad_scale)
         for held in state.on_device:

@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 import megatron_adam_mini
 from megatron_adam_mini import AdamMiniConfig
 from megatron_adam_mini.config import EXP_AVG_DTYPES
-from megatron_adam_mini.decision import Decision
 from megatron_adam_mini.mcore.low_precision import storage_options
 from tests.gather import slices_of
 from tests.megatron_job import Job, Trainer, global_names
@@ -167,7 +166,7 @@ def watched_step(job: Job) -> dict[str, Any]:
         trainer.step(step)
     trainer.backward(2)
     adam_mini = trainer.optimizer.inner
-    decision = Decision(torch.tensor([0.5, 1.0, 0.0], dtype=torch.float64))
+    decision = adam_mini.decide(torch.tensor([[4.0, 0.0]], dtype=torch.float64), clip_grad=1.0)
     with Watch() as inner:
         adam_mini.sum_squares()
         adam_mini.update(decision)

@@ -7,6 +7,7 @@ the triton wheel, and look at the result. Neither is a run on a GPU.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -87,6 +88,7 @@ REGISTERS = {
     "step_size_kernel": 48,
     "norm_kernel": 64,
     "combine_norm_kernel": 64,
+    "decide_kernel": 48,
     "single": 160,
 }
 
@@ -128,6 +130,16 @@ def norm(case, backend):
     backend.norm_partials_(torch.zeros(2, 2, dtype=torch.float64), case.sum_sq, case.domain)
 
 
+def decide(case, backend, inv_scale=None):
+    stats, values = torch.zeros(2, 2, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    limits = {"clip_grad": 1.0, "skip_threshold": math.inf, "largest_sq": 1e9}
+    backend.decide_(values, case.scalars.grad_scale, stats, inv_scale, **limits)
+
+
+def decide_scaled(case, backend):
+    decide(case, backend, torch.ones(1))
+
+
 class Compiled:
     """A launch, compiled with the specialisation that Triton would choose for it."""
 
@@ -144,7 +156,8 @@ class Compiled:
             elif value is None:
                 signature[parameter.name] = "constexpr"
             else:
-                signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+                kind = "fp32" if isinstance(value, float) else "i32"
+                signature[parameter.name] = parameter.annotation_type or kind
         fixed = {n: constants.get(n) for n, kind in signature.items() if kind == "constexpr"}
         self.key = f"{self.kernel} {signature} {fixed} {attributes}"
         self.source = ASTSource(kernel, signature, fixed, attributes)
@@ -240,6 +253,8 @@ def test_compiled(capability, monkeypatch):
             ("few", step_size, FEW_DTYPES[:1]),
             ("few", indexed_step_size, FEW_DTYPES[:1] if main else []),
             ("few", norm, FEW_DTYPES[:1]),
+            ("few", decide, FEW_DTYPES[:1]),
+            ("few", decide_scaled, FEW_DTYPES[:1] if main else []),
         )
         for dtypes in dtypes_of_call
     ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -53,9 +54,11 @@ ELSEWHERE = ("slices", "parts elsewhere", "mixed elsewhere", "odd slices")
 @pytest.fixture(autouse=True)
 def correct_square_roots(monkeypatch):
     """Let torch round square roots correctly, as GPUs do; MKL's are 1 ulp off in 0.6 % of cases."""
-    monkeypatch.setattr(
-        torch.Tensor, "sqrt", lambda value: torch.sqrt(value.double()).to(value.dtype)
-    )
+
+    def root(value):
+        return torch.from_numpy(np.sqrt(value.reshape(-1).numpy())).view_as(value)
+
+    monkeypatch.setattr(torch.Tensor, "sqrt", root)
 
 
 def bits(tensor):
@@ -296,6 +299,36 @@ def test_norm(domains, entries):
         torch.testing.assert_close(
             stats["triton"], stats["reference"], rtol=NORM_RTOL, atol=0, equal_nan=True
         )
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by):RuntimeWarning")
+@pytest.mark.parametrize("inv_scale", [None, 1.0, 2.0**-16, 1 / 3, 3e-39, 0.0, INF, NAN])
+def test_decide(inv_scale):
+    """Bit-equal: norms of any size, no clipping and much, thresholds, sums that are not finite."""
+    random = np.random.default_rng(1)
+    norms_sq = [0.0, 5e-324, 1e-30, 1.0, 2.0**126, 2.0**127, 1e70, 1e308, INF, NAN]
+    norms_sq += (10.0 ** random.uniform(-20, 60, 20)).tolist()
+    for number, norm_sq in enumerate(norms_sq):
+        stats = torch.tensor([[norm_sq, 0.0]], dtype=torch.float64)
+        if number % 3:
+            more = [[random.uniform(0, 2) * norm_sq, float(number % 5 == 0)]]
+            stats = torch.cat([stats, torch.tensor(more, dtype=torch.float64)])
+        options = {
+            "clip_grad": random.choice([INF, 1.0, 0.3, 1e-6, 1e3]),
+            "skip_threshold": random.choice([INF, 1e9, 1.0]),
+            "largest_sq": random.choice([INF, 2.0**126, 1e-3]),
+        }
+        found = []
+        for backend in (reference, triton_gpu):
+            values = torch.full((3,), 7.0, dtype=torch.float64)
+            scales = torch.full((3,), 7.0)
+            scale = None if inv_scale is None else torch.tensor([inv_scale])
+            backend.decide_(values, scales[1], stats, scale, **options)
+            found.append({"values": values, "grad_scale": scales})
+        assert_equal_bits(found[1], found[0])
 
 
 def test_no_domain():

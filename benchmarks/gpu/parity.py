@@ -367,6 +367,35 @@ def check_norm(
     return found
 
 
+def check_decide(
+    rng: random.Random, device: torch.device, triton_gpu: Any, *, largest: int
+) -> list[str]:
+    """Factors of gradients of any size; of ``largest`` nothing depends."""
+    del largest
+    found = []
+    for number in range(200):
+        norm_sq = rng.choice((0.0, torch.inf, torch.nan, *(10 ** rng.uniform(-20, 60),) * 9))
+        rows = [[norm_sq, float(rng.random() < 0.1)], [rng.random(), 0.0]][: 1 + number % 2]
+        stats = torch.tensor(rows, dtype=torch.float64, device=device)
+        inv_scale = rng.choice((None, torch.tensor([rng.random()], device=device)))
+        limits = {
+            "clip_grad": rng.choice((torch.inf, 1.0, 0.3)),
+            "skip_threshold": rng.choice((torch.inf, 1e9)),
+            "largest_sq": rng.choice((torch.inf, 2.0**126)),
+        }
+        results = []
+        for backend in (reference, triton_gpu):
+            values = torch.full((3,), 7.0, dtype=torch.float64, device=device)
+            scale = torch.full((1,), 7.0, device=device)
+            backend.decide_(values, scale[0], stats, inv_scale, **limits)
+            results.append({"values": values, "grad_scale": scale})
+        found += [
+            f"decision on {rows}, inv_scale {inv_scale}, {limits}: {text}"
+            for text in differences(results[1], results[0])
+        ]
+    return found
+
+
 def check_far(device: torch.device, triton_gpu: Any, *, before: int = 2**31) -> list[str]:
     """Segments beyond ``before`` elements, compared with a copy of the end of the buffer."""
     width, rows = 4096, 256
@@ -402,8 +431,9 @@ def worker(number: int, options: argparse.Namespace, results: Any) -> None:
     began = time.monotonic()
     device = measure.device(options.device)
     if device.type == "cpu":  # MKL's square roots are not always correctly rounded
-        root = torch.sqrt
-        torch.Tensor.sqrt = lambda value: root(value.double()).to(value.dtype)  # type: ignore
+        torch.Tensor.sqrt = lambda value: torch.from_numpy(  # type: ignore[assignment]
+            np.sqrt(value.reshape(-1).numpy())
+        ).view_as(value)
     from megatron_adam_mini.kernels import triton_gpu
 
     rng = random.Random(options.seed + number)
@@ -433,6 +463,7 @@ def worker(number: int, options: argparse.Namespace, results: Any) -> None:
 
     guarded("not finite", lambda: check_nothing_written(**inputs))
     guarded("norm", lambda: check_norm(**inputs))
+    guarded("decision", lambda: check_decide(**inputs))
     count = 0
     while time.monotonic() - began < options.seconds and count < options.rounds:
         dtypes = order[count] if count < len(order) else rng.choice(DTYPES)

@@ -18,9 +18,12 @@ from torch import Tensor
 from megatron_adam_mini.kernels.arguments import BufferTensors, SegmentVectors
 from megatron_adam_mini.kernels.column_tiles import Cut, rectangles, sums
 from megatron_adam_mini.kernels.cpu_tiles import TILE_FIELDS, tiles
+from megatron_adam_mini.kernels.reference import decide_, norm_scratch
 from megatron_adam_mini.kernels.scalars import StepScalars
 from megatron_adam_mini.plan.column_table import ColumnTable
 from megatron_adam_mini.plan.segment_table import SegmentTable
+
+__all__ = ["decide_", "norm_scratch"]  # the reference's: next to nothing to compute
 
 NAME = "cpu"
 
@@ -182,8 +185,11 @@ def column_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: ColumnTable) -> Non
     )
 
 
-def norm_partials_(stats_D2: Tensor, sum_sq_SR: Tensor, domain_SR: Tensor) -> None:
+def norm_partials_(
+    stats_D2: Tensor, sum_sq_SR: Tensor, domain_SR: Tensor, scratch: Tensor | None = None
+) -> None:
     """See ``reference.norm_partials_``."""
+    del scratch
     numel = len(sum_sq_SR)
     library().adam_mini_norm_partials(
         _pointer(stats_D2, 2 * len(stats_D2)),

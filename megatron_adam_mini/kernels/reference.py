@@ -12,6 +12,8 @@ decoupled decay, Loshchilov and Hutter, arXiv:1711.05101.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,9 @@ from megatron_adam_mini.rounding import (
 )
 
 NAME = "reference"
+
+#: As in megatron.core.optimizer.clip_grads.clip_grad_by_total_norm_fp32.
+CLIP_EPS = 1.0e-6
 
 
 def segment_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: SegmentTable) -> None:
@@ -61,7 +66,21 @@ def column_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: ColumnTable) -> Non
         sum_sq_SR[first : first + count] = total
 
 
-def norm_partials_(stats_D2: Tensor, sum_sq_SR: Tensor, domain_SR: Tensor) -> None:
+def norm_scratch(num_sums: int, num_domains: int, device: torch.device) -> Tensor | None:
+    """Return what :func:`norm_partials_` needs beside its arguments, which is nothing here.
+
+    Args:
+        num_sums: length of ``sum_sq_SR``.
+        num_domains: length of ``stats_D2``.
+        device: of both.
+    """
+    del num_sums, num_domains, device
+    return None
+
+
+def norm_partials_(
+    stats_D2: Tensor, sum_sq_SR: Tensor, domain_SR: Tensor, scratch: Tensor | None = None
+) -> None:
     """Add up the sums of squares that count in the gradient norm, and count non-finite ones.
 
     Args:
@@ -69,11 +88,54 @@ def norm_partials_(stats_D2: Tensor, sum_sq_SR: Tensor, domain_SR: Tensor) -> No
             number of all non-finite sums, whether or not they count in the norm.
         sum_sq_SR: float32; here also float64, for ``wide_sums``.
         domain_SR: int8, the domain whose norm includes the sum, -1 for none.
+        scratch: what :func:`norm_scratch` returned, for one call at a time; ``None``: the call
+            allocates its own.
     """
+    del scratch
     stats_D2.zero_()
     for domain in range(len(stats_D2)):
         stats_D2[domain, 0] = sum_sq_SR[domain_SR == domain].double().sum()
     stats_D2[:1, 1] = (~torch.isfinite(sum_sq_SR)).sum()
+
+
+def decide_(
+    values_3: Tensor,
+    grad_scale: Tensor,
+    stats_D2: Tensor,
+    inv_scale: Tensor | None,
+    *,
+    clip_grad: float,
+    skip_threshold: float,
+    largest_sq: float,
+) -> None:
+    """Compute the factor of the gradients, and whether the step is taken, in float64.
+
+    Args:
+        values_3: float64, overwritten: the factor (NaN: the step is skipped), the squared norm
+            without the loss scale, and 1 if a gradient is not finite, else 0.
+        grad_scale: float32 scalar, overwritten: the factor once more, for kernels.
+        stats_D2: float64, ``[squared norm, number of non-finite sums]`` of each domain.
+        inv_scale: inverse of the loss scale, one float32 number; ``None``: 1.
+        clip_grad: largest norm; infinity: no clipping.
+        skip_threshold: steps with a larger norm are skipped.
+        largest_sq: a larger squared norm, loss scale included, counts as not finite.
+    """
+    scaled_sq, num_non_finite = stats_D2.sum(dim=0)
+    # grad_scale <- 1 / loss_scale
+    scale = torch.ones_like(scaled_sq)
+    if inv_scale is not None:
+        scale *= inv_scale.squeeze()
+    # |g| <- sqrt(norm^2 / loss_scale^2)
+    norm_sq = scaled_sq * scale**2
+    grad_norm = norm_sq.sqrt()
+    # grad_scale <- grad_scale * min(1, clip_grad / |g|)
+    scale = scale * ((grad_norm + CLIP_EPS).reciprocal() * clip_grad).clamp(max=1.0)
+    found_inf = (num_non_finite > 0) | ~(scaled_sq <= largest_sq)
+    scale = scale.masked_fill(found_inf | (grad_norm > skip_threshold), math.nan)
+    torch.stack([scale, norm_sq, found_inf.double()], out=values_3)
+    # Not above the float32 number 1 / loss_scale, so finite here if it is finite in float64: steps
+    # that kernels skip are not counted.
+    grad_scale.copy_(scale)
 
 
 def segment_step_size_(

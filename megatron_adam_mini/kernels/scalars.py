@@ -29,8 +29,9 @@ class StepScalars:
         seed: of stochastic rounding.
 
     Attributes:
-        grad_scale: factor of the gradients (inverse loss scale times clipping), float32 scalar.
-            **Not finite means: skip the step**; kernels then write nothing.
+        grad_scale: factor of the gradients (inverse loss scale times clipping), float32 scalar:
+            the tensor that :meth:`fill` got, or one of its own. **Not finite means: skip the
+            step**; kernels then write nothing.
         bias_corrections: ``1 - beta1 ** step`` and ``1 - beta2 ** step``, float32, shape ``(2,)``.
         hyper_G3: ``lr``, ``eps``, ``1 - lr * weight_decay``, float32, shape ``(G, 3)``.
         noise_key: int64 scalar in ``[0, 2**32)``, different in each step.
@@ -49,7 +50,8 @@ class StepScalars:
         self._copied: Any = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self.noise_key = self._device[0]
         values = self._device[1:].view(torch.float32)[:floats]
-        self.grad_scale, self.bias_corrections = values[0], values[1:3]
+        self._known_scale, self.bias_corrections = values[0], values[1:3]
+        self.grad_scale = self._known_scale
         self.hyper_G3 = values[3:].view(-1, 3)
         self.beta1 = self.beta2 = 0.0
 
@@ -61,7 +63,10 @@ class StepScalars:
         step: int,
         grad_scale: float | Tensor,
     ) -> None:
-        """Set all numbers for step ``step`` (counted from 1)."""
+        """Set all numbers for step ``step`` (counted from 1).
+
+        ``grad_scale`` may be a float32 scalar on the device, which kernels then read where it is.
+        """
         if self._copied is not None:
             self._copied.synchronize()  # the previous step may not have read its numbers yet
         self.beta1, self.beta2 = betas
@@ -76,5 +81,4 @@ class StepScalars:
             self._device.copy_(self._host, non_blocking=True)
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(self._device.device))
-        if isinstance(grad_scale, Tensor):
-            self.grad_scale.copy_(grad_scale)
+        self.grad_scale = grad_scale if isinstance(grad_scale, Tensor) else self._known_scale

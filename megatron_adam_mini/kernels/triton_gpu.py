@@ -7,7 +7,7 @@ Imports triton. Launches: one per buffer and function, and
   2048; all longer rows have one width), and one that adds up the parts of segments above 16,384
   elements; ``update_in_one_pass_`` updates these in one more: their g is too large to keep;
 * ``column_sum_sq_``: one more, which adds up partial sums;
-* ``norm_partials_``: two.
+* ``norm_partials_``: two; ``decide_``: one.
 
 Nothing waits for the device. The first call for a table makes its launch tables and scratch,
 later ones allocate nothing, and numbers that change from step to step are read on the device, so
@@ -20,7 +20,7 @@ Deterministic: no atomics; the order of additions depends on the table alone.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ import torch
 import triton
 from torch import Tensor
 
-from megatron_adam_mini.kernels import triton_column_kernels, triton_kernels
+from megatron_adam_mini.kernels import reference, triton_column_kernels, triton_kernels
 from megatron_adam_mini.kernels.arguments import BufferTensors, SegmentVectors
 from megatron_adam_mini.kernels.column_tiles import RECTANGLE_FIELDS, Cut, rectangles, sums
 from megatron_adam_mini.kernels.scalars import StepScalars
@@ -101,15 +101,25 @@ def column_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: ColumnTable) -> Non
         )  # fmt: skip
 
 
-def norm_partials_(stats_D2: Tensor, sum_sq_SR: Tensor, domain_SR: Tensor) -> None:
+def norm_scratch(num_sums: int, num_domains: int, device: torch.device) -> Tensor | None:
+    """Return partial sums of :func:`norm_partials_`; see ``reference.norm_scratch``."""
+    programs = -(-num_sums // NORM_ENTRIES)
+    return torch.zeros(programs, _norm_stride(num_domains), dtype=torch.float64, device=device)
+
+
+def norm_partials_(
+    stats_D2: Tensor, sum_sq_SR: Tensor, domain_SR: Tensor, scratch: Tensor | None = None
+) -> None:
     """Add up the sums of squares that count in the norm; see ``reference.norm_partials_``."""
     domains = len(stats_D2)
     if not domains:
         return
-    programs = -(-len(sum_sq_SR) // NORM_ENTRIES)
-    stride = 1 << domains.bit_length()  # a power of two above the number of domains
-    partials = _norm_scratch(programs, stride, sum_sq_SR.device)
-    sizes = {"DOMAINS": domains, "STRIDE": stride}
+    partials = scratch
+    if partials is None:
+        partials = norm_scratch(len(sum_sq_SR), domains, sum_sq_SR.device)
+    assert partials is not None
+    programs = len(partials)
+    sizes = {"DOMAINS": domains, "STRIDE": _norm_stride(domains)}
     with _on(sum_sq_SR):
         _launch(
             triton_kernels.norm_kernel, programs,
@@ -118,6 +128,25 @@ def norm_partials_(stats_D2: Tensor, sum_sq_SR: Tensor, domain_SR: Tensor) -> No
         _launch(
             triton_kernels.combine_norm_kernel, 1,
             stats_D2, partials, programs, BLOCK=ENTRIES, **sizes,
+        )  # fmt: skip
+
+
+def decide_(
+    values_3: Tensor,
+    grad_scale: Tensor,
+    stats_D2: Tensor,
+    inv_scale: Tensor | None,
+    *,
+    clip_grad: float,
+    skip_threshold: float,
+    largest_sq: float,
+) -> None:
+    """Compute the factor of the gradients; see ``reference.decide_``."""
+    with _on(stats_D2):
+        _launch(
+            triton_kernels.decide_kernel, 1,
+            values_3, grad_scale, stats_D2, inv_scale, clip_grad, skip_threshold, largest_sq,
+            reference.CLIP_EPS, DOMAINS=len(stats_D2),
         )  # fmt: skip
 
 
@@ -357,9 +386,9 @@ def _decays(scalars: StepScalars) -> tuple[float, float, float, float]:
     return scalars.beta1, 1 - scalars.beta1, scalars.beta2, 1 - scalars.beta2
 
 
-@cache
-def _norm_scratch(programs: int, stride: int, device: torch.device) -> Tensor:
-    return torch.zeros(programs, stride, dtype=torch.float64, device=device)
+def _norm_stride(num_domains: int) -> int:
+    """Return a power of two above the number of domains."""
+    return 1 << num_domains.bit_length()
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -458,3 +458,30 @@ def combine_norm_kernel(
     tl.store(stats + column * 2, total_D, mask=column < DOMAINS)
     tl.store(stats + column * 2 + 1, zero, mask=(column > 0) & (column < DOMAINS))
     tl.store(stats + 1 + column * 0, total_D, mask=column == DOMAINS)
+
+
+@triton.jit(do_not_specialize_on_alignment=["values", "grad_scale", "stats", "inv_scale"])
+def decide_kernel(
+    values, grad_scale, stats, inv_scale,
+    clip_grad: tl.float64, skip_threshold: tl.float64, largest_sq: tl.float64, clip_eps: tl.float64,
+    DOMAINS: tl.constexpr,
+):  # fmt: skip
+    """Compute the factor of the gradients from the sums of all domains, in one program."""
+    scaled_sq, num_non_finite = tl.load(stats), tl.load(stats + 1)
+    for domain in tl.static_range(1, DOMAINS):
+        scaled_sq += tl.load(stats + 2 * domain)
+        num_non_finite += tl.load(stats + 2 * domain + 1)
+    scale = tl.full((), 1, tl.float64)
+    if inv_scale is not None:
+        scale = tl.load(inv_scale).to(tl.float64)
+    norm_sq = scaled_sq * (scale * scale)
+    grad_norm = tl.sqrt(norm_sq)  # float64: correctly rounded, as the division
+    clip = (1.0 / (grad_norm + clip_eps)) * clip_grad
+    scale = scale * tl.where(clip > 1.0, 1.0, clip)
+    found_inf = tl.where(scaled_sq <= largest_sq, 0, 1) | tl.where(num_non_finite > 0, 1, 0)
+    skip = found_inf | tl.where(grad_norm > skip_threshold, 1, 0)
+    scale = tl.where(skip > 0, float("nan"), scale)
+    tl.store(values, scale)
+    tl.store(values + 1, norm_sq)
+    tl.store(values + 2, found_inf.to(tl.float64))
+    tl.store(grad_scale, scale.to(tl.float32))
