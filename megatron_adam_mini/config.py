@@ -21,6 +21,12 @@ RULES = ("row", "column", "head", "tensor", "element")
 #: How m may be stored; Megatron's names.
 EXP_AVG_DTYPES = ("fp32", "bf16")
 
+#: What Megatron's Adam could store m as, and this package stores instead.
+_NEAREST = {
+    "fp16": "bf16, which has as many bytes, and small values of m that float16 would drop",
+    "fp8": "bf16, the smallest there is",
+}
+
 #: What ``lean`` stands for: the fewest bytes that trained as well as float32 (docs/memory.md).
 LEAN: dict[str, Any] = {
     "exp_avg_dtype": "bf16",
@@ -119,7 +125,11 @@ class AdamMiniConfig:
                 f"each {part} of Value is a block; drop one of them, or use preset='paper'."
             )
         _one_of("backend", self.backend, BACKENDS)
-        _one_of("exp_avg_dtype", self.exp_avg_dtype, EXP_AVG_DTYPES)
+        nearest = _NEAREST.get(self.exp_avg_dtype)
+        hint = (
+            f" Nearest to {self.exp_avg_dtype} (--exp-avg-dtype) is {nearest}." if nearest else ""
+        )
+        _one_of("exp_avg_dtype", self.exp_avg_dtype, EXP_AVG_DTYPES, hint)
         _one_of("checkpoint_format", self.checkpoint_format, CHECKPOINT_FORMATS)
         if self.lean:
             self._make_lean()
@@ -219,6 +229,8 @@ def check_adam_values(
         raise ValueError(f"weight_decay={weight_decay} is not allowed; it must be >= 0.")
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def _one_of(name: str, value: str, allowed: tuple[str, ...], hint: str = "") -> None:
     if value not in allowed:
-        raise ValueError(f"Adam-mini {name}={value!r} is not known; allowed: {', '.join(allowed)}.")
+        raise ValueError(
+            f"Adam-mini {name}={value!r} is not known; allowed: {', '.join(allowed)}.{hint}"
+        )

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+import megatron_adam_mini
 from tests.fp8_weights import LARGEST, QUANTIZED
 from tests.gather import Part, nearest_bfloat16, slices_of, weights_of, whole_tensors
 from tests.megatron_job import Job, Trainer, global_names, whole_weight
 from tests.ranks import run_ranks
 from tests.reference import WholeTensorAdamMini
+from tests.test_bridge import LOW_PRECISION
 from tests.test_checkpoint import load, save
 from tests.test_oracle import (
     BETAS,
@@ -136,6 +138,27 @@ def test_a_skipped_step_changes_nothing() -> None:
     # Delayed scaling: to quantize the same main parameters once more would change the scale.
     found = run_ranks(2, skipped, replace(JOB, fp8="delayed"))
     assert found == [[False, True, True, True, True]] * 2
+
+
+def trained_by_recipe(job: Job) -> Any:
+    """Register before the config is made, which then may have Megatron's fields."""
+    megatron_adam_mini.register()
+    trainer = Trainer(job)
+    for step in range(job.steps):
+        assert trainer.step(step)[0]
+    return trainer.optimizer.state_bytes(), [p.values for p in slices_of(trainer)]
+
+
+def test_a_recipe_for_megatrons_precision_aware_adam_keeps_float32_main_parameters() -> None:
+    """As Megatron does where weights are FP8."""
+    job = replace(JOB, optimizer_args=LOW_PRECISION)
+    own = replace(JOB, adam_mini={"exp_avg_dtype": "bf16"})
+    found, wanted = (run_ranks(2, trained_by_recipe, one) for one in (job, own))
+    for (num_bytes, values), (own_bytes, own_values) in zip(found, wanted, strict=True):
+        assert num_bytes == own_bytes
+        assert num_bytes["main_param"] == 2 * num_bytes["exp_avg"]
+        for one, other in zip(values, own_values, strict=True):
+            assert all((one[key] == other[key]).all() for key in one)
 
 
 def refused(job: Job) -> str:

@@ -140,7 +140,8 @@ def config_from_args(args: argparse.Namespace) -> AdamMiniConfig:
         log_updates_interval=args.adam_mini_log_updates_interval,
         log_heterogeneity=args.adam_mini_log_heterogeneity,
     )
-    return storage_options(args, options)
+    # The variable of ``unattached`` has no flags of weights.
+    return storage_options(args, options, fp8_weights=getattr(args, "fp8_param_gather", False))
 
 
 def offload_config(source: Any) -> OffloadConfig:

@@ -159,7 +159,9 @@ def _plan(
 ) -> tuple[_Planned, PlanRecord]:
     """Plan this rank's step, without communication; see :func:`build_optimizer` for errors."""
     _check_chunks(model_chunks)
-    options = storage_options(config, options)
+    trained = (p for chunk in model_chunks for p in chunk.parameters() if p.requires_grad)
+    fp8_weights = any(map(is_quantized, trained))
+    options = storage_options(config, options, fp8_weights=fp8_weights)
     _check_options(config, options, model_chunks)
     device = torch.device(torch.cuda.current_device())
     backend = select_backend(options.backend, device).NAME
@@ -168,7 +170,7 @@ def _plan(
     _check_groups(groups, config, options, model_chunks)
     expert_tp = compat.expert_tp_group(groups)
     infos = collect_parameters(model_chunks, tp_group=groups.tp, expert_tp_group=expert_tp)
-    if any(map(is_quantized, infos)):
+    if fp8_weights:
         refuse_with_fp8_weights(
             config, model_chunks[0].config, param_remainders=options.param_remainders
         )

@@ -23,11 +23,21 @@ logger = logging.getLogger(__name__)
 
 FLAG = "use_precision_aware_optimizer"
 DTYPES = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+#: What to give instead of a dtype that is refused.
+_REMEDIES = {
+    "main_params_dtype": "drop the flag; with --bf16, --adam-mini-param-remainders takes 16 bits, "
+    "too, and loses none of the 32",
+    "main_grads_dtype": "--grad-reduce-in-bf16, or add that flag",
+    "exp_avg_sq_dtype": "drop the flag, as v is one number per block; or add that flag, with which "
+    "it is accepted and v stays float32",
+}
 #: What Megatron's config allows for all optimizers.
 PLAIN: dict[str, Any] = {FLAG: False, **dict.fromkeys(DTYPES, torch.float32)}
 
 
-def storage_options(source: Any, options: AdamMiniConfig) -> AdamMiniConfig:
+def storage_options(
+    source: Any, options: AdamMiniConfig, *, fp8_weights: bool = False
+) -> AdamMiniConfig:
     """Return the options with what Megatron's flags or config ask for.
 
     Gradients are read as they are in Megatron's buffers, whatever ``main_grads_dtype`` says, and v
@@ -36,6 +46,7 @@ def storage_options(source: Any, options: AdamMiniConfig) -> AdamMiniConfig:
     Args:
         source: arguments, or ``OptimizerConfig``.
         options: Adam-mini's own.
+        fp8_weights: whether weights are quantized, so that Megatron keeps float32 main parameters.
 
     Raises:
         NotImplementedError: main parameters would be of another type than float32; or another
@@ -47,9 +58,9 @@ def storage_options(source: Any, options: AdamMiniConfig) -> AdamMiniConfig:
         dtype = dtype_name(getattr(source, name, "fp32"))
         if dtype != "fp32":
             raise NotImplementedError(
-                f"--optimizer adam_mini does not support --{name.replace('_', '-')} {dtype}: "
-                "allowed is fp32. Remedy: drop the flag; what saves memory here is "
-                "--exp-avg-dtype bf16 and --adam-mini-param-remainders."
+                f"--optimizer adam_mini does not support --{name.replace('_', '-')} {dtype}"
+                f"{'' if aware else ' without --use-precision-aware-optimizer'}: allowed is fp32. "
+                f"Remedy: {_REMEDIES[name]}."
             )
     remainders = bool(getattr(source, "store_param_remainders", True))
     if options.lean and not remainders:
@@ -64,7 +75,7 @@ def storage_options(source: Any, options: AdamMiniConfig) -> AdamMiniConfig:
         asked["exp_avg_dtype"] = exp_avg_dtype
     # With the state in host memory, Megatron wants the flag for other reasons, and keeps float32.
     host = bool(getattr(source, "optimizer_cpu_offload", False))
-    if aware and source.bf16 and remainders and not host:
+    if aware and source.bf16 and remainders and not host and not fp8_weights:
         asked["param_remainders"] = True
     return replace(options, **asked)
 

@@ -116,10 +116,7 @@ def refuse_with_fp8_weights(*sources: Any, param_remainders: bool) -> None:
         if any(getattr(source, attribute, None) for source in sources)
     ]
     if param_remainders:
-        flag = (
-            "16-bit remainders (--adam-mini-param-remainders, --adam-mini-lean, "
-            "--use-precision-aware-optimizer)"
-        )
+        flag = "16-bit remainders (--adam-mini-param-remainders, --adam-mini-lean)"
         remedy = f"drop one of the two; {LEAN_WITHOUT_REMAINDERS} saves memory with any weights"
         found.append((flag, "they complete bfloat16 weights", remedy))
     if not all(getattr(source, "use_distributed_optimizer", True) for source in sources):
