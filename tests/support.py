@@ -374,6 +374,7 @@ REFUSALS = (
         "they are gathered in bfloat16 through the memory of the gradients",
         "another --fp8-recipe, or no --fp8-param-gather",
     ),
+    preflight.UNKNOWN_WEIGHTS,
     preflight.MIMO,
     ("--non-persistent-ckpt-type", "it is not supported yet", "drop the flag"),
     (

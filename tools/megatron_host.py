@@ -36,6 +36,7 @@ from megatron.core.optimizer import distrib_optimizer  # noqa: E402
 from torch import distributed  # noqa: E402
 
 import megatron_adam_mini  # noqa: E402
+from megatron_adam_mini.plan import manifest  # noqa: E402
 
 num_replaced = 0  # how many optimizers of this process are Adam-mini in Adam's place
 
@@ -141,6 +142,7 @@ def _with_gloo(original: Any) -> Any:
 def put_adam_mini_in_adams_place() -> None:
     """Let ``get_megatron_optimizer`` and the command line say "adam_mini" for "adam"."""
     megatron_adam_mini.register()
+    manifest.MAX_UNKNOWN_SHARE = 1.0  # weights of their toy models have any name
     original = megatron.core.optimizer.get_megatron_optimizer
 
     @functools.wraps(original)

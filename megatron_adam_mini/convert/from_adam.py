@@ -10,6 +10,7 @@ which is what Adam-mini would have accumulated from the same gradients: an avera
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from typing import Any, NamedTuple
 
@@ -38,8 +39,16 @@ from megatron_adam_mini.convert.parameters import (
     wholes_of,
 )
 from megatron_adam_mini.convert.progress import bytes_bar
-from megatron_adam_mini.plan.manifest import MODEL_SPACE, identity_of, manifest_of, state_key
+from megatron_adam_mini.plan.manifest import (
+    MODEL_SPACE,
+    identity_of,
+    manifest_of,
+    state_key,
+    unknown_problem,
+)
 from megatron_adam_mini.plan.partition import ParameterBlocks, RowPattern
+
+logger = logging.getLogger(__name__)
 
 
 def convert_from_adam(source: Checkpoint, writer: CheckpointWriter, config: AdamMiniConfig) -> None:
@@ -219,8 +228,11 @@ def _identity(
         "data": "data_parallel_size",
     }
     known = {key: getattr(args, name, None) for key, name in sizes.items()}
+    manifest = manifest_of([b.manifest_entry() for b in blocks.values()], config)
+    if problem := unknown_problem(manifest):
+        logger.warning("A run that loads this would refuse to start: %s", problem)
     return identity_of(
-        manifest_of([b.manifest_entry() for b in blocks.values()], config),
+        manifest,
         config,
         checkpoint_format=MODEL_SPACE,
         saved_from={**{key: size for key, size in known.items() if size}, "converted_from": "adam"},

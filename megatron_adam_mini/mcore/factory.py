@@ -51,7 +51,12 @@ from megatron_adam_mini.mcore.slices import buffers_of, sharded_buffers, whole_p
 from megatron_adam_mini.mcore.unattached import options_of_process
 from megatron_adam_mini.optimizer import AdamMini
 from megatron_adam_mini.plan.candidates import candidates_of
-from megatron_adam_mini.plan.manifest import BUCKETS, manifest_of, partition_fields
+from megatron_adam_mini.plan.manifest import (
+    BUCKETS,
+    manifest_of,
+    partition_fields,
+    unknown_problem,
+)
 from megatron_adam_mini.plan.partition import partition_parameter, unmatched_patterns
 from megatron_adam_mini.plan.step_plan import DENSE, EXPERT, DomainLayout, StepPlan, plan_step
 from megatron_adam_mini.state import Buffer, check_remainders
@@ -93,6 +98,8 @@ def build_optimizer(
     param_groups = _param_groups(model_chunks, config, config_overrides)
     group_of = {p: i for i, group in enumerate(param_groups) for p in group["params"]}
     manifest = _gather_manifest(planned, options, frozen_keys(model_chunks))
+    if problem := unknown_problem(manifest):  # the same on all ranks
+        raise ValueError(problem)
     if options.log_heterogeneity:
         refuse_unmeasurable(manifest)
 
@@ -433,7 +440,7 @@ def _report(
     if unknown:
         logger.warning(
             "Adam-mini does not know %d parameters and keeps one second moment per element of "
-            "them: %s",
+            "them: %s. --adam-mini-full-v with their names says that this is meant.",
             len(unknown),
             ", ".join(unknown),
         )

@@ -1,6 +1,6 @@
 """Refuse combinations that Adam-mini does not support, at start-up and with the reason.
 
-Imports ``partition``. The same table is applied to command-line arguments,
+Imports ``partition`` and ``manifest``. The same table is applied to command-line arguments,
 to ``OptimizerConfig`` and to the DDP config, whichever has the attribute.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_adam_mini.config import LEAN_WITHOUT_REMAINDERS
+from megatron_adam_mini.plan.manifest import MAX_UNKNOWN_SHARE
 from megatron_adam_mini.plan.partition import ParameterBlocks, has_columns
 
 #: attribute -> (flag, why it is refused, what to do instead)
@@ -129,7 +130,14 @@ def refuse_with_fp8_weights(*sources: Any, param_remainders: bool) -> None:
         )
 
 
-#: What is refused, why, and what to do instead.
+#: What is refused, why, and what to do instead; ``plan.manifest.unknown_problem`` finds it.
+UNKNOWN_WEIGHTS = (
+    f"weights of unknown names above {100 * MAX_UNKNOWN_SHARE:.0f} % of the trained elements",
+    "they would keep one second moment per element, Adam's whole state",
+    "a rule for them (--adam-mini-rules), or --adam-mini-full-v with their names to accept it",
+)
+
+#: The same for one kind of model.
 MIMO = (
     "MIMO models (megatron.core.models.mimo)",
     "each of their modules has an optimizer of its own, on ranks of its own, while Adam-mini's "

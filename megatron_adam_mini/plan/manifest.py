@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,12 @@ FORMAT_VERSION = 3
 
 #: What is written where no parameter has v of columns: older code reads that.
 _WITHOUT_COLUMNS = 2
+
+#: Largest part of the trained elements that unknown weights may have. They keep Adam's state.
+MAX_UNKNOWN_SHARE = 0.01
+
+#: So many names stand in a message.
+_SHOWN = 5
 
 #: Prefix of the keys of Adam-mini's state in checkpoints.
 STATE_PREFIX = "optimizer.adam_mini."
@@ -87,8 +94,10 @@ def manifest_of(
         frozen: checkpoint keys of the parameters that are not trained.
 
     Returns:
-        A JSON-serialisable dict; for ``hash`` see :func:`manifest_hash`.
+        A JSON-serialisable dict; for ``hash`` see :func:`manifest_hash`. ``elementwise_unknown``
+        are names of unknown role that no pattern of the config matches.
     """
+    chosen = [pattern for pattern, _ in config.overrides()]
     ordered = sorted(entries, key=lambda entry: str(entry["key"]))
     partition = partition_fields(config)
     return {
@@ -97,12 +106,41 @@ def manifest_of(
         "elements": sum(entry["elements"] for entry in ordered),
         "blocks": sum(entry["blocks"] for entry in ordered),
         "v_bytes": sum(entry["v_bytes"] for entry in ordered),
-        "elementwise_unknown": [e["name"] for e in ordered if e["role"] == "unknown"],
+        "elementwise_unknown": [
+            entry["name"]
+            for entry in ordered
+            if entry["role"] == "unknown"
+            and not any(fnmatchcase(entry["name"], pattern) for pattern in chosen)
+        ],
         "frozen": sorted(set(frozen)),
         "hash": manifest_hash(
             partition, ((e["key"], e["shape"], e["role"], e["rule"]) for e in ordered)
         ),
     }
+
+
+def unknown_problem(manifest: Mapping[str, Any]) -> str | None:
+    """Describe the problem if too much of a model is unknown; else return ``None``.
+
+    Parameters of one dimension do not count: each of their elements is a row.
+    """
+    names = {*manifest["elementwise_unknown"]}
+    found = [e for e in manifest["parameters"] if e["name"] in names and len(e["shape"]) > 1]
+    share = sum(entry["elements"] for entry in found) / max(1, manifest["elements"])
+    if share <= MAX_UNKNOWN_SHARE:
+        return None
+    # One pattern for the same weight of all layers and experts.
+    patterns = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", e["name"]) for e in found))
+    shown = [repr(pattern) for pattern in patterns[:_SHOWN]]
+    more = f" and {len(patterns) - _SHOWN} more" if len(patterns) > _SHOWN else ""
+    return (
+        f"Weights that Adam-mini does not know have {100 * share:.1f} % of the trained elements "
+        f"(allowed: {100 * MAX_UNKNOWN_SHARE:.0f} %) and would keep Adam's whole state: "
+        f"{', '.join(shown)}{more}. Remedy: give them a rule, with --adam-mini-rules FILE, a JSON "
+        f'object such as {{{json.dumps(patterns[0])}: "row"}}; or accept it, with '
+        f"--adam-mini-full-v {' '.join(shown)}"
+        f"{more} (AdamMiniConfig: rules, full_v)."
+    )
 
 
 def manifest_hash(
