@@ -116,7 +116,8 @@ class Decisions:
         self.values_3 = torch.zeros(3, dtype=torch.float64, device=device)
         self.grad_scale = torch.zeros((), device=device)
         self._on_host = torch.zeros(3, dtype=torch.float64, pin_memory=True) if on_gpu else None
-        self._copied: Any = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
+        # External: in a CUDA graph, too, it comes before the updates.
+        self._copied: Any = torch.cuda.Event(external=True) if on_gpu else None  # type: ignore[no-untyped-call]
         self._last: Decision | None = None
 
     def decide(

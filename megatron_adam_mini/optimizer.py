@@ -215,7 +215,7 @@ class AdamMini:
                 )
                 grad_scale = decision.grad_scale
             # Without groups: their learning rates may not be set yet.
-            self._scalars.fill([], betas=betas, step=1, grad_scale=grad_scale)
+            self._scalars.write([], betas=betas, step=1, grad_scale=grad_scale)
             self._advance(state, decision, None)
             if self._host is not None:
                 self._host.warm_up(state, betas=betas)
@@ -302,12 +302,17 @@ class AdamMini:
             self._update_with(decision.wide, decision)
             self._call(early, decision)
             return
-        self._fill_scalars(grad_scale)
+        self._write_scalars(grad_scale)
         self._advance(self.main_params.attach(), decision, early)
 
     def _advance(self, state: RankState, decision: Decision, early: EarlyBuffers | None) -> None:
-        """Do the four lines of :meth:`update` with the numbers that the scalars hold."""
+        """Do the four lines of :meth:`update` with the numbers that the scalars hold.
+
+        Without early buffers and state on the host it only launches, and the same in each step:
+        started again with other numbers in the scalars, the launches do another step.
+        """
         scalars, kernels = self._scalars, self.kernels
+        scalars.send()
         vectors = self._vectors(state)
         single_phase = self.config.single_phase
         if not single_phase:
@@ -405,10 +410,12 @@ class AdamMini:
         state = self.main_params.attach()
         vectors, scalars, kernels = self._vectors(state), self._scalars, self.kernels
         # v <- beta2 v + (1 - beta2) s;  step <- lr' / (sqrt(v') + eps)
-        self._fill_scalars(1.0)
+        self._write_scalars(1.0)
+        scalars.send()
         means = vectors._replace(sum_sq_SR=mean_sq_S, inv_numel_S=torch.ones_like(mean_sq_S))
         kernels.segment_step_size_(means, scalars)
-        self._fill_scalars(decision.grad_scale)
+        self._write_scalars(decision.grad_scale)
+        scalars.send()
         if self._host is not None:
             self._host.begin(state, self._step_size_S, scalars.grad_scale)
         for held in state.on_device:
@@ -452,8 +459,8 @@ class AdamMini:
                 self._tensors(held), held.exp_avg_sq_E, held.plan.ranges, vectors, self._scalars
             )
 
-    def _fill_scalars(self, grad_scale: float | Tensor) -> None:
-        self._scalars.fill(
+    def _write_scalars(self, grad_scale: float | Tensor) -> None:
+        self._scalars.write(
             self._groups_for_kernels(),
             betas=self._betas(),
             step=self.main_params.step_count + 1,

@@ -97,7 +97,8 @@ REGISTERS = {
 def test_interpreted():
     """The parity tests pass; see triton_parity.py."""
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton_parity.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+         "tests/triton_parity.py", "tests/triton_replay.py"],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -7,6 +7,7 @@ weights, clipping active, without Megatron and without communication (data-paral
 torch's fake ones). Times are described in ``measure.Time``. ``of_copy``: bytes that the step must
 move, divided by time and by the bandwidth that a copy reaches on this GPU. ``ratio``: time divided
 by that of norm, clip, ``AdamW(fused=True)`` and bfloat16 copy on the same shapes, in the same run.
+``graph_ms`` and ``graph_host_ms``: ``idle_ms`` and ``host_ms`` of the same step as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -153,6 +154,11 @@ def time_case(
     }
     if device.type == "cuda":
         row["kernels"], row["launches"] = measure.kernels(rig.step)
+        try:
+            graphed = milliseconds(rig.graphed(), device, samples=samples)
+            row |= {"graph_ms": graphed.idle_ms, "graph_host_ms": graphed.host_ms}
+        except Exception as error:  # the other numbers are worth having
+            row["why"] = f"no graph: {type(error).__name__}: {error}"
     if case.dp == 1:  # sums of cut blocks are not added up in fake groups
         check(rig)
     return row, rig.shapes(rank)
@@ -205,6 +211,21 @@ def against_public_package(record: measure.Record, device: torch.device, samples
         record.add(case="Adam-mini, 110M", elements=rig.numel, **found._asdict())
 
 
+def check_graphs(device: torch.device) -> None:
+    """Check that steps launched by a CUDA graph are the ordinary ones, bit by bit."""
+    for name in ("one bucket", "remainders, bf16 m", "single phase", "preset first"):
+        config = AdamMiniConfig(**CASES[name].options)
+        rigs = [Rig(Rank.alone(TINY, config), config, device) for _ in range(2)]
+        rigs[0].step()
+        steps = rigs[0].step, rigs[1].graphed()
+        for number in range(3):
+            for rig, step in zip(rigs, steps, strict=True):
+                rig.optimizer.main_params.param_groups[0]["lr"] = 1e-3 * (number + 1)
+                step()
+            for found, expected in zip(rigs[1].bits(), rigs[0].bits(), strict=True):
+                assert torch.equal(found, expected), f"{name}, step {number}"
+
+
 def free(device: torch.device) -> None:
     """Return memory to the device."""
     gc.collect()
@@ -236,6 +257,9 @@ def main() -> int:
         record.note(**{f"{name} TB/s": value for name, value in found.items()})
         peak = found["copy"]
     free(device)
+    if device.type == "cuda":
+        with record.guard("CUDA graphs"):
+            check_graphs(device)
     base: dict[str, Any] = {}
     small = partial(time_case, device=device, tiny=options.tiny, samples=options.samples)
     for name, case in CASES.items():

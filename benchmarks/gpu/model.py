@@ -194,6 +194,37 @@ class Rig:
             optimizer.update(optimizer.decide(optimizer.sum_squares(), clip_grad=CLIP))
         optimizer.main_params.step_count += 1
 
+    def graphed(self) -> Callable[[], None]:
+        """Return the same step, whose launches are captured in a CUDA graph now; takes one first.
+
+        The host writes the numbers of each step into pinned memory, which the graph copies.
+        """
+        self.step()  # makes tables and groups
+        optimizer, graph = self.optimizer, torch.cuda.CUDAGraph()
+        state, decision = optimizer.main_params.attach(), _unscaled()
+        torch.cuda.synchronize()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            if optimizer.config.single_phase:
+                optimizer.sum_squares_of_cut_blocks()
+            else:
+                decision = optimizer.decide(optimizer.sum_squares(), clip_grad=CLIP)
+            if isinstance(decision.grad_scale, Tensor):
+                optimizer._scalars.grad_scale = decision.grad_scale
+            optimizer._advance(state, decision, None)
+
+        def step() -> None:
+            optimizer._write_scalars(decision.grad_scale)
+            graph.replay()
+            optimizer.main_params.step_count += 1
+
+        return step
+
+    def bits(self) -> list[Tensor]:
+        """Return copies of state and weights, as bits."""
+        tensors = self.optimizer.main_params.attach().flat_tensors()
+        tensors += [flat.weight for flat in self._flats]
+        return [tensor.detach().clone().view(torch.int16) for tensor in tensors]
+
     def shapes(self, rank: Rank) -> list[tuple[int, ...]]:
         """Return the shapes that torch's optimizers would have: parameters, or shards of them."""
         if rank.dp_size == 1:

@@ -21,9 +21,9 @@ from benchmarks.report import RESULTS
 #: Columns of the tables, in this order; others of a row are left out.
 COLUMNS = (
     "case", "worker", "job", "optimizer", "run", "cases", "elements", "buckets", "ms", "low",
-    "high", "idle_ms", "host_ms", "first_ms", "launches", "bytes", "TB/s", "of_copy", "ratio",
-    "kept_MB", "peak_MB", "steps", "step_ms", "iterations", "tokens/s", "optimizer_ms", "peak_GB",
-    "reserved_GB", "save_rise_GB", "load_rise_GB", "loss", "why",
+    "high", "idle_ms", "host_ms", "first_ms", "launches", "graph_ms", "graph_host_ms", "bytes",
+    "TB/s", "of_copy", "ratio", "kept_MB", "peak_MB", "steps", "step_ms", "iterations", "tokens/s",
+    "optimizer_ms", "peak_GB", "reserved_GB", "save_rise_GB", "load_rise_GB", "loss", "why",
 )  # fmt: skip
 
 

@@ -19,9 +19,10 @@ from megatron_adam_mini.rounding import mix32
 class StepScalars:
     """Hyper-parameters of one step in tensors that are allocated once and refilled in place.
 
-    On a CPU, kernels read what :meth:`fill` writes. A GPU gets one asynchronous copy of it from
-    pinned memory, so :meth:`fill` does not wait for the device (unless that is a whole step
-    behind), nor does a kernel that reads it.
+    On a CPU, kernels read what :meth:`write` writes. A GPU gets one asynchronous copy of it from
+    pinned memory by :meth:`send`, so :meth:`write` does not wait for the device (unless that is a
+    whole step behind), nor does a kernel that reads it. Kernels started again with the same
+    arguments, after the same copy, use the numbers that were written last.
 
     Args:
         num_groups: parameter groups, ``G``.
@@ -47,7 +48,7 @@ class StepScalars:
         self._host_key = self._host.numpy()[:1]
         self._host_floats: np.ndarray[Any, Any] = self._host[1:].numpy().view(np.float32)
         self._seed = seed
-        self._copied: Any = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
+        self._copied: Any = torch.cuda.Event(external=True) if on_gpu else None  # type: ignore[no-untyped-call]
         self.noise_key = self._device[0]
         values = self._device[1:].view(torch.float32)[:floats]
         self._known_scale, self.bias_corrections = values[0], values[1:3]
@@ -63,7 +64,22 @@ class StepScalars:
         step: int,
         grad_scale: float | Tensor,
     ) -> None:
-        """Set all numbers for step ``step`` (counted from 1).
+        """Set all numbers for step ``step`` (counted from 1), and :meth:`send` them.
+
+        Args: as of :meth:`write`.
+        """
+        self.write(groups, betas=betas, step=step, grad_scale=grad_scale)
+        self.send()
+
+    def write(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        *,
+        betas: tuple[float, float],
+        step: int,
+        grad_scale: float | Tensor,
+    ) -> None:
+        """Set all numbers for step ``step`` (counted from 1) on the host.
 
         ``grad_scale`` may be a float32 scalar on the device, which kernels then read where it is.
         """
@@ -77,8 +93,11 @@ class StepScalars:
             values += (lr, group["eps"], 1.0 - lr * group["weight_decay"])
         self._host_floats[: len(values)] = values
         self._host_key[0] = mix32(mix32(self._seed) + step)
+        self.grad_scale = grad_scale if isinstance(grad_scale, Tensor) else self._known_scale
+
+    def send(self) -> None:
+        """Start to copy them to the device."""
         if self._device is not self._host:
             self._device.copy_(self._host, non_blocking=True)
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(self._device.device))
-        self.grad_scale = grad_scale if isinstance(grad_scale, Tensor) else self._known_scale

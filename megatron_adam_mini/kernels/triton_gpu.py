@@ -11,8 +11,8 @@ Imports triton. Launches: one per buffer and function, and
 
 Nothing waits for the device. The first call for a table makes its launch tables and scratch,
 later ones allocate nothing, and numbers that change from step to step are read on the device, so
-calls could be captured in a CUDA graph after one ordinary step (not tested). Only one stream at a
-time may use the scratch of a table.
+that the same launches with the same arguments do another step (``tests/triton_replay.py``; never
+captured in a CUDA graph). Only one stream at a time may use the scratch of a table.
 
 Deterministic: no atomics; the order of additions depends on the table alone.
 """

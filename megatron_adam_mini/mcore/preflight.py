@@ -38,7 +38,8 @@ _REFUSED = {
     ),
     "optimizer_cuda_graph": (
         "--optimizer-cuda-graph",
-        "the step reads the gradient norm on the host",
+        "Megatron calls step() while it captures it, and never again: what it returned then, the "
+        "count of steps and the learning rates would hold for all later steps",
         "drop the flag",
     ),
     "fp4_param_gather": (
