@@ -71,6 +71,9 @@ class AdamMiniConfig:
         single_phase: read each gradient once per step instead of twice. Possible if nothing needs
             the gradient norm (no clipping, no loss scale); the norm is then not reported, and a
             non-finite gradient does not skip the step, nor do squares that overflow float32.
+        overlap_block_sums: take the sums of squares of each bucket on a stream of their own as soon
+            as it is reduced, while the backward pass runs on. The training is the same, bit for
+            bit.
         manifest: path of a JSON file to which rank 0 writes the partition; ``None``: none.
         convert_partition: when a checkpoint has finer blocks, average its v over this run's
             (exact) instead of refusing it.
@@ -100,6 +103,7 @@ class AdamMiniConfig:
     param_remainders: bool = False
     lean: bool = False
     single_phase: bool = False
+    overlap_block_sums: bool = False
     manifest: str | None = None
     convert_partition: bool = False
     checkpoint_format: str = "model_space"
@@ -175,6 +179,7 @@ class AdamMiniConfig:
         """Return what else must be equal on all ranks: how they step, what they save and log."""
         names = (
             "single_phase",
+            "overlap_block_sums",
             "checkpoint_format",
             "log_updates_interval",
             "log_heterogeneity",

@@ -36,11 +36,14 @@ from megatron_adam_mini.kernels import (
     select_backend,
 )
 from megatron_adam_mini.main_params import MainParams
+from megatron_adam_mini.overlapped_sums import OverlappedSums
 from megatron_adam_mini.piece_values import per_element
+from megatron_adam_mini.plan.buffer_plan import BufferPlan
 from megatron_adam_mini.plan.column_table import ColumnTable
 from megatron_adam_mini.plan.segment_table import SegmentTable
 from megatron_adam_mini.plan.shares import plan_shares
 from megatron_adam_mini.plan.step_plan import Piece, StepPlan
+from megatron_adam_mini.plan.sum_tables import SumTables
 from megatron_adam_mini.state import Buffer, BufferState, RankState
 from megatron_adam_mini.wide_sums import WideSums
 
@@ -88,6 +91,7 @@ class AdamMini:
         buffers: live tensors of the plan's buffers.
         main_params: all state, and the parameter groups; :meth:`finish` counts the steps there.
         updated: whether there was a step, and the last one was taken.
+        overlapped_sums: what takes sums before the step; ``None``: nothing does.
 
     Source: Zhang et al., arXiv:2406.16793, Algorithm 2; decoupled weight decay of Loshchilov and
     Hutter, arXiv:1711.05101.
@@ -113,6 +117,7 @@ class AdamMini:
         self.buffers = tuple(buffers)
         self.device = device
         self.updated = False
+        self.overlapped_sums: OverlappedSums | None = None
         self.kernels = select_backend(config.backend, device)
         self.collectives = Collectives(plan, groups, device=device)
 
@@ -235,9 +240,10 @@ class AdamMini:
             equal on all ranks. The next call overwrites it.
         """
         # s <- sum(g * g), for each segment
-        for buffer, plan in zip(self.buffers, self.plan.buffers, strict=True):
-            self._sum(buffer, plan.segments, plan.columns)
-            self._sum(buffer, plan.ranges)
+        for buffer, parts in zip(self.buffers, self._left_to_sum(), strict=True):
+            for part in parts:
+                self._sum(buffer, part.segments, part.columns)
+                self._sum(buffer, part.ranges)
         # norm^2 <- sum(s) over partial sums: complete ones would count a cut block once per rank
         self.kernels.norm_partials_(
             self._stats_D2, self._sum_sq_SR, self._norm_domain_SR, self._norm_scratch
@@ -466,6 +472,12 @@ class AdamMini:
             step=self.main_params.step_count + 1,
             grad_scale=grad_scale,
         )
+
+    def _left_to_sum(self) -> Sequence[Sequence[BufferPlan | SumTables]]:
+        """Fill in sums that were taken behind the backward pass; return what has none yet."""
+        if self.overlapped_sums is None:
+            return [[plan] for plan in self.plan.buffers]
+        return self.overlapped_sums.use_(self._sum_sq_SR)
 
     def _sum(self, buffer: Buffer, table: SegmentTable, columns: ColumnTable | None = None) -> None:
         if len(table):

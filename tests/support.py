@@ -106,6 +106,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], tuple[Feature, ...]]] = {
             Feature("several distributed-optimizer instances", LAYOUT),
             Feature("bucket options of DDP", LAYOUT),
             Feature("parameter gather within the step", KERNEL),
+            Feature("block sums within the backward pass", KERNEL),
             Feature("heads, rows and norms cut by any boundary", LAYOUT),
         ),
     ),

@@ -22,6 +22,7 @@ from megatron_adam_mini.mcore.low_precision import dtype_name, storage_options
 from megatron_adam_mini.mcore.preflight import (
     refuse_buckets,
     refuse_experts_in_format_torch,
+    refuse_overlapped_sums,
     refuse_single_phase,
     refuse_unsupported,
     refuse_with_fp8_weights,
@@ -76,6 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="with --clip-grad 0 and without a loss scale: read each gradient once per step; the "
         "gradient norm is then logged as 0, as Megatron does without clipping, and non-finite "
         "gradients do not skip the step",
+    )
+    group.add_argument(
+        "--adam-mini-overlap-block-sums",
+        action="store_true",
+        help="with --overlap-grad-reduce: take the sums of squares of each bucket on a stream of "
+        "their own as soon as it is reduced, while the backward pass runs on; the same training "
+        "bit for bit; never timed on a GPU",
     )
     group.add_argument(
         "--adam-mini-manifest", metavar="FILE", help="write the partition of the model as JSON"
@@ -133,6 +141,7 @@ def config_from_args(args: argparse.Namespace) -> AdamMiniConfig:
         param_remainders=args.adam_mini_param_remainders,
         lean=args.adam_mini_lean,
         single_phase=args.adam_mini_single_phase,
+        overlap_block_sums=args.adam_mini_overlap_block_sums,
         manifest=args.adam_mini_manifest,
         convert_partition=args.adam_mini_convert_partition,
         checkpoint_format=args.adam_mini_checkpoint_format,
@@ -187,6 +196,14 @@ def check_arguments(args: argparse.Namespace) -> None:
             args.clip_grad,
             loss_scaled=bool(args.fp16 or args.loss_scale),
             cpu_offload=args.optimizer_cpu_offload,
+        )
+    if args.adam_mini_overlap_block_sums:
+        refuse_overlapped_sums(
+            distributed_optimizer=args.use_distributed_optimizer,
+            overlap_grad_reduce=args.overlap_grad_reduce,
+            per_token_loss=args.calculate_per_token_loss,
+            fp32_accumulation=args.ddp_reduce_scatter_with_fp32_accumulation,
+            single_phase=args.adam_mini_single_phase,
         )
     offload_config(args)
     check_adam_values(

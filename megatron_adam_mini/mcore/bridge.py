@@ -54,6 +54,7 @@ class AdamMiniOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
     adam_mini_param_remainders: bool = AdamMiniConfig.param_remainders
     adam_mini_lean: bool = AdamMiniConfig.lean
     adam_mini_single_phase: bool = AdamMiniConfig.single_phase
+    adam_mini_overlap_block_sums: bool = AdamMiniConfig.overlap_block_sums
     adam_mini_manifest: str | None = AdamMiniConfig.manifest
     adam_mini_convert_partition: bool = AdamMiniConfig.convert_partition
     adam_mini_checkpoint_format: str = AdamMiniConfig.checkpoint_format

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from megatron.core import __version__ as MCORE_VERSION  # noqa: N812 (a constant)
 from megatron.core import optimizer as mcore_optimizer
 from megatron.core import parallel_state
@@ -384,6 +385,24 @@ def bucket_groups(chunk: Any) -> list[Any]:
     """Return all groups of buckets of a DDP-wrapped chunk; all."""
     groups: list[Any] = [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]
     return groups
+
+
+def start_reduction(bucket_group: Any, start: Callable[[], Any]) -> Callable[[], Any] | None:
+    """Call ``start_grad_sync``; return what lets the current stream wait for what it started.
+
+    ``grad_reduce_handle``, which several streams may wait for; with several optimizer instances it
+    is never set, and the collectives are on ``communication_stream``; all.
+
+    Returns:
+        ``None`` if nothing was started that is still in flight.
+    """
+    before = bucket_group.grad_reduce_handle
+    start()
+    if bucket_group.ddp_config.num_distributed_optimizer_instances > 1:
+        stream = bucket_group.communication_stream
+        return lambda: torch.cuda.current_stream().wait_stream(stream)
+    handle = bucket_group.grad_reduce_handle
+    return None if handle is before else lambda: handle.wait()
 
 
 def finish_gather(bucket_group: Any) -> bool:

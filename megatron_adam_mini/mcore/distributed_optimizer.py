@@ -8,6 +8,7 @@ classes below it: ``saved_state``, ``distributed_names``, ``rank_optimizer``.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -70,7 +71,10 @@ class AdamMiniOptimizer(SavedState):
         num_zeros = self._num_zeros()  # before the update: decay that is not decoupled enters them
         self._update(decision)
         if decision.in_doubt:
-            decision = self._decide(*self._wide_sums())
+            for stats, wide in self._sums_again():
+                decision = self._decide(stats, wide)
+                if not decision.in_doubt:
+                    break
             if decision.read().updated:
                 self._update(decision)
         outcome = self.inner.finish(decision)
@@ -108,6 +112,20 @@ class AdamMiniOptimizer(SavedState):
             return None
         with self._timer("optimizer-count-zeros"):
             return self.count_zeros()
+
+    def _sums_again(self) -> Iterator[tuple[Tensor, WideSums | None]]:
+        """Yield new sums to decide by where the first were in doubt; all ranks must call it.
+
+        Those that were taken before the step may be of gradients that have changed since: then
+        float32 comes first, and float64 if that is in doubt, too.
+        """
+        overlapped = self.inner.overlapped_sums
+        if overlapped is not None:
+            overlapped.look_for_changes()
+            with self._timer(_SUMS_TIMER):
+                stats = self.inner.sum_squares()
+            yield stats, None
+        yield self._wide_sums()
 
     def _wide_sums(self) -> tuple[Tensor, WideSums]:
         with self._timer(_SUMS_TIMER):
@@ -206,9 +224,11 @@ class AdamMiniOptimizer(SavedState):
         assert self._sums is not None
         stats, wide, inv_scale = self._sums
         decision = self.inner.decide(stats, wide, inv_scale=inv_scale, clip_grad=self._clip_grad)
-        if decision.in_doubt:
-            self._sums = (*self._wide_sums(), inv_scale)
-            return self._decide_phase()
+        for again in self._sums_again() if decision.in_doubt else ():
+            self._sums = (*again, inv_scale)
+            decision = self.inner.decide(*again, inv_scale=inv_scale, clip_grad=self._clip_grad)
+            if not decision.in_doubt:
+                break
         self._decision = decision
         return decision
 

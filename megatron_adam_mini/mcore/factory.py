@@ -30,6 +30,7 @@ from megatron_adam_mini.mcore.arguments import offload_config
 from megatron_adam_mini.mcore.chained_optimizer import AdamMiniChainedOptimizer
 from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
 from megatron_adam_mini.mcore.first_step import prepare_first_step
+from megatron_adam_mini.mcore.grad_sync import overlap_sums
 from megatron_adam_mini.mcore.low_precision import ignored_dtype, plain_config, storage_options
 from megatron_adam_mini.mcore.metrics import observe
 from megatron_adam_mini.mcore.noise_report import refuse_unmeasurable
@@ -40,6 +41,7 @@ from megatron_adam_mini.mcore.preflight import (
     refuse_coupled_decay,
     refuse_measuring,
     refuse_missing_groups,
+    refuse_overlapped_sums,
     refuse_qk_clip,
     refuse_single_phase,
     refuse_unsupported,
@@ -115,6 +117,14 @@ def build_optimizer(
             offload=offload_config(config),
             decoupled_weight_decay=config.decoupled_weight_decay,
         )
+        if options.overlap_block_sums:
+            overlap_sums(
+                inner,
+                model_chunks,
+                planned.parameters,
+                tp_size=planned.groups.tp.size(),
+                pp_size=planned.groups.pp.size(),
+            )
         drop_initial_values(planned.parameters)
         optimizer = AdamMiniOptimizer(
             inner,
@@ -293,6 +303,15 @@ def _check_options(
             loss_scaled=bool(config.loss_scale or config.fp16),
             skip_threshold=compat.grad_norm_skip_threshold(config),
             cpu_offload=config.optimizer_cpu_offload,
+        )
+    if options.overlap_block_sums:
+        ddp_config = model_chunks[0].ddp_config
+        refuse_overlapped_sums(
+            distributed_optimizer=ddp_config.use_distributed_optimizer,
+            overlap_grad_reduce=ddp_config.overlap_grad_reduce,
+            per_token_loss=getattr(model_chunks[0].config, "calculate_per_token_loss", False),
+            fp32_accumulation=ddp_config.reduce_scatter_with_fp32_accumulation,
+            single_phase=options.single_phase,
         )
     offload_config(config)
     if options.manifest and distributed.get_rank() == 0:

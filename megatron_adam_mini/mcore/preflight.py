@@ -372,6 +372,48 @@ def refuse_experts_in_format_torch(*, tp_size: int, expert_tp_size: int) -> None
         )
 
 
+def refuse_overlapped_sums(
+    *,
+    distributed_optimizer: bool,
+    overlap_grad_reduce: bool,
+    per_token_loss: bool,
+    fp32_accumulation: bool,
+    single_phase: bool,
+) -> None:
+    """Check that sums of squares can be taken behind the backward pass, and will be of use.
+
+    Args:
+        distributed_optimizer: whether gradients are reduced in buckets of which this rank owns a
+            slice.
+        overlap_grad_reduce: whether that overlaps the backward pass.
+        per_token_loss: whether gradients are divided by a number of tokens after that.
+        fp32_accumulation: whether they are added up where their reduction is waited for.
+        single_phase: whether sums are taken by the pass that updates.
+
+    Raises:
+        ValueError: not; names all reasons.
+    """
+    reasons = {
+        "without --use-distributed-optimizer no rank owns a slice of a bucket": (
+            not distributed_optimizer
+        ),
+        "without --overlap-grad-reduce nothing is reduced during the backward pass": (
+            not overlap_grad_reduce
+        ),
+        "--calculate-per-token-loss divides gradients after all are reduced, so that all sums "
+        "would be taken again": per_token_loss,
+        "--ddp-reduce-scatter-with-fp32-accumulation adds gradients up where they are waited for, "
+        "after the backward pass": fp32_accumulation,
+        "--adam-mini-single-phase takes sums in the pass that updates": single_phase,
+    }
+    found = [reason for reason, applies in reasons.items() if applies]
+    if found:
+        raise ValueError(
+            f"--adam-mini-overlap-block-sums is not possible: {'; '.join(found)}. Remedy: drop "
+            "--adam-mini-overlap-block-sums, or change that."
+        )
+
+
 def refuse_single_phase(
     clip_grad: float,
     *,

@@ -52,6 +52,12 @@ class ShardedBuffer:
             return weight[where]
         return values_in_buffer(self.buffer.param_index_map, where, weight.device)
 
+    @property
+    def buckets(self) -> Sequence[Any]:
+        """Megatron's objects, in the order of the plan."""
+        buckets: Sequence[Any] = self.buffer.buckets
+        return buckets
+
     def unpadded_numel(self, bucket: int) -> int:
         """Return the number of elements of a bucket without the padding at its end."""
         return int(self.buffer.buckets[bucket].numel_unpadded)
