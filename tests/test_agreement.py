@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from tests.megatron_job import Job, Trainer
 from tests.ranks import RankError, run_ranks
@@ -134,6 +135,33 @@ def build_with_values(values: dict[str, float]) -> None:
 
     registration.build_optimizer = build_optimizer
     build(Job(tp=2, **TINY))
+
+
+def build_elsewhere(kind: str) -> None:
+    """Build where rank 1 has forgotten which device it uses, or left a gradient elsewhere."""
+    trainer = Trainer(Job(**TINY))
+    param = next(iter(trainer.chunks[0].parameters()))
+    if rank() == ODD and kind == "weight":
+        current = torch.device("cuda", 1)
+        torch.cuda.current_device = lambda: current
+    elif rank() == ODD:
+        param.main_grad = torch.empty(param.shape, device="meta")
+    trainer._build_optimizer()
+
+
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [
+        ("weight", "on cpu, while the current device is cuda:1"),
+        ("gradient", "on meta, while the current device is cpu"),
+    ],
+)
+def test_tensors_on_another_device(kind, where):
+    (_, other), (own_kind, own) = errors_of(2, build_elsewhere, kind)
+    assert own_kind == "ValueError"
+    assert own.startswith(f"Adam-mini found the {kind} of ")
+    assert f"{where}. Remedy: call torch.cuda.set_device on this rank" in own
+    assert other == f"Adam-mini could not plan its step on rank 1: ValueError: {own}"
 
 
 # Ranks that differ. The interesting rank is never rank 0, whose plan the others are compared with.

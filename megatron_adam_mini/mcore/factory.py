@@ -187,6 +187,7 @@ def _plan(
     _check_groups(groups, config, options, model_chunks)
     expert_tp = compat.expert_tp_group(groups)
     infos = collect_parameters(model_chunks, tp_group=groups.tp, expert_tp_group=expert_tp)
+    _check_devices({info.name: param for param, info in infos.items()}, device)
     if fp8_weights:
         refuse_with_fp8_weights(
             config, model_chunks[0].config, param_remainders=options.param_remainders
@@ -260,6 +261,18 @@ def _check_chunks(model_chunks: Sequence[Any]) -> None:
                 f"Adam-mini needs model chunks wrapped in megatron.core's DistributedDataParallel, "
                 f"got {type(chunk).__name__}; wrap them as megatron.training.get_model does."
             )
+
+
+def _check_devices(params: dict[str, Parameter], device: torch.device) -> None:
+    """Check that weights and gradients are on the current device, as kernels and NCCL use it."""
+    for name, param in params.items():
+        for kind, tensor in (("weight", param), ("gradient", getattr(param, "main_grad", None))):
+            if tensor is not None and tensor.device != device:
+                raise ValueError(
+                    f"Adam-mini found the {kind} of {name!r} on {tensor.device}, while the current "
+                    f"device is {device}. Remedy: call torch.cuda.set_device on this rank before "
+                    "the model is made, and leave the model there."
+                )
 
 
 def _check_groups(
