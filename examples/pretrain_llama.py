@@ -8,12 +8,22 @@ Nothing in it is specific to Adam-mini. The optimizer is selected on the command
 Every flag of Megatron works as usual. The data comes from ``--data-path``; for data from
 ``tokenize_bytes.py``, add ``--tokenizer-type NullTokenizer --vocab-size 257``.
 ``--state-report FILE`` measures the optimizer's state at the end (see ``state_report.py``).
+
+On GPUs with what ``pip install ".[megatron]"`` brings, without Transformer Engine and Apex, add the
+flags for Megatron's own layers:
+
+    --transformer-impl local --no-masked-softmax-fusion --no-persist-layer-norm \
+        --no-gradient-accumulation-fusion --no-rope-fusion --no-bias-swiglu-fusion \
+        --no-bias-dropout-fusion
 """
 
 import argparse
 from collections.abc import Iterator
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 
+import megatron.core.datasets.utils as datasets
 import torch
 from megatron.core import mpu, tensor_parallel
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -129,8 +139,19 @@ def add_example_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     return parser
 
 
+def keep_built_index_builder() -> None:
+    """Let Megatron not build the index builder of its datasets where it is built already.
+
+    Rank 0 runs ``make`` for it at start-up, and exits if that fails: a wheel has no Makefile.
+    """
+    makefile = Path(datasets.__file__).with_name("Makefile")
+    if not makefile.exists() and find_spec("megatron.core.datasets.helpers_cpp"):
+        datasets.compile_helpers = lambda: None
+
+
 def main() -> None:
     """Parse Megatron's flags and train."""
+    keep_built_index_builder()
     args = parse_and_validate_args(extra_args_provider=add_example_arguments)
     report = StateReport() if args.state_report else None
     pretrain(

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy
 import pytest
@@ -21,7 +22,7 @@ sys.path.insert(0, str(EXAMPLES))
 import demo
 import tokenize_bytes
 from evidence.grid import PLANS
-from tests.ranks import start_program
+from tests.ranks import run_ranks, start_program
 from tests.test_resume import launch
 
 RUN_TIMEOUT_S = 150.0
@@ -178,7 +179,7 @@ def test_two_ranks_train_through_the_launcher(
         )
         capsys.readouterr()
     else:
-        with start_program(2, launch, arguments, log=log, folder=ROOT) as run:
+        with start_program(2, launch_with_make, arguments, log=log, folder=ROOT) as run:
             assert run.wait(RUN_TIMEOUT_S) == 0, run.output()
         for line in run.output().splitlines():
             on_line(line)
@@ -206,6 +207,33 @@ def test_two_ranks_train_through_the_launcher(
         assert 1 <= communication["collectives_per_step"] <= 2
         assert 0 < communication["bytes_per_step"] < 10_000
     check_logged_metrics(tmp_path / "events", measured if optimizer == "adam_mini" else None)
+
+
+def launch_with_make(arguments: list[str]) -> None:
+    """Run the launcher as on a GPU, where nobody but the script prevents Megatron's ``make``."""
+    from megatron.core.datasets import utils
+
+    utils.compile_helpers = utils.compile_helpers.__wrapped__
+    launch(arguments)
+
+
+def make_is_kept(folder: str) -> list[bool]:
+    """Return whether Megatron would run ``make``: nothing built; in a source tree; in a wheel."""
+    import pretrain_llama
+
+    makefile, datasets, found = Path(folder, "Makefile"), pretrain_llama.datasets, []
+    datasets.__file__ = str(makefile.with_name("utils.py"))
+    for there, built in ((False, False), (True, True), (False, True)):
+        make = datasets.compile_helpers = object()
+        makefile.touch() if there else makefile.unlink(missing_ok=True)
+        with patch.object(pretrain_llama, "find_spec", lambda _, built=built: built or None):
+            pretrain_llama.keep_built_index_builder()
+        found.append(datasets.compile_helpers is make)
+    return found
+
+
+def test_only_a_wheel_prevents_make(tmp_path: Path) -> None:
+    assert run_ranks(1, make_is_kept, str(tmp_path)) == [[True, True, False]]
 
 
 def check_logged_metrics(folder: Path, measured: dict[str, Any] | None) -> None:

@@ -273,7 +273,6 @@ def main() -> None:
 
 def _on_gpu() -> None:
     """Let Megatron-Core run from its wheel without Apex and Transformer Engine."""
-    import megatron.core.datasets.utils as datasets
     import torch
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
@@ -286,7 +285,6 @@ def _on_gpu() -> None:
         )
         return found.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
-    datasets.compile_helpers = lambda: None  # the wheel has them built, and no Makefile
     DotProductAttention.forward = attend
 
 
