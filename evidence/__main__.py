@@ -12,7 +12,7 @@ from pathlib import Path
 from evidence.grid import PLANS, Plan
 from evidence.settings import OPTIMIZERS
 
-STAGES = ("tuned", "twin", "map", "ablation")
+STAGES = ("tuned", "twin", "map", "ablation", "storage")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,6 +53,12 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         map=plan.map if "map" in arguments.stages else None,
         twin=plan.twin if "twin" in arguments.stages else None,
         ablation=plan.ablation if "ablation" in arguments.stages else None,
+        storage=tuple(
+            test
+            for test in plan.storage
+            if "storage" in arguments.stages
+            and (arguments.sizes is None or test.size in arguments.sizes)
+        ),
         optimizers=tuple(arguments.optimizers or plan.optimizers),
         device=arguments.device,
     )

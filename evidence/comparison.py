@@ -8,11 +8,25 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
 
-from evidence.grid import Plan, Results, Setting, ablations, best_rate, final_loss, twins
+from evidence.grid import (
+    Plan,
+    Results,
+    Setting,
+    Storage,
+    ablations,
+    best_rate,
+    final_loss,
+    twins,
+)
 from evidence.settings import Run
+
+#: What a log keeps of a run.
+Result = Mapping[str, Any]
 
 #: 0.975 quantiles of Student's t distribution by degrees of freedom.
 _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -219,3 +233,64 @@ def ablation(plan: Plan, results: Results) -> list[Change]:
         to_paper = paired_gap(losses, paper) if to_adamw and losses != paper else None
         found.append(Change(name, losses, to_adamw, to_paper))
     return found
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One way to store the state, beside the first of its test.
+
+    Attributes:
+        way: key of ``settings.STORAGES``.
+        losses: final validation loss of each seed.
+        gap: to the first way; ``None`` for itself.
+        norms: what is watched -> its ratio to that of the first way in each quarter of the run,
+            mean over seeds.
+        same_bits: whether state and losses of all seeds are those of the first way.
+    """
+
+    way: str
+    losses: tuple[float, ...]
+    gap: Gap | None
+    norms: dict[str, list[float]]
+    same_bits: bool
+
+
+def stored(plan: Plan, test: Storage, results: Results) -> list[Stored]:
+    """Compare the ways of a test whose runs are complete; none, if the first is not."""
+    runs = {way: [test.run(plan, way, seed) for seed in test.seeds] for way in test.ways}
+    losses = {way: losses_of(of_way, results) for way, of_way in runs.items()}
+    first, base = runs[test.ways[0]], losses[test.ways[0]]
+    if base is None:
+        return []
+    return [
+        Stored(
+            way,
+            own,
+            paired_gap(own, base) if way != test.ways[0] else None,
+            _ratios([results[run] for run in runs[way]], [results[run] for run in first]),
+            all(
+                results[run][key] == results[other][key]
+                for run, other in zip(runs[way], first, strict=True)
+                for key in ("state", "training", "validation")
+            ),
+        )
+        for way, own in losses.items()
+        if own is not None
+    ]
+
+
+def _ratios(found: Sequence[Result], others: Sequence[Result]) -> dict[str, list[float]]:
+    """Return the mean ratios of norms, for each quarter of the run."""
+    ratios = {}
+    for name in found[0]["norms"]:
+        pairs = [
+            [one / other for one, other in zip(a["norms"][name], b["norms"][name], strict=True)]
+            for a, b in zip(found, others, strict=True)
+        ]
+        points = len(pairs[0])
+        cuts = [round(part * points / 4) for part in range(5)]
+        ratios[name] = [
+            statistics.fmean(value for of_seed in pairs for value in of_seed[low:high])
+            for low, high in pairwise(cuts)
+        ]
+    return ratios

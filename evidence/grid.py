@@ -6,6 +6,7 @@ Imports ``settings``. Stages:
   first seed; then all seeds at the best rate, and at AdamW's best rate.
 * *map*: rates x warm-ups, to see where training is stable.
 * *ablation*: one change of rules, beta2 or warm-up at a time.
+* *storage*: Adam-mini with bfloat16 weights and its state in fewer bits; see ``storage``.
 * *twin*: the same runs in plain PyTorch and through Megatron; see ``twin``.
 """
 
@@ -17,13 +18,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evidence.settings import OPTIMIZERS, Run
+from evidence.settings import OPTIMIZERS, STORAGES, Run
 
 #: What the log has found.
 Results = Mapping[Run, dict[str, Any]]
 
 #: Without presets that are coarser than the paper's.
 _COMPARED = tuple(name for name in OPTIMIZERS if name not in ("first", "tensor"))
+
+#: Storage that gives another training than float32 state, and that which does not.
+STORED_OTHERWISE = tuple(name for name in STORAGES if name not in ("remainders", "lean"))
+SAME_BITS = ("float32", "remainders", "bf16 m, stochastic", "lean")
 
 #: Kind of parameter -> patterns of its names in ``model.Llama``.
 KINDS = {
@@ -96,6 +101,34 @@ class Twin:
 
 
 @dataclass(frozen=True)
+class Storage:
+    """Where ways to store the state are compared, at a rate that was found in stage *tuned*.
+
+    Attributes:
+        size, steps, lr, optimizer: of all runs.
+        ways: keys of ``settings.STORAGES``, all compared with the first.
+        seeds: of each.
+    """
+
+    size: str
+    steps: int
+    lr: float
+    ways: tuple[str, ...] = STORED_OTHERWISE
+    seeds: tuple[int, ...] = (0, 1, 2)
+    optimizer: str = "row"
+
+    @property
+    def name(self) -> str:
+        """Short and unique."""
+        return f"{self.size}, {self.steps} steps"
+
+    def run(self, plan: Plan, way: str, seed: int) -> Run:
+        """Return one run."""
+        setting = Setting(self.size, self.steps, ())
+        return replace(plan.run(setting, self.optimizer, self.lr, seed), storage=way)
+
+
+@dataclass(frozen=True)
 class Plan:
     """All that is asked.
 
@@ -105,6 +138,7 @@ class Plan:
         seeds: the first one tunes.
         warmup: share of a run; not of the map's.
         map, ablation, twin: ``None``: left out.
+        storage: the most important one first.
         device: see ``settings.Run``.
     """
 
@@ -115,6 +149,7 @@ class Plan:
     map: Map | None = None
     ablation: Ablation | None = None
     twin: Twin | None = None
+    storage: tuple[Storage, ...] = ()
     device: str = "cpu"
 
     def run(self, setting: Setting, optimizer: str, lr: float, seed: int) -> Run:
@@ -146,6 +181,13 @@ _CPU = Plan(
     map=Map("0.04M", 200, (2e-3, 4e-3, 8e-3, 16e-3, 32e-3), (0, 10, 40)),
     ablation=Ablation("0.13M", 800, 2e-3),
     twin=Twin("0.13M", 800, 4e-3),
+    storage=(
+        Storage("0.13M", 800, 4e-3),
+        Storage("0.04M", 200, 4e-3, SAME_BITS, (0,)),
+        Storage("0.13M", 2000, 4e-3, seeds=(0,)),
+        Storage("0.04M", 800, 16e-3, seeds=tuple(range(8))),
+        Storage("0.38M", 800, 2e-3),
+    ),
 )
 _RATES_LARGE = (2.5e-4, 5e-4, 1e-3, 2e-3)
 PLANS = {
@@ -161,6 +203,7 @@ PLANS = {
         map=None,
         ablation=None,
         twin=None,
+        storage=(),
     ),
     "gpu": replace(
         _CPU,
@@ -168,6 +211,7 @@ PLANS = {
         map=None,
         ablation=None,
         twin=None,
+        storage=(),
     ),
     # What examples/demo.py shows: the best rate of both in the plan `cpu`.
     "demo": Plan(settings=(Setting("0.13M", 800, (4e-3,)),), optimizers=("adamw", "row")),
@@ -176,6 +220,7 @@ PLANS = {
         seeds=(0, 1),
         map=Map("toy", 4, (1e-3, 1e-2), (0, 2)),
         ablation=Ablation("toy", 4, 1e-2),
+        storage=(Storage("toy", 8, 1e-2, seeds=(0, 1)), Storage("toy", 4, 1e-2, SAME_BITS, (0,))),
     ),
 }
 
@@ -187,7 +232,10 @@ def pending(plan: Plan, results: Results) -> list[Run]:
         plan: what is asked.
         results: what is done. Seeds of a setting follow once its rates are.
     """
-    stages = (_tuned(plan, results), _twins(plan), _map(plan), _ablation(plan))
+    stages = (
+        *(_tuned(plan, results), _twins(plan), _map(plan), _ablation(plan)),
+        _storage(plan),
+    )
     wanted = dict.fromkeys(run for stage in stages for run in stage)
     return [run for run in wanted if run not in results]
 
@@ -274,3 +322,9 @@ def _ablation(plan: Plan) -> Iterator[Run]:
         return
     for run in ablations(plan).values():
         yield from (replace(run, seed=seed) for seed in plan.seeds)
+
+
+def _storage(plan: Plan) -> Iterator[Run]:
+    for test in plan.storage:
+        for seed in test.seeds:
+            yield from (test.run(plan, way, seed) for way in test.ways)

@@ -20,6 +20,12 @@ weights and batches, ± the half width of its 95 % interval over seeds (t distri
 of equality. *Spread* is the standard deviation over seeds; *edge*: the best rate is the lowest or
 highest of the grid, so a better one may lie outside."""
 
+_READ_STORAGE = """\
+Losses are nats per byte on held-out files. A *gap* is the loss minus that of float32 state with the
+same initial weights and batches, ± the half width of its 95 % interval over seeds (t distribution).
+It is called *worse* or *better* where the interval does not contain 0, else *not told apart*, which
+is no proof of equality. *Spread* is the standard deviation over seeds."""
+
 _SETTINGS = """\
 Llama-shaped models of bytes (rotary embeddings, grouped heads, gated MLP, untied embeddings). AdamW
 is torch's, Adam-mini is `megatron_adam_mini.AdamMini`; both have betas 0.9 and 0.95, eps 1e-8,
@@ -27,6 +33,17 @@ weight decay 0.1 (none for norms), clipping at 1.0, and a linear warm-up before 
 Each optimizer tries the same rates with one seed, and takes the best of them for all seeds, with
 which another seed may be less stable. The text is the source of the Python standard library,
 *docstrings* are those in it; 5 % of the files are held out, the same for all runs."""
+
+
+_STORAGE = """\
+The optimizer of Megatron runs (`megatron_adam_mini.optimizer`, one rank), preset `row`, beside
+bfloat16 weights; the model computes in float32 with them, so that runs differ by the storage of m
+and of main parameters alone. Rates are those that were found for float32 weights. All begin with
+the same weights and see the same batches. *Nudged* is float32 state whose initial main parameters
+have other last bits: its gap and its norms show how far runs drift apart for no reason at all."""
+
+_NORMS = """\
+Norms divided by those of float32 state, in the four quarters of the run; means of the seeds."""
 
 
 def write(plan: Plan, log: Path, path: Path, command: str) -> list[Path]:
@@ -80,7 +97,12 @@ def write(plan: Plan, log: Path, path: Path, command: str) -> list[Path]:
             "the curve of training losses."
         )
         parts.append(("The same through Megatron", text, tables.twins(plan, results), ""))
-    sections = [_heading(log, command)]
+    if plan.storage:
+        found = tables.storages(plan, results)
+        parts.append(("State in fewer bits", _STORAGE, found, ""))
+        parts.append(("Drift of norms", _NORMS, tables.norms(plan, results), ""))
+        parts.append(("Storage that changes no bit", "", tables.same_bits(plan, results), ""))
+    sections = [_heading(plan, log, command)]
     for title, text, found, name in parts:
         if found:
             pieces = (f"## {title}", text, found, picture(name))
@@ -90,15 +112,17 @@ def write(plan: Plan, log: Path, path: Path, command: str) -> list[Path]:
     return [path, *pictures.values()]
 
 
-def _heading(log: Path, command: str) -> str:
+def _heading(plan: Plan, log: Path, command: str) -> str:
     made = run_log.environments(log)
     machines = {f"{one['device']}, torch {one['torch']}, Python {one['python']}" for one in made}
     hours = sum(result["seconds"] for result in run_log.read(log).values()) / 3600
+    title = "Adam-mini against AdamW" if plan.settings else "Adam-mini with its state in fewer bits"
+    read = _READ if plan.settings else _READ_STORAGE
     return (
-        f"# Adam-mini against AdamW, {max(one['date'] for one in made)}\n\n"
+        f"# {title}, {max(one['date'] for one in made)}\n\n"
         f"Command: `{command}`. This report is made from [its log]({log.name}) alone.\n"
         f"Machine: {'; '.join(sorted(machines))}. The runs took {hours:.1f} hours together, one "
-        f"thread each.\n\n{_READ}"
+        f"thread each.\n\n{read}"
     )
 
 

@@ -13,6 +13,17 @@ from megatron_adam_mini.config import PRESETS
 #: AdamW, and each preset of Adam-mini.
 OPTIMIZERS = ("adamw", *PRESETS)
 
+#: How Adam-mini stores its state beside bfloat16 weights -> its options. ``nudged``: another
+#: initial value in the last bits, to see by how much runs drift apart for no reason at all.
+STORAGES: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "float32, nudged": {"nudged": True},
+    "bf16 m, nearest": {"exp_avg_dtype": "bf16"},
+    "bf16 m, stochastic": {"exp_avg_dtype": "bf16", "stochastic_rounding": True},
+    "remainders": {"param_remainders": True},
+    "lean": {"lean": True},
+}
+
 CORPORA = ("source", "docstrings")
 
 
@@ -73,6 +84,8 @@ class Run:
         rules: names of parameters and their rule, before the preset's.
         value_as_block: one block for Value of a layer.
         device: ``cpu``: float32; ``cuda``: bfloat16 products, float32 weights.
+        storage: a key of ``STORAGES``: the optimizer of Megatron runs, with bfloat16 weights;
+            empty: torch's and the stand-alone one, with float32 weights.
         trainer: ``torch``: plain PyTorch and the stand-alone optimizer; ``megatron``: see ``twin``.
     """
 
@@ -87,6 +100,7 @@ class Run:
     rules: tuple[tuple[str, str], ...] = ()
     value_as_block: bool = False
     device: str = "cpu"
+    storage: str = ""
     trainer: str = "torch"
 
     def to_json(self) -> dict[str, Any]:
@@ -100,4 +114,8 @@ class Run:
 
     def describe(self) -> str:
         """Return a short text for a progress bar."""
-        return f"{self.size} {self.optimizer} lr {self.lr:g} steps {self.steps} seed {self.seed}"
+        storage = f" ({self.storage})" if self.storage else ""
+        return (
+            f"{self.size} {self.optimizer}{storage} lr {self.lr:g} steps {self.steps} seed "
+            f"{self.seed}"
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 
 from evidence.comparison import (
     Comparison,
@@ -18,10 +19,11 @@ from evidence.comparison import (
     gaps_during,
     losses_of,
     stability_map,
+    stored,
     tuned,
     twin_runs,
 )
-from evidence.grid import Plan, Results, Setting
+from evidence.grid import STORED_OTHERWISE, Plan, Results, Setting, Storage
 from evidence.settings import label
 
 _COMPARISON = ("setting", "", "numbers in v", "rate", "loss", "spread", "gap", "of each seed", "")
@@ -179,3 +181,57 @@ def twins(plan: Plan, results: Results) -> str:
         for pair in twin_runs(plan, results)
     ]
     return table(("", "plain PyTorch", "Megatron", "largest difference of points"), rows)
+
+
+def storages(plan: Plan, results: Results) -> str:
+    """Return the losses of each way to store the state, beside the first of its test."""
+    rows = [
+        (
+            test.name,
+            f"{test.lr:g}",
+            entry.way,
+            f"{statistics.fmean(entry.losses):.3f}",
+            f"{statistics.stdev(entry.losses):.3f}" if len(entry.losses) > 1 else "",
+            _gap(entry.gap) if len(entry.losses) > 1 else "",
+            " ".join(f"{value:+.3f}" for value in entry.gap.values) if entry.gap else "",
+            entry.gap.verdict if entry.gap and len(entry.losses) > 1 else "",
+        )
+        for test in _of_losses(plan)
+        for entry in stored(plan, test, results)
+    ]
+    header = ("setting", "rate", "state", "loss", "spread", "gap to float32", "of each seed", "")
+    return table(header, rows)
+
+
+def norms(plan: Plan, results: Results) -> str:
+    """Return how norms drift away from those of the first way to store the state."""
+    rows = [
+        (
+            test.name,
+            entry.way,
+            *(" ".join(f"{value:.3f}" for value in ratios) for ratios in entry.norms.values()),
+        )
+        for test in _of_losses(plan)
+        for entry in stored(plan, test, results)
+        if entry.gap
+    ]
+    watched = ("m", "weights", "m of the embedding", "embedding")
+    return table(("setting", "state", *watched), rows)
+
+
+def same_bits(plan: Plan, results: Results) -> str:
+    """Return which ways to store the state give the same bits as another."""
+    rows = []
+    for test in plan.storage:
+        if test in _of_losses(plan):
+            continue
+        for base, way in (test.ways[:2], test.ways[2:]):
+            pair = replace(test, ways=(base, way))
+            for entry in stored(plan, pair, results)[1:]:
+                same = "the same bits" if entry.same_bits else "DIFFERENT"
+                rows.append((test.name, base, entry.way, same))
+    return table(("setting", "state", "other state", "losses, main parameters, m"), rows)
+
+
+def _of_losses(plan: Plan) -> list[Storage]:
+    return [test for test in plan.storage if set(test.ways) <= {*STORED_OTHERWISE}]

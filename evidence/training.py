@@ -1,6 +1,6 @@
 """One run: a model from a seed, trained for some steps, validated on held-out files.
 
-Imports torch, the package's ``AdamMini``, ``settings``, ``corpora`` and ``model``.
+Imports torch, the package's ``AdamMini``, ``settings``, ``corpora``, ``model`` and ``storage``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from evidence import corpora
 from evidence.model import Llama
 from evidence.settings import SIZES, Run, Size
+from evidence.storage import StoredAdamMini
 from megatron_adam_mini import AdamMini
 
 BETA1, EPS, WEIGHT_DECAY, CLIP = 0.9, 1e-8, 0.1, 1.0
@@ -48,7 +49,7 @@ def initial_model(size: Size, seed: int) -> Llama:
     return Llama(size)
 
 
-def make_optimizer(run: Run, model: nn.Module) -> Optimizer:
+def make_optimizer(run: Run, model: nn.Module) -> Optimizer | StoredAdamMini:
     """Return AdamW or Adam-mini over a model; one-dimensional parameters do not decay."""
     named = list(model.named_parameters())
     groups: list[dict[str, Any]] = [
@@ -61,6 +62,8 @@ def make_optimizer(run: Run, model: nn.Module) -> Optimizer:
         "eps": EPS,
         "weight_decay": WEIGHT_DECAY,
     }
+    if run.storage:
+        return StoredAdamMini(model, run, {k: v for k, v in values.items() if k != "lr"})
     if run.optimizer == "adamw":
         return torch.optim.AdamW(groups, **values)
     size = SIZES[run.size]
@@ -82,7 +85,8 @@ def train(run: Run) -> dict[str, Any]:
         What the log keeps: ``validation``: step -> loss; ``training``: mean losses of equal parts
         of the run; ``rise``: the most that a mean of a part lies above the lowest before it;
         ``diverged``; ``parameters``; ``second_moments``: how many numbers v has; ``tokens``;
-        ``digest`` of the corpus; ``seconds``.
+        ``digest`` of the corpus; ``seconds``. With ``run.storage`` also ``state``, a hash of the
+        state at the end, and ``norms``: what is watched -> a norm after each part of the run.
     """
     size = SIZES[run.size]
     corpus = corpora.read(run.corpus)
@@ -91,6 +95,7 @@ def train(run: Run) -> dict[str, Any]:
     generator = batch_generator(run.seed)
     validated_at = {round(run.steps * part / VALIDATIONS) for part in range(1, VALIDATIONS + 1)}
     losses: list[float] = []
+    watched: list[dict[str, float]] = []
     validation: dict[int, float] = {}
     began = time.perf_counter()
     for step in range(run.steps):
@@ -100,6 +105,8 @@ def train(run: Run) -> dict[str, Any]:
         losses.append(_step(model, optimizer, batch, lr=rate(run, step), device=run.device))
         if not losses[-1] < DIVERGED:
             break
+        if isinstance(optimizer, StoredAdamMini) and (step + 1) % max(1, run.steps // POINTS) == 0:
+            watched.append(optimizer.norms())
         if step + 1 in validated_at:
             validation[step + 1] = validate(model, corpus.validation, size, run.device)
     curve = _means(losses)
@@ -117,11 +124,23 @@ def train(run: Run) -> dict[str, Any]:
         "tokens": run.steps * size.batch * size.sequence,
         "digest": corpus.digest,
         "seconds": round(time.perf_counter() - began, 1),
+        **(_state(optimizer, watched) if isinstance(optimizer, StoredAdamMini) else {}),
     }
 
 
+def _state(optimizer: StoredAdamMini, watched: list[dict[str, float]]) -> dict[str, Any]:
+    names = watched[0] if watched else ()
+    norms = {name: [float(f"{point[name]:.6g}") for point in watched] for name in names}
+    return {"state": optimizer.digest(), "norms": norms}
+
+
 def _step(
-    model: nn.Module, optimizer: Optimizer, batch: tuple[Tensor, Tensor], *, lr: float, device: str
+    model: nn.Module,
+    optimizer: Optimizer | StoredAdamMini,
+    batch: tuple[Tensor, Tensor],
+    *,
+    lr: float,
+    device: str,
 ) -> float:
     tokens, labels = (part.to(device) for part in batch)
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
@@ -158,7 +177,7 @@ def _means(losses: list[float]) -> list[float]:
     return [sum(losses[low:high]) / (high - low) for low, high in pairwise(cuts)]
 
 
-def _second_moments(optimizer: Optimizer, model: nn.Module) -> int:
-    if isinstance(optimizer, AdamMini):
+def _second_moments(optimizer: Optimizer | StoredAdamMini, model: nn.Module) -> int:
+    if isinstance(optimizer, AdamMini | StoredAdamMini):
         return sum(entry["blocks"] for entry in optimizer.manifest())
     return sum(parameter.numel() for parameter in model.parameters())

@@ -16,7 +16,7 @@ from evidence import comparison, corpora, grid, run_log, training, twin
 from evidence.comparison import paired_gap
 from evidence.grid import PLANS, pending
 from evidence.model import Llama
-from evidence.settings import SIZES, Run
+from evidence.settings import SIZES, STORAGES, Run
 from megatron_adam_mini import AdamMini
 from tests.ranks import start_program
 from tests.test_resume import launch
@@ -48,6 +48,9 @@ def test_the_whole_program(
     for title in ("In short", "Each at its best rate", "All at AdamW's best rate", "Stability"):
         assert f"## {title}" in text
     assert "Value as one block" in text
+    assert "| toy, 8 steps | 0.01 | bf16 m, stochastic |" in text
+    assert text.count("the same bits") == 2
+    assert "DIFFERENT" not in text
     assert "not complete" not in text
     for name in ("curves", "gaps", "rates", "stability"):
         assert (tmp_path / f"toy-{name}.png").stat().st_size > 10_000
@@ -149,6 +152,41 @@ def test_megatron_trains_the_same_run(tmp_path: Path) -> None:
     (pair,) = comparison.twin_runs(plan, results)
     assert pair.torch == pytest.approx(pair.megatron, abs=1e-4)
     assert not pending(replace(plan, settings=(), map=None, ablation=None), results)
+
+
+def test_state_in_fewer_bits_is_that_of_the_engine() -> None:
+    """With float32 state, the run of plain weights up to their rounding; each way is its own."""
+    run = TOY.storage[0].run(TOY, "float32", 0)
+    found = {way: training.train(replace(run, storage=way)) for way in ("", *STORAGES)}
+    plain, first = found.pop(""), found["float32"]
+    assert first["second_moments"] == plain["second_moments"]
+    assert first["validation"]["8"] == pytest.approx(plain["validation"]["8"], abs=0.05)
+    assert len({result["state"] for result in found.values()}) == len(found) - 2
+    assert found["remainders"]["state"] == first["state"]
+    assert found["lean"]["state"] == found["bf16 m, stochastic"]["state"]
+    assert first["norms"]["weights"][-1] == pytest.approx(
+        found["float32, nudged"]["norms"]["weights"][-1], rel=1e-3
+    )
+
+
+def test_storages_are_compared_with_float32_seed_by_seed() -> None:
+    test = replace(TOY.storage[0], ways=("float32", "bf16 m, nearest"))
+    losses = {("float32", 0): 2.0, ("float32", 1): 3.0}
+    losses |= {("bf16 m, nearest", 0): 2.1, ("bf16 m, nearest", 1): 3.3}
+    results = {
+        test.run(TOY, way, seed): fake(loss, test.run(TOY, way, seed))
+        | {"state": way, "norms": {"m": [1.0, loss, loss, loss]}}
+        for (way, seed), loss in losses.items()
+    }
+    base, other = comparison.stored(TOY, test, results)
+    assert base.gap is None
+    assert base.same_bits
+    assert other.gap is not None
+    assert other.gap.values == pytest.approx((0.1, 0.3))
+    assert other.norms["m"] == pytest.approx([1.0, *[(2.1 / 2 + 3.3 / 3) / 2] * 3])
+    assert not other.same_bits
+    del results[test.run(TOY, "bf16 m, nearest", 1)]
+    assert [entry.way for entry in comparison.stored(TOY, test, results)] == ["float32"]
 
 
 def test_validation_files_are_not_trained_on() -> None:

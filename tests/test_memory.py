@@ -43,7 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adam_mini": {},
     "adam_mini_remainders": {"param_remainders": True},
     "adam_mini_bf16_m": {"exp_avg_dtype": "bf16"},
-    "adam_mini_remainders_bf16_m": {"param_remainders": True, "exp_avg_dtype": "bf16"},
+    "adam_mini_remainders_bf16_m": {"lean": True},
 }
 RUNS = {
     "tp2-pp2-dp2, overlap, small buckets": (
