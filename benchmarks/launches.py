@@ -185,13 +185,13 @@ def _recorded(optimizer: AdamMini, backend: Any, names: Counter[str]) -> Iterato
 
     # Addresses tell whether the state is where it was; tensors without memory have none.
     state = optimizer.main_params.attach()
-    gathers = ("all_reduce", "all_gather_into_tensor")
+    used = ("all_reduce", "all_gather_into_tensor", "all_to_all_single")
     with (
         patch.object(optimizer.main_params, "attach", lambda: state),
         patch.object(backend, "_launch", launch),
         patch.object(backend, "_on", lambda _: nullcontext()),
         patch.object(distributed, "is_initialized", lambda: True),
-        patch.multiple(distributed, **{name: collective(name) for name in gathers}),
+        patch.multiple(distributed, **{name: collective(name) for name in used}),
     ):
         yield
 

@@ -46,7 +46,7 @@ from megatron_adam_mini.estimate.parallel import Parallel
 from megatron_adam_mini.plan.layout import (
     BucketLayout,
     BufferLayout,
-    cut_boundaries,
+    cut_row_segments,
     segment_slice,
     slice_size,
 )
@@ -145,7 +145,7 @@ def plan(case: Case) -> Result:
         elements=sum(bucket.numel for bucket in buckets),
         segments=middle.segments,
         imbalance=sum(b.max() for b in balances) / sum(b.mean() for b in balances),
-        cuts=sum(int(cut_boundaries(bucket, parameters).sum()) for bucket in buckets),
+        cuts=sum(int((cut_row_segments(b, parameters) >= 0).sum()) for b in buckets),
         most=max(
             (plan_rank(domains, parameters, i / places, instances) for i in range(places)),
             key=lambda added: added.bytes,
@@ -190,13 +190,11 @@ def plan_rank(
                 dp_replicas=instances > 1,
             )
         )
-    gathers = [p for p in plans if p.gathers]
-    sums = [p for p in plans if p.tp_numel]
     return Added(
         segments=segments,
-        collectives=len(gathers) + len(sums),
-        dp_bytes=sum(4 * p.dp_size * p.num_contributions for p in gathers),
-        tp_bytes=sum(4 * p.tp_numel for p in sums),
+        collectives=sum((p.dp_numel > 0) + (p.tp_numel > 0) for p in plans),
+        dp_bytes=sum(4 * p.dp_numel for p in plans),
+        tp_bytes=sum(4 * p.tp_numel for p in plans),
     )
 
 

@@ -9,7 +9,6 @@ the plans by which the goal of 20 is judged, and three further ones.
 * memory, launching, exchange, norm: milliseconds of the parts of Adam-mini's step; ms: their sum.
   Exchange: the collectives that complete cut blocks, which stock Adam does not have.
 * stock ms: the sum for stock Adam; of stock: ours divided by it.
-* all-reduce: what the all-gathers of the exchange would take as all-reduces.
 * weights: milliseconds of the all-gather of weights, equal on both sides; with it: the ratio if it
   is added to both, as where it does not overlap the next forward pass.
 * host: milliseconds that the host needs to launch Adam-mini's step; the device waits for what of it
@@ -73,7 +72,7 @@ def launch_row(case: Case) -> list[str]:
 STEP_HEAD = [
     *("model", "TP x PP x DP (EP)", "ranks", "elements", "launches", "stock's", "GPU"),
     *("memory", "launching", "exchange", "norm", "ms", "stock ms", "of stock"),
-    *("all-reduce", "weights", "with it", "host"),
+    *("weights", "with it", "host"),
 ]
 
 
@@ -96,7 +95,7 @@ def step_rows(case: Case) -> list[list[str]]:
         ours, stock, gather = rank.our_path(gpu), rank.stock_path(gpu), rank.gather(gpu)
         numbers = [*ours, ours.total, stock.total, ours.total / stock.total / 1e3]
         with_gather = (ours.total + gather) / (stock.total + gather) / 1e3
-        after = rank.gathers_as_all_reduces, gather, with_gather
+        after = gather, with_gather
         rows.append(
             [
                 case.name,

@@ -7,10 +7,11 @@ A step is a chain: pass over memory, exchange, pass over memory. Its time is the
 
 * bytes of memory / (peak bandwidth x ``COPY``);
 * launches x ``LAUNCH``: what a small launch costs on the device while the host is ahead;
-* the latency of collectives with few bytes, by the formulas and constants by which NCCL 2.28.3
-  itself chooses an algorithm (src/graph/tuning.cc; Hopper, Intel host, eight GPUs in a node). The
-  all-reduce over tensor parallelism is in flight while others work, and counts as far as it is
-  longer.
+* all-reduces of few bytes: their latency, by the formulas and constants by which NCCL 2.28.3
+  itself chooses an algorithm (src/graph/tuning.cc; Hopper, Intel host, eight GPUs in a node), and
+  their bytes, which travel twice over the slowest link, with a flag beside each number, as NCCL
+  sends what is small. Those over tensor parallelism are in flight while others work, and count as
+  far as they are longer. Exchanges of columns are left out.
 
 Reduce-scatter of gradients: left out on both sides. All-gather of weights: a number of its own,
 the same for both sides, as where it does not overlap the forward pass.
@@ -84,21 +85,15 @@ class Group:
         """Nodes with ranks of the group."""
         return -(-self.ranks // self.per_node)
 
-    def all_reduce(self) -> float:
-        """Return the latency of a small all-reduce, in seconds: tree or ring."""
+    def all_reduce(self, num_bytes: float = 0.0, gpu: Gpu | None = None) -> float:
+        """Return the seconds of a small all-reduce, tree or ring; without ``gpu``, its latency."""
         if self.ranks == 1:
             return 0.0
         tree = 6.8 + 2 * ((self.per_node - 1) * 0.6 + int(math.log2(self.nodes)) * 5.0)
-        return 1e-6 * min(tree, 6.6 + 2 * self._ring_steps())
-
-    def all_gather(self) -> float:
-        """Return the latency of a small all-gather: ring, or PAT where each node has one rank."""
-        if self.ranks == 1:
-            return 0.0
-        ring = 6.6 + self._ring_steps()
-        if self.per_node > 1:
-            return 1e-6 * ring
-        return 1e-6 * min(ring, 8.0 + int(math.log2(self.nodes)) * 14 / 3.5 + 2.8 * self.ranks)
+        latency = 1e-6 * min(tree, 6.6 + 2 * self._ring_steps())
+        if gpu is None:
+            return latency
+        return latency + 2 * 2 * num_bytes / (gpu.nvlink if self.nodes == 1 else gpu.network)
 
     def _ring_steps(self) -> float:
         """Return microseconds of one round: within nodes, and between them."""
@@ -134,7 +129,7 @@ class Rank(NamedTuple):
         ours, stock: bytes of memory that the step moves.
         stock_launches: of stock Adam.
         launches: ours.
-        dp, tp: groups of our all-gathers and all-reduces; only those that the plan needs.
+        dp, tp: groups of our all-reduces with their bytes; only those that the plan needs.
         norm: group of the norm.
         weights: bytes of bfloat16 weights that are gathered in each group.
     """
@@ -144,8 +139,8 @@ class Rank(NamedTuple):
     stock: float
     launches: Launches
     stock_launches: int
-    dp: Sequence[Group]
-    tp: Sequence[Group]
+    dp: Sequence[tuple[Group, float]]
+    tp: Sequence[tuple[Group, float]]
     norm: Group
     weights: Sequence[tuple[Group, float]]
 
@@ -153,11 +148,14 @@ class Rank(NamedTuple):
         """Return the parts of Adam-mini's step."""
         norm = self.norm.all_reduce()
         update = 22 / OURS * _moved(self.ours, gpu)
-        hidden = max(0.0, sum(group.all_reduce() for group in self.tp) - norm - update)
+        over_dp, over_tp = (
+            sum(group.all_reduce(size, gpu) for group, size in sizes)
+            for sizes in (self.dp, self.tp)
+        )
         return Parts(
             _moved(self.ours, gpu),
             LAUNCH * (self.launches.triton + self.launches.torch),
-            sum(group.all_gather() for group in self.dp) + hidden,
+            over_dp + max(0.0, over_tp - norm - update),
             norm,
         )
 
@@ -169,11 +167,6 @@ class Rank(NamedTuple):
     def gather(self, gpu: Gpu) -> float:
         """Return the seconds of the gather of weights, on both sides."""
         return sum(group.gather_weights(size, gpu) for group, size in self.weights)
-
-    @property
-    def gathers_as_all_reduces(self) -> float:
-        """Seconds of our all-gathers, were they all-reduces with a place for each rank."""
-        return sum(group.all_reduce() for group in self.dp)
 
     @property
     def host(self) -> float:
@@ -200,8 +193,8 @@ def rank_of(plan: StepPlan, parallel: Parallel, launches: Launches) -> Rank:
         stock=STOCK * elements,
         launches=launches,
         stock_launches=stock_launches(sizes, is_vector),
-        dp=[group for group, r in zip(groups, plan.reductions, strict=True) if r.gathers],
-        tp=[tp[i] for i, r in enumerate(plan.reductions) if r.tp_numel],
+        dp=[(groups[i], 4.0 * r.dp_numel) for i, r in enumerate(plan.reductions) if r.dp_numel],
+        tp=[(tp[i], 4.0 * r.tp_numel) for i, r in enumerate(plan.reductions) if r.tp_numel],
         norm=Group.of(parallel.world_size, 1),
         weights=[
             (

@@ -1,6 +1,6 @@
 """The only collectives of a step: data parallel, tensor parallel, norm.
 
-Imports ``plan``, ``column_reduction`` and ``exchange``. Data flow: partial sums of this rank
+Imports ``plan`` and ``exchange``. Data flow: partial sums of this rank
 -> **Collectives** -> sums over whole blocks, and the squared norm of the whole gradient.
 
 Every rank calls, in this order, :meth:`Collectives.start_`, :meth:`Collectives.add_over_model_`
@@ -10,20 +10,20 @@ sent, so a collective is left out on all ranks of its group or on none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
 from megatron_adam_mini import exchange
-from megatron_adam_mini.column_reduction import ColumnReduction
-from megatron_adam_mini.plan.partition import IntArray
-from megatron_adam_mini.plan.reduction import ReductionPlan
 from megatron_adam_mini.plan.step_plan import StepPlan
+from megatron_adam_mini.plan.sum_table import SumTable, numel_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,60 +47,100 @@ class Collectives:
     Args:
         plan: this rank's plan.
         groups: process groups of each of its domains.
+        kernels: backend, of which ``ordered_sum_`` is called.
         device: device of the sums.
+
+    Attributes:
+        sum_sq_SR: sums of squares of this rank's segments and element ranges, float32, shape
+            ``(SR,)``; :meth:`start_` and :meth:`finish_` complete those of cut blocks in place.
     """
 
     def __init__(
-        self, plan: StepPlan, groups: Sequence[DomainGroups], *, device: torch.device
+        self,
+        plan: StepPlan,
+        groups: Sequence[DomainGroups],
+        kernels: ModuleType,
+        *,
+        device: torch.device,
     ) -> None:
         self._plan = plan
         self._groups = groups
-        self._columns = [
-            (
-                ColumnReduction(columns, dp_group=group.dp, tp_group=group.tp, device=device),
-                of_domain,
-            )
-            for columns, of_domain, group in zip(
-                plan.columns, plan.domain_segments, groups, strict=True
-            )
-        ]
-        self._domains = [
-            (
-                Reduction(
-                    reduction,
-                    of_domain.stop - of_domain.start,
-                    dp_group=group.dp,
-                    tp_group=group.tp,
-                    device=device,
-                ),
-                of_domain,
-            )
-            for reduction, of_domain, group in zip(
-                plan.reductions, plan.domain_segments, groups, strict=True
-            )
-        ]
+        self.kernels = kernels
+        self._values = torch.zeros(plan.num_values, dtype=torch.float32, device=device)
+        self.sum_sq_SR = self._values[: len(plan.parameter_SR)]
+        rows, columns = plan.reductions, plan.columns
+        # One table for all domains, so each is one launch.
+        self._own_columns = SumTable.joined([plan.own for plan in columns])
+        self._columns_over_dp = SumTable.joined([plan.over_dp for plan in columns])
+        self._columns_over_tp = SumTable.joined([plan.over_tp for plan in columns])
+        self._before_dp = SumTable.joined(
+            [plan.result for plan in columns] + [plan.before_dp for plan in rows]
+        )
+        self._between = SumTable.joined([plan.between for plan in rows])
+        self._after_tp = SumTable.joined([plan.after_tp for plan in rows])
+        self._in_flight: list[exchange.Work] = []
 
-    def start_(self, sum_sq_S: Tensor) -> None:
+    def start_(self) -> None:
         """Complete sums over data parallelism (in place) and start those over tensor parallelism.
 
-        Collectives: all-gather in the dense and the expert data-parallel group; all-reduce in the
-        dense and the expert tensor-parallel group. The all-reduces stay in flight. If blocks are
-        columns, those of ``ColumnReduction`` come first.
-
-        Args:
-            sum_sq_S: this rank's partial sums, float32, shape ``(S,)``.
+        Collectives: all-reduce in the dense and the expert data-parallel group; all-reduce in the
+        dense and the expert tensor-parallel group, which stay in flight. If blocks are columns,
+        theirs come first, each of both domains: all-to-all in the data-parallel groups, all-gather
+        in the tensor-parallel groups, all-gather in the data-parallel groups. Each is left out
+        where it would add nothing.
         """
-        for columns, of_domain in self._columns:
-            columns.complete_(sum_sq_S[of_domain])
-        for reduction, of_domain in self._domains:
-            reduction.complete_over_dp_(sum_sq_S[of_domain])
-        for reduction, of_domain in self._domains:
-            reduction.start_tp(sum_sq_S[of_domain])
+        self._exchange_columns_()
+        self._sum_(self._before_dp)
+        for plan, groups in self._domains(self._plan.reductions):
+            if plan.dp_numel:
+                exchange.all_reduce(self._values[plan.dp_vector], group=groups.dp)
+        self._wait()  # for what was left by a step that was skipped
+        self._sum_(self._between)
+        for plan, groups in self._domains(self._plan.reductions):
+            if plan.tp_numel:
+                vector = self._values[plan.tp_vector]
+                work = exchange.all_reduce(vector, group=groups.tp, async_op=True)
+                assert work is not None
+                self._in_flight.append(work)
 
-    def finish_(self, sum_sq_S: Tensor) -> None:
+    def finish_(self) -> None:
         """Wait for the all-reduces of :meth:`start_`, and put the sums in their places."""
-        for reduction, of_domain in self._domains:
-            reduction.finish_tp_(sum_sq_S[of_domain])
+        if self._in_flight:
+            self._wait()
+            self._sum_(self._after_tp)
+
+    def _exchange_columns_(self) -> None:
+        values = self._values
+        self._sum_(self._own_columns)
+        for plan, groups in self._domains(self._plan.columns):
+            if numel_of(plan.received):
+                exchange.all_to_all_single(
+                    values[plan.received], values[plan.columns], group=groups.dp
+                )
+        self._sum_(self._columns_over_dp)
+        for plan, groups in self._domains(self._plan.columns):
+            if numel_of(plan.gathered):
+                exchange.all_gather_into_tensor(
+                    values[plan.gathered], values[plan.crossing], group=groups.tp
+                )
+        self._sum_(self._columns_over_tp)
+        for plan, groups in self._domains(self._plan.columns):
+            if numel_of(plan.received):
+                exchange.all_gather_into_tensor(
+                    values[plan.columns], values[plan.share], group=groups.dp
+                )
+
+    def _sum_(self, table: SumTable) -> None:
+        if len(table):
+            self.kernels.ordered_sum_(self._values, table)
+
+    def _wait(self) -> None:
+        for work in self._in_flight:
+            work.wait()
+        self._in_flight = []
+
+    def _domains(self, plans: Sequence[T]) -> Iterator[tuple[T, DomainGroups]]:
+        return zip(plans, self._groups, strict=True)
 
     def add_over_model_(self, values_D: Tensor) -> None:
         """Add up numbers of each domain over all ranks of the model: squared norms, or counts.
@@ -152,153 +192,16 @@ class Collectives:
 
         The norm's all-reduce is left out: every optimizer that clips has it.
         """
-        found = {
-            f"{domain.name} {group}": num_bytes
-            for domain, (reduction, _), (columns, _) in zip(
-                self._plan.domains, self._domains, self._columns, strict=True
-            )
-            for group, num_bytes in [*reduction.collectives, *columns.collectives]
-        }
+        plan = self._plan
+        found: dict[str, int] = {}
+        for domain, rows, columns in zip(plan.domains, plan.reductions, plan.columns, strict=True):
+            received = numel_of(columns.received)
+            sent = {
+                "dp": rows.dp_numel,
+                "tp": rows.tp_numel,
+                "dp columns, all-to-all": received,
+                "dp columns, all-gather": received,
+                "tp columns, all-gather": numel_of(columns.gathered),
+            }
+            found |= {f"{domain.name} {name}": 4 * n for name, n in sent.items() if n}
         return {"collectives": len(found), "bytes": sum(found.values()), "by_group": found}
-
-
-class Reduction:
-    """Completes the sums of one domain, with preallocated buffers.
-
-    A step calls, on all ranks of both groups and in this order, :meth:`complete_over_dp_`,
-    :meth:`start_tp`, :meth:`finish_tp_`; work that does not depend on blocks cut by tensor
-    parallelism may run between the last two.
-
-    Args:
-        plan: this rank's positions.
-        num_segments: S of the domain.
-        dp_group: group whose ranks share the buckets' slices; unused if ``plan.dp_size == 1``.
-        tp_group: tensor-parallel group; unused if ``plan.tp_size == 1``.
-        device: device of the sums.
-    """
-
-    def __init__(
-        self,
-        plan: ReductionPlan,
-        num_segments: int,
-        *,
-        dp_group: distributed.ProcessGroup | None,
-        tp_group: distributed.ProcessGroup | None,
-        device: torch.device,
-    ) -> None:
-        self.plan = plan
-        self.dp_group = dp_group
-        self.tp_group = tp_group
-
-        def zeros(numel: int) -> Tensor:
-            return torch.zeros(numel, dtype=torch.float32, device=device)
-
-        # Parts of the vector that the tensor-parallel group adds up: plain sums, then places that
-        # belong to one rank each, for sums of segments and for sums of slots.
-        self._tp_vector = zeros(plan.tp_numel)
-        self._plain, places = self._tp_vector.tensor_split([len(plan.tp_plain)])
-        begin = plan.tp_rank * plan.num_exact
-        own = places[begin : begin + plan.num_exact]
-        self._exact, self._slots = own.tensor_split([len(plan.tp_exact)])
-
-        gathered = plan.dp_size * plan.num_contributions
-        self._gathered = zeros(gathered)
-        self._offered = zeros(plan.num_contributions) if plan.gathers else self._gathered
-        self._offer = OrderedSum(plan.contribution, num_segments, device)
-        self._sum_dp = OrderedSum(plan.dp_table, gathered, device)
-        self._sum_slots = OrderedSum(plan.tp_slot_table, gathered, device)
-        self._sum_tp = OrderedSum(plan.tp_table, len(places), device)
-        self._places = places
-        self._tp_plain, self._tp_exact, self._dp_target, self._tp_target = (
-            torch.from_numpy(positions).to(device)
-            for positions in (plan.tp_plain, plan.tp_exact, plan.dp_target, plan.tp_target)
-        )
-        self._dp_sums = zeros(len(plan.dp_target))
-        self._tp_sums = zeros(len(plan.tp_target))
-        self._in_flight: exchange.Work | None = None
-
-    @property
-    def collectives(self) -> list[tuple[str, int]]:
-        """Collectives of one step: group and bytes of the vector that this rank receives."""
-        found = []
-        if self.plan.gathers:
-            found.append(("dp", 4 * self._gathered.numel()))
-        if self.plan.tp_numel:
-            found.append(("tp", 4 * self._tp_vector.numel()))
-        return found
-
-    def complete_over_dp_(self, sum_sq_S: Tensor) -> None:
-        """Complete the sums of blocks that data parallelism cuts (modified in place).
-
-        Args:
-            sum_sq_S: this rank's partial sums, float32, shape ``(S,)``.
-        """
-        if self.plan.num_contributions == 0:
-            return
-        self._offer(sum_sq_S, out=self._offered)
-        if self.plan.gathers:
-            exchange.all_gather_into_tensor(self._gathered, self._offered, group=self.dp_group)
-        if len(self._dp_target):
-            self._sum_dp(self._gathered, out=self._dp_sums)
-            sum_sq_S.index_copy_(0, self._dp_target, self._dp_sums)
-
-    def start_tp(self, sum_sq_S: Tensor) -> None:
-        """Start the all-reduce of the sums of blocks that tensor parallelism cuts.
-
-        Args:
-            sum_sq_S: sums that are complete over data parallelism, float32, shape ``(S,)``.
-        """
-        if self.plan.tp_numel == 0:
-            return
-        if self._in_flight is not None:  # left by a step that was skipped
-            self._in_flight.wait()
-        self._tp_vector.zero_()
-        torch.index_select(sum_sq_S, 0, self._tp_plain, out=self._plain)
-        torch.index_select(sum_sq_S, 0, self._tp_exact, out=self._exact)
-        if len(self._slots):
-            self._sum_slots(self._gathered, out=self._slots)
-        self._in_flight = exchange.all_reduce(self._tp_vector, group=self.tp_group, async_op=True)
-
-    def finish_tp_(self, sum_sq_S: Tensor) -> None:
-        """Wait for the all-reduce of :meth:`start_tp`, and put the sums in their places."""
-        if self._in_flight is None:
-            return
-        self._in_flight.wait()
-        self._in_flight = None
-        sum_sq_S.index_copy_(0, self._tp_plain, self._plain)
-        if len(self._tp_target):
-            self._sum_tp(self._places, out=self._tp_sums)
-            sum_sq_S.index_copy_(0, self._tp_target, self._tp_sums)
-
-
-class OrderedSum:
-    """``out[i] = sum_j source[table[i, j]]``, added from left to right; -1 stands for zero.
-
-    The order of additions depends on the table alone, so equal inputs give equal bits on every
-    rank and device. Adding zero is exact, so wider tables change nothing. Allocates at construction
-    only.
-
-    Args:
-        table: int64 positions, shape ``(rows, k)``.
-        num_source: entries of the source.
-        device: of source and result.
-    """
-
-    def __init__(self, table: IntArray, num_source: int, device: torch.device) -> None:
-        rows = len(table)
-        positions = np.where(table < 0, num_source, table)  # -1 reads the zero at the end
-        self._columns = torch.from_numpy(np.ascontiguousarray(positions.T)).to(device)
-        self._padded = torch.zeros(num_source + 1 if rows else 1, device=device)
-        self._column = torch.zeros(rows, device=device)
-        self._total = torch.zeros(rows, dtype=torch.float64, device=device)
-
-    def __call__(self, source: Tensor, *, out: Tensor) -> None:
-        """Write the sums to ``out``, float32, shape ``(rows,)``."""
-        if not len(out):
-            return
-        self._padded[:-1].copy_(source)
-        self._total.zero_()
-        for positions in self._columns:
-            torch.index_select(self._padded, 0, positions, out=self._column)
-            self._total.add_(self._column)
-        out.copy_(self._total)

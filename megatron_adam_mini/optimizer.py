@@ -119,7 +119,7 @@ class AdamMini:
         self.updated = False
         self.overlapped_sums: OverlappedSums | None = None
         self.kernels = select_backend(config.backend, device)
-        self.collectives = Collectives(plan, groups, device=device)
+        self.collectives = Collectives(plan, groups, self.kernels, device=device)
 
         def to_device(array: np.ndarray[Any, Any]) -> Tensor:
             return torch.from_numpy(array).to(device)
@@ -142,7 +142,7 @@ class AdamMini:
         )
         self._state_bytes = allocated.bytes_by_kind()
         groups_P = np.asarray(group_of_parameter, dtype=np.int32)
-        self._sum_sq_SR = floats(len(plan.parameter_SR))
+        self._sum_sq_SR = self.collectives.sum_sq_SR
         self._sum_sq_S = self._sum_sq_SR[: plan.num_segments]
         self._step_size_S = floats(plan.num_segments)
         inv_numel_S = (1.0 / plan.block_numel_S.astype(np.float64)).astype(np.float32)
@@ -229,10 +229,10 @@ class AdamMini:
     def sum_squares(self) -> Tensor:
         """Read every gradient once, and compute all sums that the step needs.
 
-        All ranks must call it. Collectives, in this order: all-gather in the dense and the expert
+        All ranks must call it. Collectives, in this order: all-reduce in the dense and the expert
         data-parallel group; all-reduce in the dense and the expert tensor-parallel group (these
         stay in flight until :meth:`update` needs them); one all-reduce for the norm. All but the
-        last are left out where no block is cut.
+        last are left out where no block is cut. Columns have more, see ``Collectives.start_``.
 
         Returns:
             float64 tensor on the device, for each domain ``[squared gradient norm, number of
@@ -249,7 +249,7 @@ class AdamMini:
             self._stats_D2, self._sum_sq_SR, self._norm_domain_SR, self._norm_scratch
         )
         # s <- sum(s over the ranks that hold segments of the block)
-        self.collectives.start_(self._sum_sq_S)
+        self.collectives.start_()
         # norm^2 <- sum(norm^2 over the ranks that hold a part of the model)
         self.collectives.add_over_model_(self._stats_D2)
         return self._stats_D2
@@ -276,7 +276,7 @@ class AdamMini:
         """
         for buffer, plan in zip(self.buffers, self.plan.buffers, strict=True):
             self._sum(buffer, plan.cut, plan.columns)
-        self.collectives.start_(self._sum_sq_S)
+        self.collectives.start_()
 
     def update(self, decision: Decision, early: EarlyBuffers | None = None) -> None:
         """Advance v, m, main parameters and model weights by one step; local to the rank.
@@ -350,7 +350,7 @@ class AdamMini:
         Returns:
             Whether the step is taken.
         """
-        self.collectives.finish_(self._sum_sq_S)  # sums without the decay, still in flight
+        self.collectives.finish_()  # sums without the decay, still in flight
         if not decision.read().updated:
             return False
         if decision.wide is not None:
@@ -366,7 +366,7 @@ class AdamMini:
                 grad.add_(param.to(grad.device), alpha=decay)
         for buffer, plan in zip(self.buffers, self.plan.buffers, strict=True):
             self._sum(buffer, plan.segments, plan.columns)
-        self.collectives.start_(self._sum_sq_S)
+        self.collectives.start_()
         return True
 
     def _groups_for_kernels(self) -> list[dict[str, Any]]:
@@ -374,7 +374,7 @@ class AdamMini:
         return groups if self._decoupled else [{**group, "weight_decay": 0.0} for group in groups]
 
     def _advance_cut(self, vectors: SegmentVectors) -> None:
-        self.collectives.finish_(self._sum_sq_S)
+        self.collectives.finish_()
         if self._cut is not None:
             self.kernels.segment_step_size_(vectors, self._scalars, self._cut)
 
@@ -400,10 +400,10 @@ class AdamMini:
             decision.skip("the factor that clips them does not fit into float32", [])
             return
         # s <- mean(grad_scale^2 g * g): float32 holds each rank's part of it if it holds v
-        mean_sq_S = wide.shares_of_mean(grad_scale)
-        self.collectives.start_(mean_sq_S)
-        self.collectives.finish_(mean_sq_S)
-        too_large = wide.too_large(mean_sq_S, grad_scale)
+        self._sum_sq_S.copy_(wide.shares_of_mean(grad_scale))
+        self.collectives.start_()
+        self.collectives.finish_()
+        too_large = wide.too_large(self._sum_sq_S, grad_scale)
         count_D = torch.zeros(len(self.plan.domains), dtype=torch.int64, device=self.device)
         count_D.fill_(too_large.sum())  # of experts and dense ones: their norm groups may differ
         self.collectives.add_over_model_(count_D)
@@ -418,7 +418,7 @@ class AdamMini:
         # v <- beta2 v + (1 - beta2) s;  step <- lr' / (sqrt(v') + eps)
         self._write_scalars(1.0)
         scalars.send()
-        means = vectors._replace(sum_sq_SR=mean_sq_S, inv_numel_S=torch.ones_like(mean_sq_S))
+        means = vectors._replace(inv_numel_S=torch.ones_like(self._inv_numel_S))
         kernels.segment_step_size_(means, scalars)
         self._write_scalars(decision.grad_scale)
         scalars.send()
@@ -555,8 +555,8 @@ class AdamMini:
             sum_S: sum of the values over each segment, float32.
         """
         self._sum_sq_S.copy_(sum_S)
-        self.collectives.start_(self._sum_sq_S)
-        self.collectives.finish_(self._sum_sq_S)
+        self.collectives.start_()
+        self.collectives.finish_()
         torch.mul(self._sum_sq_S, self._inv_numel_S, out=state.exp_avg_sq_S)
 
     @torch.no_grad()

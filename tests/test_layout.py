@@ -18,11 +18,12 @@ from megatron_adam_mini.plan.layout import (
     Placement,
     SliceSize,
     crosses_tp,
-    cut_boundaries,
+    cut_row_segments,
     row_parallel,
     segment_slice,
     slice_size,
     spread_blocks,
+    spread_elements,
 )
 from megatron_adam_mini.plan.parameter_info import HeadGeometry, ParameterInfo
 from megatron_adam_mini.plan.partition import ParameterBlocks, partition_parameter
@@ -202,15 +203,24 @@ def check(case: Case) -> None:
         for (owner_of, name), block in block_of_label.items():
             if owner_of == parameter:
                 assert (name in spread[parameter]) == (block in found)
+        local = label[bucket.placements[parameter].start : bucket.placements[parameter].end]
+        block_at = [block_of_label.get((parameter, name), -1) for name in local.tolist()]
+        for block, first, end in zip(found, *spread_elements(blocks[parameter]), strict=True):
+            here = np.flatnonzero(np.asarray(block_at) == block)
+            assert (first, end) == ((here[0], here[-1] + 1) if len(here) else (0, 0))
         split = kind.tp_dim is not None and case.tp_size > 1
         assert crosses_tp(blocks[parameter]) == (split and kind.tp_dim == 0)
         assert row_parallel(blocks[parameter]) == (split and kind.tp_dim == 1)
 
-    expected = []
+    run = np.cumsum(~joins)  # number of the row segment that an element is of
+    cut: list[int] = []
     for index in range(1, bucket.num_slices):
         at = index * bucket.slice_numel
-        expected.append(bool(joins[at]) and label[at] not in spread[owner[at]])
-    assert cut_boundaries(bucket, blocks).tolist() == expected
+        counts = bool(joins[at]) and label[at] not in spread[owner[at]]
+        cut.append(int(run[at]) if counts else -1)
+    numbers = {at: number for number, at in enumerate(sorted(set(cut) - {-1}))}
+    expected = [numbers.get(at, -1) for at in cut]
+    assert cut_row_segments(bucket, blocks).tolist() == expected
 
 
 # Exhaustive: every pair of small kinds, every number of slices, every rank, with and without gaps.
@@ -330,7 +340,7 @@ def test_slice_without_any_parameter():
 def test_bucket_without_any_parameter():
     case = Case([], (6,), 3)
     check(case)
-    assert cut_boundaries(case.build()[0], []).tolist() == [False, False]
+    assert cut_row_segments(case.build()[0], []).tolist() == [-1, -1]
 
 
 def test_slices_of_one_element():
@@ -340,8 +350,8 @@ def test_slices_of_one_element():
     assert middle.start_S.tolist() == [0]
     assert middle.end_S.tolist() == [1]
     assert middle.clipped_left_S.tolist() == middle.clipped_right_S.tolist() == [True]
-    assert cut_boundaries(case.build()[0], case.build()[1]).tolist() == [
-        *[True, True, False] * 3, True, True,
+    assert cut_row_segments(case.build()[0], case.build()[1]).tolist() == [
+        *[0, 0, -1, 1, 1, -1, 2, 2, -1], 3, 3,
     ]  # fmt: skip
 
 

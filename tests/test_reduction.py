@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,16 +15,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.large_layouts import parallel_of
+from benchmarks.launches import rank_plan
 from megatron_adam_mini import exchange
-from megatron_adam_mini.collectives import OrderedSum, Reduction
-from megatron_adam_mini.plan.layout import BucketLayout, Placement, segment_slice
-from megatron_adam_mini.plan.reduction import ReductionPlan, plan_reduction
+from megatron_adam_mini.collectives import Collectives, DomainGroups
+from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.estimate.models import MODELS
+from megatron_adam_mini.kernels import select_backend
+from megatron_adam_mini.plan.layout import BucketLayout, BufferLayout, Placement, spread_elements
+from megatron_adam_mini.plan.reduction import ReductionPlan
+from megatron_adam_mini.plan.step_plan import DomainLayout, StepPlan, plan_step
+from megatron_adam_mini.plan.sum_table import SumTable
 from tests.test_layout import Kind, kinds
 
 #: Completed sums against float64. All terms are positive, so relative errors do not grow by
-#: cancellation. Up to 3 roundings to float32 per rank (segment, contribution, completed sum) and
-#: up to 8 additions in float32 in the tensor-parallel group, 2**-24 = 6e-8 each: below 7e-7.
+#: cancellation. Up to 3 roundings to float32 per rank (segment, part, completed sum) and up to 8
+#: additions in float32 in the tensor-parallel group, 2**-24 = 6e-8 each: below 7e-7.
 SUM_RTOL = 1e-6
+
+CPU = torch.device("cpu")
+KERNELS = select_backend("auto", CPU)
 
 
 # An in-memory stand-in for torch.distributed.
@@ -34,25 +46,40 @@ class NeedsPeersError(Exception):
 
 @dataclass
 class Group:
-    """A communicator that adds in an order of its own, as real ones do."""
+    """A communicator that adds in an order of its own, as real ones do.
+
+    Attributes:
+        offered: for each of its collectives, what the ranks brought.
+        results: of those that all ranks have entered.
+    """
 
     size: int
     seed: int
-    offered: dict[int, torch.Tensor] = field(default_factory=dict)
-    calls: int = 0
+    offered: list[dict[int, torch.Tensor]] = field(default_factory=list)
+    results: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    def order(self, position: int) -> list[int]:
-        """Return the order in which the ranks' values at ``position`` are added."""
-        generator = np.random.default_rng([self.seed, position])
-        return generator.permutation(self.size).tolist()
+    def result(self, number: int) -> torch.Tensor:
+        """Return the sum of what all ranks brought, each number added in another order."""
+        if number not in self.results:
+            found = self.offered[number]
+            sizes = {value.numel() for value in found.values()}
+            assert len(sizes) == 1, f"would hang or crash: ranks disagree on sizes {sizes}"
+            values = torch.stack([found[rank] for rank in range(self.size)])
+            keys = np.random.default_rng([self.seed, number]).random(values.shape)
+            total = torch.zeros_like(values[0])
+            for ranks in torch.from_numpy(keys.argsort(axis=0)):
+                total = total + values.gather(0, ranks[None])[0]
+            self.results[number] = total
+        return self.results[number]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Member:
-    """One rank's handle of a group."""
+    """One rank's handle of a group, and how many collectives it has entered in this attempt."""
 
     group: Group
     rank: int
+    entered: int = 0
 
 
 class Done:
@@ -61,62 +88,19 @@ class Done:
     def wait(self) -> None: ...
 
 
-class Collectives:
-    """``all_gather_into_tensor`` and ``all_reduce`` for ranks that run one after the other.
-
-    :func:`run_phase` runs every rank twice: until it enters the collective, then with the result.
-    """
-
-    def __init__(self) -> None:
-        self.replays = False
-
-    def _exchange(self, member: Member, offered: torch.Tensor) -> list[torch.Tensor]:
-        group = member.group
-        if not self.replays:
-            assert member.rank not in group.offered, "a rank entered two collectives in one phase"
-            group.offered[member.rank] = offered.detach().clone()
-            group.calls += 1
-            raise NeedsPeersError
-        torch.testing.assert_close(
-            offered, group.offered[member.rank], rtol=0, atol=0, equal_nan=True
-        )
-        assert set(group.offered) == set(range(group.size)), "would hang: a rank stayed away"
-        sizes = {value.numel() for value in group.offered.values()}
-        assert len(sizes) == 1, f"would hang or crash: ranks disagree on sizes {sizes}"
-        return [group.offered[rank] for rank in range(group.size)]
-
-    def all_gather_into_tensor(self, output, offered, group):
-        gathered = torch.cat(self._exchange(group, offered))
-        assert output.shape == gathered.shape
-        output.copy_(gathered)
-
-    def all_reduce(self, tensor, op, group, async_op):
-        assert async_op
-        values = self._exchange(group, tensor)
-        for position in range(tensor.numel()):
-            total = torch.zeros((), dtype=tensor.dtype)
-            for rank in group.group.order(position):
-                total = total + values[rank][position]
-            tensor[position] = total
-        return Done()
-
-
-def run_phase(
-    collectives: Collectives, groups: Sequence[Group], ranks: Sequence[Callable[[], None]]
-) -> None:
-    """Run one phase on every rank in lock-step."""
-    for group in groups:
-        group.offered.clear()
-    waiting = []
-    collectives.replays = False
-    for rank in ranks:
-        try:
-            rank()
-        except NeedsPeersError:
-            waiting.append(rank)
-    collectives.replays = True
-    for rank in waiting:
-        rank()
+def all_reduce(tensor: torch.Tensor, op: Any, group: Member, async_op: bool) -> Done:
+    """Enter an all-reduce, which an earlier attempt of the rank may have entered before."""
+    of_group, number = group.group, group.entered
+    group.entered += 1
+    if number == len(of_group.offered):
+        of_group.offered.append({})
+    offered = of_group.offered[number]
+    before = offered.setdefault(group.rank, tensor.clone())
+    torch.testing.assert_close(tensor, before, rtol=0, atol=0, equal_nan=True)
+    if len(offered) < of_group.size:
+        raise NeedsPeersError
+    tensor.copy_(of_group.result(number))
+    return Done()
 
 
 # A grid of ranks with whole tensors behind it.
@@ -145,7 +129,8 @@ class Outcome:
     """Everything that the ranks hold, by rank ``(replica, dp, tp)``."""
 
     plans: dict
-    reductions: dict
+    ranks: dict
+    members: list
     before: dict
     after: dict
     #: (rank, segment) by (parameter, label), see Kind.labels
@@ -153,6 +138,10 @@ class Outcome:
     expected: dict
     dp_groups: list
     tp_groups: list
+
+    def of(self, replica: int, dp: int, tp: int) -> ReductionPlan:
+        """Return what a rank plans for its one domain."""
+        return self.plans[replica, dp, tp].reductions[0]
 
 
 def simulate(grid: Grid, seed: int = 0, whole_numbers: bool = False) -> Outcome:
@@ -180,62 +169,50 @@ def simulate(grid: Grid, seed: int = 0, whole_numbers: bool = False) -> Outcome:
         for r in range(grid.replicas)
         for d in range(grid.dp)
     }
-    plans, reductions, sums, holders = {}, {}, {}, defaultdict(list)
+    plans, ranks, members, sums, holders = {}, {}, [], {}, defaultdict(list)
     for replica in range(grid.replicas):
         order = range(len(grid.buckets)) if grid.order is None else grid.order[replica]
         for t in range(grid.tp):
             blocks = [kind.blocks(grid.tp, t) for kind in grid.kinds]
-            buckets, flat_squares, flat_labels = [], [], []
-            for members, gaps in (grid.buckets[b] for b in order):
+            buckets, square, label = [], [], []
+            offset = 0
+            for numbers, gaps in (grid.buckets[b] for b in order):
                 placements, at = [], 0
-                square, label = [], []
-                for member, gap in zip(members, gaps, strict=False):
-                    kind = grid.kinds[member]
-                    local = kind.local(squares[member], grid.tp, t).reshape(-1)
+                for number, gap in zip(numbers, gaps, strict=False):
+                    kind = grid.kinds[number]
+                    local = kind.local(squares[number], grid.tp, t).reshape(-1)
                     square += [np.full(gap, np.nan), local]
-                    label += [np.full(gap, -2), kind.local(labels[member], grid.tp, t).reshape(-1)]
-                    placements.append(Placement(member, at + gap, at + gap + len(local)))
+                    label += [np.full(gap, -2), kind.local(labels[number], grid.tp, t).reshape(-1)]
+                    placements.append(Placement(number, at + gap, at + gap + len(local)))
                     at += gap + len(local)
                 padding = -at % grid.dp
                 square.append(np.full(padding, np.nan))
                 label.append(np.full(padding, -2))
-                buckets.append(BucketLayout(at + padding, grid.dp, tuple(placements)))
-                flat_squares.append(np.concatenate(square))
-                flat_labels.append(np.concatenate(label))
+                buckets.append(BucketLayout(at + padding, grid.dp, tuple(placements), offset))
+                offset += at + padding
+            flat_square, flat_label = np.concatenate(square), np.concatenate(label)
+            buffer = BufferLayout(tuple(buckets))
             for d in range(grid.dp):
                 rank = (replica, d, t)
-                parts = [segment_slice(bucket, blocks, d) for bucket in buckets]
-                own = []
-                for bucket, part, square, label in zip(
-                    buckets, parts, flat_squares, flat_labels, strict=True
-                ):
-                    begin = d * bucket.slice_numel
-                    for s in range(part.num_segments):
-                        window = slice(begin + part.start_S[s], begin + part.end_S[s])
-                        name = (int(part.parameter_S[s]), int(label[window][0]))
-                        holders[name].append((rank, len(own)))
-                        own.append(square[window].sum())
-                plans[rank] = plan_reduction(
-                    buckets,
-                    parts,
-                    blocks,
-                    dp_rank=d,
-                    tp_rank=t,
-                    tp_size=grid.tp,
-                    dp_replicas=grid.dp_replicas,
+                layout = DomainLayout("dense", (buffer,), d, t, grid.tp, grid.dp_replicas)
+                plan = plan_step(blocks, [layout])
+                table, own = plan.buffers[0].segments, torch.zeros(plan.num_segments)
+                for start, end, s in zip(table.start_S, table.end_S, table.indices, strict=True):
+                    name = (int(plan.parameter_SR[s]), int(flat_label[start]))
+                    holders[name].append((rank, int(s)))
+                    own[s] = flat_square[start:end].sum()
+                plans[rank], sums[rank] = plan, own
+                group = DomainGroups(
+                    Member(dp_groups[replica, t], d),  # type: ignore[arg-type]
+                    Member(tp_groups[replica, d], t),  # type: ignore[arg-type]
                 )
-                sums[rank] = torch.tensor(own, dtype=torch.float64).float()
-                reductions[rank] = Reduction(
-                    plans[rank],
-                    len(own),
-                    dp_group=Member(dp_groups[replica, t], d),
-                    tp_group=Member(tp_groups[replica, d], t),
-                    device=torch.device("cpu"),
-                )
+                members += [group.dp, group.tp]
+                ranks[rank] = Collectives(plan, [group], KERNELS, device=CPU)
     before = {rank: value.clone() for rank, value in sums.items()}
     outcome = Outcome(
         plans,
-        reductions,
+        ranks,
+        members,
         before,
         sums,
         dict(holders),
@@ -248,27 +225,32 @@ def simulate(grid: Grid, seed: int = 0, whole_numbers: bool = False) -> Outcome:
 
 
 def complete_(sums: dict, outcome: Outcome) -> None:
-    """Complete one vector of sums per rank (modified in place)."""
-    in_memory = Collectives()
-    original, exchange.distributed = exchange.distributed, in_memory
+    """Complete one vector of sums per rank (modified in place).
+
+    Every rank starts anew until the collectives that it meets are complete.
+    """
+    for group in outcome.dp_groups + outcome.tp_groups:
+        group.offered, group.results = [], {}
+    original = exchange.distributed
+    exchange.distributed = SimpleNamespace(all_reduce=all_reduce)  # type: ignore[assignment]
     try:
-        run_phase(
-            in_memory,
-            outcome.dp_groups,
-            [lambda k=k: outcome.reductions[k].complete_over_dp_(sums[k]) for k in sums],
-        )
-        run_phase(
-            in_memory,
-            outcome.tp_groups,
-            [lambda k=k: complete_over_tp_(outcome.reductions[k], sums[k]) for k in sums],
-        )
+        waiting = dict(outcome.ranks)
+        for _ in range(3):  # up to two collectives
+            for member in outcome.members:
+                member.entered = 0
+            for key, rank in list(waiting.items()):
+                own = rank.sum_sq_SR[: len(sums[key])]
+                own.copy_(sums[key])
+                try:
+                    rank.start_()
+                    rank.finish_()
+                except NeedsPeersError:
+                    continue
+                sums[key].copy_(own)
+                del waiting[key]
+        assert not waiting, "would hang: a rank stayed away"
     finally:
         exchange.distributed = original
-
-
-def complete_over_tp_(reduction: Reduction, sums: torch.Tensor) -> None:
-    reduction.start_tp(sums)
-    reduction.finish_tp_(sums)
 
 
 def check(grid: Grid, outcome: Outcome, *, exact: bool = False) -> None:
@@ -284,16 +266,29 @@ def check(grid: Grid, outcome: Outcome, *, exact: bool = False) -> None:
             assert float(values[0]) == pytest.approx(outcome.expected[name], rel=SUM_RTOL)
     for replica in range(grid.replicas):
         for t in range(grid.tp):
-            sizes = {outcome.plans[replica, d, t].num_contributions for d in range(grid.dp)}
-            gathers = {outcome.plans[replica, d, t].gathers for d in range(grid.dp)}
-            assert len(sizes) == len(gathers) == 1
+            assert len({outcome.of(replica, d, t).dp_numel for d in range(grid.dp)}) == 1
         for d in range(grid.dp):
-            assert len({outcome.plans[replica, d, t].tp_numel for t in range(grid.tp)}) == 1
+            assert len({outcome.of(replica, d, t).tp_numel for t in range(grid.tp)}) == 1
     for rank, plan in outcome.plans.items():
-        found = outcome.reductions[rank].collectives
-        assert [group for group, _ in found] == ["dp"] * plan.gathers + ["tp"] * (plan.tp_numel > 0)
-    # At most one collective per group and step.
-    assert all(group.calls in (0, group.size) for group in outcome.dp_groups + outcome.tp_groups)
+        sizes = outcome.of(*rank).dp_numel, outcome.of(*rank).tp_numel
+        found = {f"dense {g}": 4 * n for g, n in zip(("dp", "tp"), sizes, strict=True) if n}
+        assert outcome.ranks[rank].per_step()["by_group"] == found
+        assert plan.num_values >= max(t.num_values for t in tables_of(outcome.of(*rank)))
+    for groups, numel in ((outcome.dp_groups, "dp_numel"), (outcome.tp_groups, "tp_numel")):
+        for group in groups:
+            assert len(group.offered) <= 1, "one collective per group and step at most"
+        assert any(group.offered for group in groups) == any(
+            getattr(plan.reductions[0], numel) for plan in outcome.plans.values()
+        )
+    # The all-reduce adds nothing but zeros to the one rank that owns a place.
+    for group in outcome.dp_groups:
+        for offered in group.offered:
+            owners = sum((value != 0).int() for value in offered.values())
+            assert owners.max() <= 1
+
+
+def tables_of(plan: ReductionPlan) -> list[SumTable]:
+    return [plan.before_dp, plan.between, plan.after_tp]
 
 
 def run(grid: Grid, seed: int = 0) -> Outcome:
@@ -311,68 +306,92 @@ def one_bucket(kinds: Sequence[Kind], gaps: Sequence[int] | None = None) -> list
 # The worked example of the module's docstring, number by number.
 
 
-def example_plan(dp_rank: int, tp_rank: int) -> ReductionPlan:
+def example_plan(dp_rank: int, tp_rank: int) -> StepPlan:
     kinds = [
         Kind((3, 4), "row", tp_dim=1),
         Kind((4, 2), "tensor", tp_dim=0),
         Kind((2, 6), "row"),
     ]
-    buckets = [
+    buckets = (
         BucketLayout(16, 2, (Placement(0, 0, 6), Placement(1, 6, 10))),
         BucketLayout(16, 2, (Placement(2, 0, 12),), 16),
-    ]
-    blocks = [kind.blocks(2, tp_rank) for kind in kinds]
-    return plan_reduction(
-        buckets,
-        [segment_slice(bucket, blocks, dp_rank) for bucket in buckets],
-        blocks,
-        dp_rank=dp_rank,
-        tp_rank=tp_rank,
-        tp_size=2,
-        dp_replicas=False,
     )
+    blocks = [kind.blocks(2, tp_rank) for kind in kinds]
+    return plan_step(
+        blocks, [DomainLayout("dense", (BufferLayout(buckets),), dp_rank, tp_rank, tp_size=2)]
+    )
+
+
+def rows_of(table: SumTable, plan: ReductionPlan) -> dict[Any, list[Any]]:
+    """Return sources by target: numbers of segments, or ``("dp", place)`` and ``("tp", place)``."""
+
+    def name(position: int) -> Any:
+        for group, vector in (("dp", plan.dp_vector), ("tp", plan.tp_vector)):
+            if vector.start <= position < vector.stop:
+                return group, position - vector.start
+        return position
+
+    sources = np.split(table.source, table.bounds[1:-1])
+    found = zip(table.target.tolist(), sources, strict=True)
+    return {name(target): list(map(name, row.tolist())) for target, row in found}
 
 
 @pytest.mark.parametrize("tp_rank", [0, 1])
 def test_the_worked_example(tp_rank):
-    first, second = example_plan(0, tp_rank), example_plan(1, tp_rank)
-    # Each rank offers front and back of bucket 1, and slot 0: its segment of Q.
-    assert first.contribution.tolist() == [[-1], [5], [3]]
-    assert second.contribution.tolist() == [[1], [-1], [0]]
-    # R 1: the back that rank 0 offers and the front that rank 1 offers, in rank order.
-    assert first.dp_target.tolist() == [5]
-    assert second.dp_target.tolist() == [1]
-    # The vectors of the tensor-parallel groups: rows of P, then a place for each rank's half of Q.
-    assert first.tp_plain.tolist() == [0, 1, 2]
-    assert second.tp_plain.tolist() == []
+    first, second = (example_plan(rank, tp_rank).reductions[0] for rank in (0, 1))
+    # Places of both parts of R 1, and of both parts of Q, in rank order.
+    places = [("dp", place) for place in range(4)]
+    for plan, own in ((first, [[5], [], [3], []]), (second, [[], [1], [], [0]])):
+        assert plan.dp_numel == 4
+        assert rows_of(plan.before_dp, plan) == dict(zip(places, own, strict=True))
+    # R 1 is complete; the tensor-parallel group gets rows of P, then a place for each half of Q.
+    half, other = sorted((("tp", 3 + rank) for rank in (0, 1)), key=lambda p: p[1] != 3 + tp_rank)
+    assert rows_of(first.between, first) == {
+        5: places[:2],
+        ("tp", 0): [0],
+        ("tp", 1): [1],
+        ("tp", 2): [2],
+        half: places[2:],
+        other: [],
+    }
+    assert rows_of(second.between, second) == {
+        1: places[:2],
+        ("tp", tp_rank): places[2:],
+        ("tp", 1 - tp_rank): [],
+    }
     assert (first.tp_numel, second.tp_numel) == (5, 2)
-    for plan, segment_of_q in ((first, 3), (second, 0)):
-        assert plan.gathers
-        assert plan.dp_table.tolist() == [[1, 3]]
-        assert plan.tp_slot_table.tolist() == [[2, 5]]  # both contributions, in rank order
-        assert plan.tp_exact.tolist() == []
-        assert plan.tp_target.tolist() == [segment_of_q]
-        assert plan.tp_table.tolist() == [[0, 1]]  # both places, in rank order
+    assert rows_of(first.after_tp, first) == {
+        **{row: [("tp", row)] for row in range(3)},
+        3: [("tp", 3), ("tp", 4)],
+    }
+    assert rows_of(second.after_tp, second) == {0: [("tp", 0), ("tp", 1)]}
+    assert first.completed.tolist() == [0, 1, 2, 3, 5]
+    assert second.completed.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("dp", [2, 8, 1024])
-def test_tables_are_as_wide_as_chains_are_long(dp):
+def test_chains_are_as_long_as_slices_have_parts(dp):
     """A row that two ranks share takes two additions, however many ranks there are."""
     kind = Kind((3 * dp, 4), "row")
     bucket = BucketLayout(12 * dp + dp, dp, (Placement(0, 2, 12 * dp + 2),))
-    blocks = [kind.blocks(1, 0)]
-    plan = plan_reduction(
-        [bucket],
-        [segment_slice(bucket, blocks, 1)],
-        blocks,
-        dp_rank=1,
-        tp_rank=0,
-        tp_size=1,
-        dp_replicas=False,
-    )
-    assert len(plan.dp_target) > 0
-    assert plan.dp_table.shape[1] == 2
-    assert plan.contribution.shape == (2, 1)
+    layout = DomainLayout("dense", (BufferLayout((bucket,)),), dp_rank=1)
+    (plan,) = plan_step([kind.blocks(1, 0)], [layout]).reductions
+    assert len(plan.between) > 0
+    assert set(plan.between.counts.tolist()) == {2}
+    assert plan.dp_numel <= 2 * (dp - 1)
+    assert plan.before_dp.counts.sum() <= 2
+
+
+def test_a_thousand_ranks():
+    """Rows, a norm over three slices, and Value as one block with a part on most slices."""
+    value = Kind((2048, 4), "head", heads=(64, 2, 8, False), value_as_block=True)
+    kinds = [Kind((1024, 3), "row"), Kind((40,), "tensor"), value, Kind((301, 5), "row")]
+    grid = Grid(kinds, [([0, 1], [1, 0]), ([2, 3], [0, 3])], 1024, 1)
+    outcome = simulate(grid)
+    check(grid, outcome)
+    assert outcome.of(0, 0, 0).dp_numel <= 3 * grid.dp
+    (name,) = value.spread_labels(1)
+    assert len(outcome.holders[2, name]) > 200
 
 
 # Hypothesis.
@@ -447,8 +466,8 @@ def test_norm_that_spans_three_slices():
     grid = Grid([Kind((1, 1), "row"), long, Kind((1, 1), "row")], one_bucket([0, 1, 2]), 3, 2)
     outcome = run(grid)
     assert {rank[1] for rank, _ in outcome.holders[1, 0]} == {0, 1, 2}
-    assert outcome.plans[0, 1, 0].num_contributions == 2  # head and tail of the one bucket
-    assert all(group.calls == 0 for group in outcome.tp_groups)
+    assert outcome.of(0, 1, 0).dp_numel == 3
+    assert not any(group.offered for group in outcome.tp_groups)
 
 
 @pytest.mark.parametrize("dp", [2, 3, 5])
@@ -460,19 +479,19 @@ def test_row_parallel_rows_that_data_parallelism_cuts(dp):
     assert cut, "the case shows nothing"
     for name in cut:
         for rank, segment in outcome.holders[name]:
-            assert outcome.plans[rank].gathers
-            assert segment in outcome.plans[rank].tp_exact
+            plan = outcome.of(*rank)
+            assert plan.dp_numel
+            sources = rows_of(plan.after_tp, plan)[segment]
+            assert len(sources) == 2, "a plain sum, whose bits depend on the communicator"
 
 
 def test_row_parallel_rows_that_nothing_else_cuts_need_one_plain_sum():
     grid = Grid([ROW_PARALLEL], one_bucket([ROW_PARALLEL]), 3, 4)
     outcome = run(grid)
     for plan in outcome.plans.values():
-        assert not plan.gathers
-        assert plan.num_exact == 0
-        assert plan.tp_numel == 1
-    assert all(group.calls == 0 for group in outcome.dp_groups)
-    assert all(group.calls == 4 for group in outcome.tp_groups)
+        assert (plan.reductions[0].dp_numel, plan.reductions[0].tp_numel) == (0, 1)
+    assert all(not group.offered for group in outcome.dp_groups)
+    assert all(len(group.offered) == 1 for group in outcome.tp_groups)
 
 
 def test_ranks_with_empty_slices_take_part():
@@ -480,8 +499,8 @@ def test_ranks_with_empty_slices_take_part():
     kinds = [Kind((2,), "element"), Kind((6,), "tensor"), Kind((8,), "element")]
     outcome = run(Grid(kinds, one_bucket(kinds), 4, 2))
     assert len(outcome.before[0, 3, 0]) == 0
-    assert outcome.plans[0, 3, 0].gathers
-    assert all(group.calls == 4 for group in outcome.dp_groups)
+    assert outcome.of(0, 3, 0).dp_numel
+    assert all(len(group.offered) == 1 for group in outcome.dp_groups)
 
 
 @pytest.mark.parametrize(("dp", "tp"), [(1, 1), (2, 1), (2, 2), (4, 2)])
@@ -492,26 +511,25 @@ def test_no_collective_where_nothing_is_cut(dp, tp):
     ]
     outcome = run(Grid(kinds, [([0], [0]), ([1], [0])], dp, tp))
     for rank, plan in outcome.plans.items():
-        assert not plan.gathers
-        assert plan.num_contributions == 0
-        assert plan.tp_numel == 0
-        assert outcome.reductions[rank].collectives == []
+        assert all(len(table) == 0 for table in tables_of(plan.reductions[0]))
+        assert outcome.ranks[rank].per_step()["collectives"] == 0
         assert torch.equal(outcome.before[rank], outcome.after[rank])
-    assert all(group.calls == 0 for group in outcome.dp_groups + outcome.tp_groups)
+    assert not any(group.offered for group in outcome.dp_groups + outcome.tp_groups)
 
 
 @pytest.mark.parametrize("dp_replicas", [False, True])
 def test_single_process_completes_scattered_blocks_without_collectives(dp_replicas):
     value = Kind((32, 2), "head", tp_dim=0, heads=(4, 2, 2, False), value_as_block=True)
     outcome = run(Grid([value], one_bucket([value]), 1, 1, dp_replicas=dp_replicas))
-    assert outcome.reductions[0, 0, 0].collectives == []
+    assert outcome.ranks[0, 0, 0].per_step()["collectives"] == 0
 
 
 def test_bytes_are_those_of_the_vectors():
     kind = Kind((3, 10), "row", tp_dim=1)  # 15 local elements, padded to 16 and cut at 8
     outcome = run(Grid([kind], one_bucket([kind]), 2, 2))
-    # 2 contributions from each of 2 ranks; one plain row per slice, and the cut row twice.
-    assert outcome.reductions[0, 0, 0].collectives == [("dp", 4 * 2 * 2), ("tp", 4 * (1 + 2))]
+    # Two parts of the cut row; one plain row per slice, and the cut row twice.
+    by_group = outcome.ranks[0, 0, 0].per_step()["by_group"]
+    assert by_group == {"dense dp": 4 * 2, "dense tp": 4 * (1 + 2)}
 
 
 @pytest.mark.parametrize(
@@ -578,66 +596,43 @@ def test_a_second_step_starts_afresh():
         assert torch.equal(value, outcome.after[rank] * 4)
 
 
-# OrderedSum.
+# Large plans.
 
 
-def ordered_sum(source: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    out = torch.full((len(table),), float("nan"))
-    OrderedSum(table.numpy(), len(source), torch.device("cpu"))(source, out=out)
-    return out
+@pytest.mark.parametrize("options", [{}, {"value_as_block": True}, {"preset": "tensor"}], ids=str)
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("llama-3-8b", (1, 1, 4096)), ("llama-3-405b", (8, 16, 1024))],
+)
+def test_places_of_large_plans_are_few(name, sizes, options):
+    """Two for each boundary at most, and for each slot a part of the ranks."""
+    config = AdamMiniConfig(**options)
+    plan = rank_plan(MODELS[name], parallel_of(name, *sizes, overlap_grad_reduce=True), config)
+    (domain,), (reduction,) = plan.domains, plan.reductions
+    slots = sum(
+        int(((end - 1) // bucket.slice_numel - first // bucket.slice_numel + 1).sum())
+        for bucket in domain.buckets
+        for placement in bucket.placements
+        for first, end in [
+            placement.start + np.stack(spread_elements(plan.parameters[placement.parameter]))
+        ]
+    )
+    boundaries = len(domain.buckets) * (domain.num_slices - 1)
+    assert 0 < reduction.dp_numel <= 2 * boundaries + slots
+    assert reduction.before_dp.counts.sum() <= plan.num_segments
+    assert slots <= (2 * len(domain.buckets) * domain.num_slices if options else 0)
 
 
-def tables(rows: int, width: int, source: int) -> st.SearchStrategy:
-    entry = st.integers(-1, source - 1)
-    row = st.lists(entry, min_size=width, max_size=width)
-    return st.lists(row, min_size=rows, max_size=rows)
+# Tables of sums.
 
 
-@settings(deadline=None)
-@given(st.data(), st.integers(1, 6), st.integers(1, 5), st.integers(0, 4))
-def test_ordered_sum_adds_from_left_to_right(data, size, width, rows):
-    numbers = st.floats(-(2.0**40), 2.0**40, width=32)
-    source = data.draw(st.lists(numbers, min_size=size, max_size=size))
-    table = data.draw(tables(rows, width, size))
-    expected = []
-    for row in table:
-        total = 0.0
-        for position in row:
-            total += source[position] if position >= 0 else 0.0
-        expected.append(total)
-    source = torch.tensor(source, dtype=torch.float32)
-    index = torch.tensor(table, dtype=torch.int64).reshape(rows, width)
-    found = ordered_sum(source, index)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, torch.tensor(expected, dtype=torch.float64).float())
-    # More columns of zeros, on either side, change no bit.
-    zeros = torch.full((rows, 2), -1)
-    assert torch.equal(ordered_sum(source, torch.cat([index, zeros], dim=1)), found)
-    assert torch.equal(ordered_sum(source, torch.cat([zeros, index], dim=1)), found)
+def test_tables_of_sums_whose_rows_depend_on_their_order_are_refused():
+    def table(target: list[int], counts: list[int], source: list[int]) -> SumTable:
+        return SumTable(*(np.asarray(part, dtype=np.int64) for part in (target, counts, source)))
 
-
-def test_ordered_sum_depends_on_the_order_of_the_table_alone():
-    # In float64, (2**53 + 1) + 1 loses both ones and (1 + 1) + 2**53 keeps them.
-    source = torch.tensor([2.0**53, 1.0, 1.0, -(2.0**53)])
-    table = torch.tensor([[0, 1, 2, 3], [1, 2, 0, 3]])
-    assert ordered_sum(source, table).tolist() == [0.0, 2.0]
-
-
-def test_ordered_sum_of_nothing_is_zero_also_next_to_non_finite_values():
-    source = torch.tensor([float("inf"), float("nan"), 3.0])
-    table = torch.tensor([[-1, -1], [-1, 2], [0, 2], [1, 2]])
-    found = ordered_sum(source, table)
-    assert found[:2].tolist() == [0.0, 3.0]
-    assert not torch.isfinite(found[2:]).any()
-    assert ordered_sum(torch.empty(0), torch.full((2, 1), -1)).tolist() == [0.0, 0.0]
-
-
-def test_ordered_sum_keeps_its_inputs_and_no_memory_of_earlier_ones():
-    source, table = torch.rand(4), torch.tensor([[0, 3], [-1, 2]])
-    copies, out = (source.clone(), table.clone()), torch.empty(2)
-    total = OrderedSum(table.numpy(), 4, torch.device("cpu"))
-    total(torch.full((4,), float("nan")), out=out)
-    total(source, out=out)
-    assert torch.equal(out, ordered_sum(source, table))
-    assert torch.equal(source, copies[0])
-    assert torch.equal(table, copies[1])
+    for target, counts, source in (([0, 0], [1, 0], [1]), ([0, 1], [1, 1], [2, 0])):
+        with pytest.raises(ValueError, match="writes a position twice, or reads what it writes"):
+            table(target, counts, source)
+    with pytest.raises(ValueError, match=r"1 targets, 1 counts with sum 2, and 1 sources"):
+        table([0], [2], [1])
+    assert (len(table([], [], [])), table([], [], []).num_values) == (0, 0)

@@ -47,6 +47,7 @@ from tests.triton_cases import (
     column_sum_sq,
     segment_sum_sq,
     step_size,
+    sum_table,
     update,
     update_columns,
     update_elementwise,
@@ -86,6 +87,7 @@ REGISTERS = {
     "column_sum_kernel": 48,
     "combine_columns_kernel": 48,
     "step_size_kernel": 48,
+    "ordered_sum_kernel": 48,
     "norm_kernel": 64,
     "combine_norm_kernel": 64,
     "decide_kernel": 48,
@@ -139,6 +141,10 @@ def decide(case, backend, inv_scale=None):
 
 def decide_scaled(case, backend):
     decide(case, backend, torch.ones(1))
+
+
+def ordered_sum(case, backend):
+    backend.ordered_sum_(case.sum_sq, sum_table(0, 2, 2, len(case.sum_sq) - 2))
 
 
 class Compiled:
@@ -256,6 +262,7 @@ def test_compiled(capability, monkeypatch):
             ("few", norm, FEW_DTYPES[:1]),
             ("few", decide, FEW_DTYPES[:1]),
             ("few", decide_scaled, FEW_DTYPES[:1] if main else []),
+            ("few", ordered_sum, FEW_DTYPES[:1]),
         )
         for dtypes in dtypes_of_call
     ]

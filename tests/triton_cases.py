@@ -14,6 +14,7 @@ from megatron_adam_mini.kernels import BufferTensors, SegmentVectors, StepScalar
 from megatron_adam_mini.kernels.triton_tiles import ROW_LIMIT
 from megatron_adam_mini.plan.column_table import ColumnTable
 from megatron_adam_mini.plan.segment_table import SegmentTable
+from megatron_adam_mini.plan.sum_table import SumTable
 
 CPU = torch.device("cpu")
 
@@ -243,3 +244,11 @@ def update_elementwise(case, backend):
     backend.update_elementwise_(
         case.tensors, case.exp_avg_sq_E, case.table, case.vectors, case.scalars
     )
+
+
+def sum_table(seed: int, rows: int, longest: int, num_sources: int) -> SumTable:
+    """Return a table whose rows have up to ``longest`` sources, and targets behind all sources."""
+    generator = np.random.default_rng(seed)
+    counts = generator.integers(0, longest + 1, rows)
+    sources = generator.integers(0, num_sources, counts.sum())
+    return SumTable(num_sources + generator.permutation(rows), counts, sources)

@@ -19,6 +19,7 @@ import torch
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by tests/test_triton.py"
 
 from megatron_adam_mini.kernels import reference, triton_gpu
+from megatron_adam_mini.plan.sum_table import SumTable
 from tests.triton_cases import (
     COLUMNS,
     COLUMNS_IN_PARTS,
@@ -34,6 +35,7 @@ from tests.triton_cases import (
     noise,
     segment_sum_sq,
     step_size,
+    sum_table,
     update,
     update_columns,
     update_elementwise,
@@ -282,6 +284,43 @@ def test_step_sizes():
         assert_equal_bits(found, expected)
 
 
+@pytest.mark.parametrize(("rows", "longest"), [(0, 0), (1, 1), (300, 3), (5, 100), (200, 33)])
+def test_ordered_sums(rows, longest):
+    """Whole numbers, whose sums are exact in any order; every position is compared."""
+    table = sum_table(1, rows, longest, 50)
+    values = torch.cat([torch.arange(50.0), torch.full((rows + 3,), 7.0)])
+    found, expected = values.clone(), values.clone()
+    triton_gpu.ordered_sum_(found, table)
+    reference.ordered_sum_(expected, table)
+    assert torch.equal(found, expected)
+
+
+def test_an_ordered_sum_depends_on_its_sources_alone():
+    """Not on the row's place, nor on other rows: replicas have other tables."""
+    values = torch.cat([noise(50, 1).abs() * 10.0 ** torch.arange(50).sub(25), torch.zeros(700)])
+    values = values.float()
+    table = sum_table(2, 300, 40, 50)
+    sources = np.split(table.source, table.bounds[1:-1])
+    chosen = np.random.default_rng(3).permutation(300)[:200]
+    other = SumTable(
+        table.target[chosen] + 300,
+        table.counts[chosen],
+        np.concatenate([sources[row] for row in chosen]),
+    )
+    for each in (table, other):
+        triton_gpu.ordered_sum_(values, each)
+    assert torch.equal(values[table.target[chosen]], values[other.target])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_ordered_sums_of_numbers_that_are_not_finite():
+    values = torch.tensor([float("inf"), float("nan"), 3.0, 7.0, 7.0, 7.0, 7.0])
+    counts, source = np.asarray([0, 1, 2, 2]), np.asarray([2, 0, 2, 1, 2])
+    triton_gpu.ordered_sum_(values, SumTable(np.arange(3, 7), counts, source))
+    assert values[3:5].tolist() == [0.0, 3.0]
+    assert not values[5:].isfinite().any()
+
+
 @pytest.mark.parametrize("entries", [0, 1, 5000])
 @pytest.mark.parametrize("domains", [1, 2, 4])
 def test_norm(domains, entries):
@@ -346,12 +385,15 @@ def test_tables_and_scratch_are_made_once(monkeypatch):
         kind(case, triton_gpu)
     for kind in of_columns:
         kind(columns, triton_gpu)
+    values, sums = torch.zeros(20), sum_table(4, 10, 3, 10)
+    triton_gpu.ordered_sum_(values, sums)
     for name in ("from_numpy", "zeros", "empty", "tensor"):
         monkeypatch.setattr(torch, name, None)
     for kind in kinds:
         kind(case, triton_gpu)
     for kind in of_columns:
         kind(columns, triton_gpu)
+    triton_gpu.ordered_sum_(values, sums)
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ int level = best_level();
 extern "C" {
 
 // Changes with every signature, so that a stale library is noticed.
-EXPORT int adam_mini_abi() { return 4; }
+EXPORT int adam_mini_abi() { return 5; }
 
 EXPORT int adam_mini_level() { return level; }
 
@@ -160,6 +160,11 @@ EXPORT void adam_mini_column_sum_sq(float* sum_sq, const void* grad, int grad_ki
                                     int threads) {
   DISPATCH(column_sum_sq(sum_sq, grad, grad_kind, rectangles, num_rectangles, sums, num_sums,
                          partials, threads));
+}
+
+EXPORT void adam_mini_ordered_sum(float* values, const int32_t* target, const int32_t* bounds,
+                                  const int32_t* source, int64_t rows, int threads) {
+  DISPATCH(ordered_sum(values, target, bounds, source, rows, threads));
 }
 
 EXPORT void adam_mini_norm_partials(double* stats, int64_t domains, const float* sum_sq,

@@ -22,13 +22,14 @@ from megatron_adam_mini.kernels.reference import decide_, norm_scratch
 from megatron_adam_mini.kernels.scalars import StepScalars
 from megatron_adam_mini.plan.column_table import ColumnTable
 from megatron_adam_mini.plan.segment_table import SegmentTable
+from megatron_adam_mini.plan.sum_table import SumTable
 
 __all__ = ["decide_", "norm_scratch"]  # the reference's: next to nothing to compute
 
 NAME = "cpu"
 
 #: What cpu.cpp's adam_mini_abi returns.
-_ABI = 4
+_ABI = 5
 
 #: Elements of one tile: enough to hide its overhead, few enough to balance threads.
 _TILE_NUMEL = 65536
@@ -72,6 +73,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "column_sum_sq": (
         _POINTER, _POINTER, _INT, _POINTER, _INT64, _POINTER, _INT64, _POINTER, _INT,
     ),
+    "ordered_sum": (_POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT),
     "norm_partials": (_POINTER, _INT64, _POINTER, _POINTER, _INT64),
     "segment_step_size": (_POINTER, _POINTER, _POINTER, _INT64, _INT),
     "update": (_POINTER, _POINTER, _INT64, _POINTER, _POINTER, _INT),
@@ -158,6 +160,17 @@ class _ColumnUpdates:
         self.rectangles = self._kept.ctypes.data, len(self._kept)
 
 
+class _Sums:
+    """Positions of one table of sums."""
+
+    def __init__(self, table: SumTable) -> None:
+        self._kept = [
+            positions.astype(np.int32) for positions in (table.target, table.bounds, table.source)
+        ]
+        #: Addresses of targets, bounds and sources.
+        self.addresses = [positions.ctypes.data for positions in self._kept]
+
+
 def segment_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: SegmentTable) -> None:
     """See ``reference.segment_sum_sq_``: squares and lanes in float32, then float64."""
     work = table.derived(_Work)
@@ -181,6 +194,16 @@ def column_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: ColumnTable) -> Non
         *work.rectangles,
         *work.sums,
         work.partials_at,
+        torch.get_num_threads(),
+    )
+
+
+def ordered_sum_(values: Tensor, table: SumTable) -> None:
+    """See ``reference.ordered_sum_``; added in the same order."""
+    library().adam_mini_ordered_sum(
+        _pointer(values, table.num_values),
+        *table.derived(_Sums).addresses,
+        len(table),
         torch.get_num_threads(),
     )
 

@@ -21,6 +21,7 @@ from megatron_adam_mini.kernels.arguments import BufferTensors, SegmentVectors
 from megatron_adam_mini.kernels.scalars import StepScalars
 from megatron_adam_mini.plan.column_table import ColumnTable
 from megatron_adam_mini.plan.segment_table import Run, SegmentTable
+from megatron_adam_mini.plan.sum_table import SumTable
 from megatron_adam_mini.rounding import (
     join,
     noise16,
@@ -64,6 +65,28 @@ def column_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: ColumnTable) -> Non
         total = torch.zeros(count, dtype=torch.float64, device=grad.device)
         total.index_add_(0, entries.to(grad.device) - first, (grad * grad).double())
         sum_sq_SR[first : first + count] = total
+
+
+def ordered_sum_(values: Tensor, table: SumTable) -> None:
+    """Add up positions of a vector: ``values[target] = values[source] + values[source] + ...``.
+
+    Each row of the table is added from left to right in float64, and rounded once, so the same
+    numbers give the same bits on every rank and device, wherever the row stands. (A backend may add
+    in another order, if it is the same for all rows with as many sources.)
+
+    Args:
+        values: float32, modified in place.
+        table: no position is both read and written.
+    """
+    target, bounds, source = (
+        torch.from_numpy(positions).to(values.device)
+        for positions in (table.target, table.bounds, table.source)
+    )
+    total = torch.zeros(len(table), dtype=torch.float64, device=values.device)
+    for number in range(int(table.counts.max(initial=0))):
+        rows = (bounds[:-1] + number < bounds[1:]).nonzero().flatten()
+        total[rows] += values[source[bounds[rows] + number]]
+    values[target] = total.float()
 
 
 def norm_scratch(num_sums: int, num_domains: int, device: torch.device) -> Tensor | None:

@@ -45,6 +45,7 @@ from megatron_adam_mini.kernels.triton_tiles import (
 from megatron_adam_mini.plan.column_table import ColumnTable
 from megatron_adam_mini.plan.partition import IntArray
 from megatron_adam_mini.plan.segment_table import SegmentTable
+from megatron_adam_mini.plan.sum_table import SumTable
 
 NAME = "triton"
 
@@ -59,6 +60,8 @@ NORM_ENTRIES = 2048
 PARTS = 1024
 #: Columns side by side in a program, and elements that it adds up.
 COLUMNS, COLUMN_NUMEL = 256, 32768
+#: Rows of a table of sums per program, and sources of each that are added at once.
+ROWS, SOURCES = 64, 16
 #: Segments whose partial sums a program adds up, so many at once.
 SEGMENTS, TERMS = 32, 32
 
@@ -98,6 +101,21 @@ def column_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: ColumnTable) -> Non
         _launch(
             triton_column_kernels.combine_columns_kernel, len(work.blocks),
             sum_sq_SR, work.partials, work.blocks, TERMS=TERMS, SEGMENTS=SEGMENTS,
+        )  # fmt: skip
+
+
+def ordered_sum_(values: Tensor, table: SumTable) -> None:
+    """Add up positions of a vector; see ``reference.ordered_sum_``.
+
+    In float64; the order depends on the number of sources alone.
+    """
+    if not len(table):
+        return
+    positions = table.derived(_sum_positions, values.device)
+    with _on(values):
+        _launch(
+            triton_kernels.ordered_sum_kernel, -(-len(table) // ROWS),
+            values, *positions, len(table), ROWS=ROWS, SOURCES=SOURCES,
         )  # fmt: skip
 
 
@@ -313,6 +331,12 @@ def _column_updates(table: ColumnTable, vec: int, device: torch.device) -> list[
     """Return elements per access and windows of each launch."""
     found = column_windows(table, vec)
     return [(size, _on_device(tiles, device)) for size, tiles in found.items()]
+
+
+def _sum_positions(table: SumTable, device: torch.device) -> list[Tensor]:
+    """Return targets, bounds and sources, int32."""
+    found = (table.target, table.bounds, table.source)
+    return [torch.from_numpy(positions.astype(np.int32)).to(device) for positions in found]
 
 
 def _on_device(table: IntArray, device: torch.device) -> Tensor:

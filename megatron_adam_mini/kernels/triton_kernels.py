@@ -421,6 +421,28 @@ def update_rows_kernel(
                 )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["num"], do_not_specialize_on_alignment=["values"])
+def ordered_sum_kernel(
+    values, target, bounds, source, num, ROWS: tl.constexpr, SOURCES: tl.constexpr
+):  # fmt: skip
+    """Write the sums of rows of a table; one without sources is zero.
+
+    Source ``i`` of a row is added by lane ``i % SOURCES``, and lanes by a tree.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < num
+    first = tl.load(bounds + row, mask=inside, other=0)
+    count = tl.load(bounds + row + 1, mask=inside, other=0) - first
+    lane = tl.arange(0, SOURCES)[None, :]
+    total = tl.zeros((ROWS, SOURCES), tl.float64)
+    for begin in range(0, tl.max(count, axis=0), SOURCES):
+        mask = begin + lane < count[:, None]
+        at = tl.load(source + (first[:, None] + begin + lane), mask=mask, other=0)
+        total += tl.load(values + at, mask=mask, other=0).to(tl.float64)
+    sums = tl.sum(total, axis=1).to(tl.float32)
+    tl.store(values + tl.load(target + row, mask=inside, other=0), sums, mask=inside)
+
+
 @triton.jit(do_not_specialize=["num"], do_not_specialize_on_alignment=["sum_sq", "domain"])
 def norm_kernel(
     partials, sum_sq, domain, num,

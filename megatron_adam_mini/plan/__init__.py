@@ -5,9 +5,10 @@ May import numpy, the standard library and ``config``.
 Data flow: ``roles`` (name -> what it is) -> ``parameter_info`` (facts about a parameter) ->
 ``partition`` (blocks of one second moment) -> ``manifest`` (the same for users and checkpoints);
 ``partition`` -> ``layout`` (where blocks lie in a rank's slices; ``column_runs``) -> ``reduction``
-and ``column_sums`` (which sums cross ranks) -> ``segment_table`` and ``column_table`` (what kernels
-walk) -> ``buffer_plan`` (slices, state and tables of one buffer) -> ``step_plan`` (all of it for
-one rank) -> ``shares`` (what lies in which memory) -> ``chunks`` (what the host updates at once).
+and ``column_sums`` (which sums cross ranks; ``sum_table``) -> ``segment_table`` and
+``column_table`` (what kernels walk) -> ``buffer_plan`` (slices, state and tables of one buffer) ->
+``step_plan`` (all of it for one rank) -> ``shares`` (what lies in which memory) -> ``chunks`` (what
+the host updates at once). Kernels keep what they make of a table with it (``derived_tables``).
 
 Words, here and in the whole package:
 
@@ -30,7 +31,9 @@ spread block   block of several row segments, or with rows on several tensor-par
 edge           boundary between two slices that cuts a row segment
 column set     rows of a parameter within which each column, an input, is a block
 run            what a slice holds of a row segment of a column set; its columns are segments
-slot           place of a spread block's sum among those that ranks exchange
+place          position of one rank's part of a sum in a vector that ranks add up
+slot           a spread block among those of its domain, and the places of its parts
+values         the rank's sums, then the vectors that collectives work on; one tensor
 domain         the buffers that share one pair of process groups: dense parameters, or experts
 group          process group; a *parameter group* is torch's
 manifest       list of all parameters with their rules and numbers of blocks

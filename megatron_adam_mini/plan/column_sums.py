@@ -1,12 +1,12 @@
 """Which sums of columns cross ranks, as positions in one vector per domain.
 
 Imports numpy, ``layout`` and ``column_runs``. Data flow: segments of all slices of a rank ->
-**ColumnPlan** -> ``column_reduction``, which computes the sums.
+**ColumnPlan** -> ``collectives``, which computes the sums.
 
 Every data-parallel rank may hold rows of every column, and has few numbers for it, one per column
-of each weight. So these sums have no slots (see ``reduction``), of which every rank gathers those
-of all ranks, but a vector with one place per column, the same on all ranks of the domain's groups,
-of which each data-parallel rank adds up a share::
+of each weight. So these sums have no slots (see ``reduction``), with a place for each rank, but a
+vector with one place per column, the same on all ranks of the domain's groups, of which each
+data-parallel rank adds up a share::
 
     columns            0  1  2  3 | 4  5  6  7      two ranks
     partial sums       every rank has some of both halves
@@ -22,43 +22,52 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
 from megatron_adam_mini.plan.column_runs import ColumnRuns, numbers_within
 from megatron_adam_mini.plan.layout import BoolArray, BucketLayout, SliceSegments, crosses_tp
 from megatron_adam_mini.plan.partition import IntArray, ParameterBlocks
+from megatron_adam_mini.plan.sum_table import SumTable, vector_after
 
 
 @dataclass(frozen=True)
 class ColumnPlan:
-    """Positions that one rank needs to complete the sums of a domain's columns.
+    """What completes the sums of a domain's columns on one rank.
 
-    ``S`` counts the segments of all the rank's slices in the domain, one after the other.
+    Positions are in the values of the rank, see ``sum_table``. Vectors are empty where nothing is
+    sent.
 
     Attributes:
         dp_size: ranks that share the slices.
-        tp_size: tensor-parallel ranks.
-        numel: numbers in the vector, a multiple of ``dp_size``; 0: the domain has no columns.
-        segment: all segments that are columns, the first of each place, then the second, ...
-        position: place in the vector of each of them.
-        rounds: parts of these two, one after the other, in which each place occurs at most once.
-        crossing: places of this rank's share, counted in it, to which tensor-parallel ranks add.
+        columns: one place per column, a multiple of ``dp_size``.
+        received: what the all-to-all brings: the shares of all data-parallel ranks.
+        share: what this rank completes; the same as ``columns`` if there is one rank.
+        crossing: copies of those columns of the share to which tensor-parallel ranks add.
+        gathered: those of all tensor-parallel ranks.
+        own: fills ``columns`` with this rank's sums; then comes the all-to-all.
+        over_dp: completes ``share`` and fills ``crossing``; then comes the tensor-parallel gather.
+        over_tp: completes the columns of ``share`` that cross; then comes the data-parallel gather.
+        result: puts the sums of columns in the places of their segments.
+        completed: positions of these segments.
     """
 
     dp_size: int
-    tp_size: int
-    numel: int
-    segment: IntArray
-    position: IntArray
-    rounds: tuple[slice, ...]
-    crossing: IntArray
+    columns: slice
+    received: slice
+    share: slice
+    crossing: slice
+    gathered: slice
+    own: SumTable
+    over_dp: SumTable
+    over_tp: SumTable
+    result: SumTable
+    completed: IntArray
 
     @property
-    def share_numel(self) -> int:
-        """Numbers that each data-parallel rank adds up."""
-        return self.numel // self.dp_size
+    def end(self) -> int:
+        """Position behind all vectors."""
+        return int(self.gathered.stop)
 
 
 def plan_columns(
@@ -68,6 +77,8 @@ def plan_columns(
     *,
     dp_rank: int,
     tp_size: int,
+    first_segment: int = 0,
+    end: int | None = None,
 ) -> ColumnPlan:
     """Plan what completes the sums of one domain's columns.
 
@@ -77,15 +88,25 @@ def plan_columns(
         parameters: all parameters that the placements index.
         dp_rank: this rank's slice.
         tp_size: size of the tensor-parallel group.
+        first_segment: position of the sum of the domain's first segment.
+        end: of all values before the vectors; default: of the segments of ``slices``.
     """
     dp_size = buckets[0].num_slices if buckets else 1
     first_of, crosses = _places(buckets, parameters)
     numel = -(-len(crosses) // dp_size) * dp_size
-    share = numel // dp_size
-    crossing = np.flatnonzero(crosses)
-    first_S = np.cumsum([0, *(held.num_segments for held in slices)])
+    share_numel = numel // dp_size
+    cross = np.flatnonzero(crosses)
+    cross = cross[cross // max(share_numel, 1) == dp_rank] - dp_rank * share_numel
+
+    first_S = first_segment + np.cumsum([0, *(held.num_segments for held in slices)])
+    columns = vector_after(int(first_S[-1]) if end is None else end, numel)
+    received = vector_after(columns.stop, numel if dp_size > 1 else 0)
+    share = vector_after(received.stop, share_numel) if dp_size > 1 else columns
+    crossing = vector_after(max(share.stop, received.stop), len(cross))
+    gathered = vector_after(crossing.stop, tp_size * len(cross))
+
     found = [_positions(held.columns, first_of) for held in slices]
-    segment, position, number = (
+    segment, place, number = (
         np.concatenate([np.empty(0, dtype=np.int64), *values])
         for values in (
             [part[0] + first for part, first in zip(found, first_S[:-1], strict=True)],
@@ -94,15 +115,31 @@ def plan_columns(
         )
     )
     order = np.argsort(number, kind="stable")
-    ends = np.cumsum([0, *np.bincount(number)]).tolist()
+    segment, place = segment[order], place[order]
+    # Sources of each column of the share: what each data-parallel rank sent.
+    sent = received.start + share_numel * np.arange(dp_size if dp_size > 1 else 0, dtype=np.int64)
+    of_share = np.arange(share_numel if dp_size > 1 else 0)
+    of_cross = sent if dp_size > 1 else np.asarray([share.start])
+    of_tp = gathered.start + len(cross) * np.arange(tp_size, dtype=np.int64)
     return ColumnPlan(
         dp_size=dp_size,
-        tp_size=tp_size,
-        numel=numel,
-        segment=segment[order],
-        position=position[order],
-        rounds=tuple(slice(a, b) for a, b in pairwise(ends)),
-        crossing=crossing[crossing // max(share, 1) == dp_rank] - dp_rank * share,
+        columns=columns,
+        received=received,
+        share=share,
+        crossing=crossing,
+        gathered=gathered,
+        own=SumTable.grouped(columns, place, segment),
+        over_dp=SumTable.joined(
+            [
+                SumTable.of_rows(share.start + of_share, of_share[:, None] + sent),
+                SumTable.of_rows(
+                    np.arange(crossing.start, crossing.stop), cross[:, None] + of_cross
+                ),
+            ]
+        ),
+        over_tp=SumTable.of_rows(share.start + cross, np.arange(len(cross))[:, None] + of_tp),
+        result=SumTable.of_rows(segment, columns.start + place[:, None]),
+        completed=segment,
     )
 
 

@@ -1,6 +1,6 @@
 """Runs of rows whose columns are segments: elements of one segment are a row apart.
 
-Imports numpy, ``column_runs`` and ``segment_table``. Data flow: ``buffer_plan`` -> **ColumnTable**
+Imports numpy, ``column_runs`` and ``derived_tables``. Data flow: ``buffer_plan`` -> **ColumnTable**
 -> kernels.
 
 A run of eight elements that begins with the third element of a row of three columns, and one whose
@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_adam_mini.plan.column_runs import numbers_within
+from megatron_adam_mini.plan.derived_tables import DerivedTables
 from megatron_adam_mini.plan.partition import IntArray
-from megatron_adam_mini.plan.segment_table import DerivedTables
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,24 +5,27 @@ Imports numpy and ``layout``. Data flow: segments of all slices of a rank -> **R
 
 A *domain* is a pair of process groups: dense parameters use the data-parallel and the
 tensor-parallel group, experts use their own two. Per step and domain there is at most one
-all-gather in the data-parallel group and one all-reduce in the tensor-parallel group, each
-present only if it completes a block; the plan alone determines this on every rank.
+all-reduce in either group, each present only if it completes a block; the plan alone determines
+this on every rank.
 
-Blocks that data parallelism cuts take an all-gather and a sum in rank order, because replicas of
-one parameter (norms on all tensor-parallel ranks, tied embeddings on two pipeline stages) complete
-their sums in *different* communicators, which may add in different orders: replicas would drift
-apart by one unit in the last place. For the same reason, sums that several communicators need have
-one place per tensor-parallel rank in the all-reduced vector, so the all-reduce only adds zeros to
-them.
+Replicas of one parameter (norms on all tensor-parallel ranks, tied embeddings on two pipeline
+stages) complete their sums in *different* communicators, which may add in different orders:
+replicas would drift apart by one unit in the last place. So an all-reduce only adds zeros, which is
+exact in any order: every rank that holds a part of a block has a *place* of its own in the vector,
+which the others set to zero. After it every rank has all parts, and adds them in the order of
+ranks. Only what a single communicator completes is a plain sum.
 
 A block can be cut in three ways:
 
-* at an *edge*, a boundary between two slices that cuts a row segment. The last segment of the one
-  slice (its *back*) and the first one of the next (its *front*) belong to one block, as do whole
-  slices between them. Every rank contributes the sums of its front and back, for each such bucket.
+* at an *edge*, a boundary between two slices that cuts a row segment. Every slice with elements of
+  it, usually two, has a place.
 * into a *slot*: the block is spread (see ``layout.spread_blocks``): several row segments, or rows
-  on several tensor-parallel ranks. Every rank contributes one sum per slot.
+  on several tensor-parallel ranks. Every slice from the one with its first to the one with its last
+  element on this tensor-parallel rank has a place.
 * by *columns*: tensor parallelism splits the columns of the weight, and each row with them.
+
+So places in the data-parallel group are as many as slices with parts of cut blocks: at most two for
+each boundary, and the slices of a slot. The places of one block are adjacent, in rank order.
 
 Blocks that are columns have a reduction of their own, see ``column_sums``.
 
@@ -38,11 +41,11 @@ holds ``R``, 2 rows of 6 that tensor parallelism does not split; the boundary cu
     segments           4           5       1
     DP rank    |<--------- 0 --------->|<--------- 1 --------->|
 
-    DP group   every rank contributes [front of bucket 1, back of bucket 1, slot of Q]:
-                 dp 0   [  -, 5, 3]          the numbers are segments
-                 dp 1   [  1, -, 0]
-               The all-gather brings the six sums. Back of dp 0 + front of dp 1 is R 1. The two
-               sums of the slot, in rank order, are the half of Q on this tensor-parallel rank.
+    DP group   all-reduce of a vector with the places of R 1, then those of Q:
+                 dp 0   [5, 0, 3, 0]         the numbers are segments, 0 is zero
+                 dp 1   [0, 1, 0, 0]         (its last place is segment 0)
+               Both ranks then have all four parts. The first two, in this order, are R 1, the
+               others the half of Q on this tensor-parallel rank.
     TP group   all-reduce of two vectors, one in the group of each DP rank:
                  dp 0   [P 0, P 1, P 2, Q of tp 0, Q of tp 1]
                  dp 1   [               Q of tp 0, Q of tp 1]
@@ -57,7 +60,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
@@ -66,68 +68,53 @@ from megatron_adam_mini.plan.layout import (
     BucketLayout,
     SliceSegments,
     crosses_tp,
-    cut_boundaries,
+    cut_row_segments,
     row_parallel,
     spread_blocks,
+    spread_elements,
 )
 from megatron_adam_mini.plan.partition import IntArray, ParameterBlocks
+from megatron_adam_mini.plan.sum_table import SumTable, numel_of, vector_after
 
 
 @dataclass(frozen=True)
 class ReductionPlan:
-    """Positions that one rank needs to complete the sums of one domain.
+    """What completes the sums of one domain on one rank.
 
-    ``S`` counts the segments of all the rank's slices in the domain, one after the other. A table
-    holds positions in a source vector, one row per sum; -1 stands for zero.
+    Positions are in the values of the rank, see ``sum_table``.
 
     Attributes:
-        dp_size, tp_size, tp_rank: sizes of the two groups, and this rank in the second.
-        contribution: ``(C, k)`` into the S sums: what this rank contributes to its
-            data-parallel group: front and back of each cut bucket, then one entry per slot.
-        gathers: whether there is an all-gather.
-        dp_target, dp_table: segments that the data-parallel group completes, and ``(n, k)`` into
-            the gathered ``(dp_size * C)`` contributions.
-        tp_plain: segments that a plain sum over the tensor-parallel group completes.
-        tp_exact: segments whose sums must have the same bits in several communicators.
-        tp_slot_table: ``(slots, dp_size)`` into the gathered contributions.
-        tp_target, tp_table: segments completed from the exact part of the all-reduced vector,
-            and ``(n, tp_size)`` into it.
+        dp_size: ranks of the data-parallel group.
+        dp_vector, tp_vector: what either group sums.
+        before_dp: fills the vector of the data-parallel group.
+        between: completes the segments that only data parallelism cuts, and fills the vector of the
+            tensor-parallel group.
+        after_tp: completes the other segments of cut blocks.
+        completed: all of them, ascending.
     """
 
     dp_size: int
-    tp_size: int
-    tp_rank: int
-    contribution: IntArray
-    gathers: bool
-    dp_target: IntArray
-    dp_table: IntArray
-    tp_plain: IntArray
-    tp_exact: IntArray
-    tp_slot_table: IntArray
-    tp_target: IntArray
-    tp_table: IntArray
+    dp_vector: slice
+    tp_vector: slice
+    before_dp: SumTable
+    between: SumTable
+    after_tp: SumTable
+    completed: IntArray
 
     @property
-    def num_contributions(self) -> int:
-        """Numbers that this rank contributes to its data-parallel group per step."""
-        return len(self.contribution)
-
-    @property
-    def completed(self) -> IntArray:
-        """Segments whose own sums are not those of their blocks, ascending."""
-        return np.unique(
-            np.concatenate([self.dp_target, self.tp_plain, self.tp_exact, self.tp_target])
-        )
-
-    @property
-    def num_exact(self) -> int:
-        """Numbers with one place per tensor-parallel rank."""
-        return len(self.tp_exact) + len(self.tp_slot_table)
+    def dp_numel(self) -> int:
+        """Numbers that the data-parallel group sums per step; 0: there is no all-reduce."""
+        return numel_of(self.dp_vector) if self.dp_size > 1 else 0
 
     @property
     def tp_numel(self) -> int:
-        """Numbers in the vector that the tensor-parallel group sums per step."""
-        return len(self.tp_plain) + self.tp_size * self.num_exact
+        """Numbers that the tensor-parallel group sums per step; 0: there is no all-reduce."""
+        return numel_of(self.tp_vector)
+
+    @property
+    def end(self) -> int:
+        """Position behind all vectors."""
+        return int(self.tp_vector.stop)
 
 
 def plan_reduction(
@@ -139,6 +126,8 @@ def plan_reduction(
     tp_rank: int,
     tp_size: int,
     dp_replicas: bool,
+    first_segment: int = 0,
+    end: int | None = None,
 ) -> ReductionPlan:
     """Find the cut blocks of one domain, and plan what completes their sums.
 
@@ -151,76 +140,169 @@ def plan_reduction(
         tp_size: size of the tensor-parallel group.
         dp_replicas: whether ranks in other tensor-parallel groups update the same slice (no
             distributed optimizer, or several instances of it) and must get the same bits.
+        first_segment: position of the sum of the domain's first segment.
+        end: of all values before the vectors; default: of the segments of ``slices``.
     """
-    dp_size = buckets[0].num_slices if buckets else 1
-    slots = _plan_slots(buckets, slices, parameters)
-    edges = _plan_edges(buckets, slices, parameters, slots, dp_rank)
-    columns = _segments_of_split_rows(slices, parameters)
-    # Where the contributions of each data-parallel rank begin among all gathered ones.
-    first_of_rank = (edges.num_edges + slots.num_slots) * np.arange(dp_size, dtype=np.int64)
+    parts = _plan_parts(buckets, slices, parameters, dp_rank)
+    if end is None:
+        end = first_segment + len(parts.own_S)
+    dp_vector = vector_after(end, parts.num_places)
+    dp_cut = np.flatnonzero(parts.own_S >= 0)
+    split_rows = _segments_of_split_rows(slices, parameters)
+    # What the tensor-parallel groups of several data-parallel ranks complete has places.
+    has_places = (parts.own_S[split_rows] >= 0) | dp_replicas
+    plain, exact = split_rows[~has_places], split_rows[has_places]
+    first, counts = _sources_over_tp(
+        parts, plain, exact, (dp_vector.start, first_segment), tp_rank, tp_size
+    )
+    tp_vector = vector_after(dp_vector.stop, len(counts))
+    in_tp = np.flatnonzero(parts.tp_slot_S >= 0)
+    by_dp = np.setdiff1d(dp_cut, np.concatenate([exact, in_tp]))
     return ReductionPlan(
-        dp_size=dp_size,
-        tp_size=tp_size,
-        tp_rank=tp_rank,
-        **_plan_dp(slots, edges, first_of_rank),
-        **_plan_tp(slots, edges, columns, first_of_rank, tp_size=tp_size, replicas=dp_replicas),
+        dp_size=buckets[0].num_slices if buckets else 1,
+        dp_vector=dp_vector,
+        tp_vector=tp_vector,
+        before_dp=SumTable.grouped(dp_vector, parts.own_S[dp_cut], first_segment + dp_cut),
+        between=SumTable.of_ranges(
+            np.concatenate([first_segment + by_dp, np.arange(tp_vector.start, tp_vector.stop)]),
+            np.concatenate([dp_vector.start + parts.first_S[by_dp], first]),
+            np.concatenate([parts.counts_S[by_dp], counts]),
+        ),
+        after_tp=_sums_over_tp(parts, plain, exact, tp_vector, first_segment, tp_size),
+        completed=first_segment + np.union1d(dp_cut, split_rows),
     )
 
 
-def _plan_dp(slots: _Slots, edges: _Edges, first_of_rank: IntArray) -> dict[str, Any]:
-    """Return what this rank contributes to the data-parallel group, and which sums it completes."""
-    chains = _table([[int(first_of_rank[r]) + at for r, at in chain] for chain in edges.chains])
-    # Slots on other tensor-parallel ranks, too, are completed by _plan_tp.
-    segments = np.flatnonzero((slots.slot_S >= 0) & ~slots.is_in_tp_S)
-    from_slots = (edges.num_edges + slots.slot_S[segments])[:, None] + first_of_rank
-    spread_S = np.flatnonzero(slots.slot_S >= 0)
-    offered_slots = _grouped(slots.slot_S[spread_S], spread_S, slots.num_slots)
-    contribution = _stack(_table(edges.offered), offered_slots)
-    return {
-        "contribution": contribution,
-        "gathers": len(first_of_rank) > 1 and len(contribution) > 0,
-        "dp_target": np.concatenate([edges.cut_S, segments]),
-        "dp_table": _stack(chains, from_slots),
-    }
-
-
-def _plan_tp(
-    slots: _Slots,
-    edges: _Edges,
-    columns: IntArray,
-    first_of_rank: IntArray,
-    *,
+def _sources_over_tp(
+    parts: _Parts,
+    plain: IntArray,
+    exact: IntArray,
+    begins: tuple[int, int],
+    tp_rank: int,
     tp_size: int,
-    replicas: bool,
-) -> dict[str, Any]:
-    """Return what the tensor-parallel group adds up: plain sums, then places of each rank's own.
+) -> tuple[IntArray, IntArray]:
+    """Return where the sources of each number in the tensor-parallel group's vector are.
+
+    Plain sums come first, then the places of each rank: of ``exact`` segments, then of slots.
 
     Args:
-        slots: spread blocks.
-        edges: row segments that boundaries cut.
-        columns: segments of rows of which every tensor-parallel rank holds a part.
-        first_of_rank: first of the gathered contributions of each data-parallel rank.
-        tp_size: tensor-parallel ranks.
-        replicas: other tensor-parallel groups complete the very same sums.
-    """
-    # What the tensor-parallel groups of several data-parallel ranks complete.
-    in_several_groups = slots.slot_S >= 0
-    in_several_groups[edges.cut_S] = True
-    is_exact = in_several_groups[columns] | replicas
-    exact = columns[is_exact]
+        parts: of the domain.
+        plain: segments that a plain sum completes.
+        exact: segments with a place for each tensor-parallel rank.
+        begins: of the data-parallel group's vector, and of the segments.
+        tp_rank: whose places get something.
+        tp_size: ranks with places.
 
-    tp_slots = np.flatnonzero(slots.in_tp)
-    num_exact = len(exact) + len(tp_slots)
-    place_of_slot = len(exact) + np.cumsum(slots.in_tp) - 1
-    segments = np.flatnonzero(slots.is_in_tp_S)
-    places = np.concatenate([np.arange(len(exact)), place_of_slot[slots.slot_S[segments]]])
-    return {
-        "tp_plain": columns[~is_exact],
-        "tp_exact": exact,
-        "tp_slot_table": (edges.num_edges + tp_slots)[:, None] + first_of_rank,
-        "tp_target": np.concatenate([exact, segments]),
-        "tp_table": places[:, None] + num_exact * np.arange(tp_size, dtype=np.int64),
-    }
+    Returns:
+        First source and number of sources; none for places of other ranks.
+    """
+    dp_begin, first_segment = begins
+    num_places = len(exact) + len(parts.tp_slots)
+    first, counts = np.zeros((2, len(plain) + tp_size * num_places), dtype=np.int64)
+    first[: len(plain)], counts[: len(plain)] = first_segment + plain, 1
+    begin = len(plain) + tp_rank * num_places
+    own = first[begin : begin + num_places], counts[begin : begin + num_places]
+    # Where data parallelism cuts the block, too: all parts of it on this tensor-parallel rank.
+    cut = parts.own_S[exact] >= 0
+    own[0][: len(exact)] = np.where(cut, dp_begin + parts.first_S[exact], first_segment + exact)
+    own[1][: len(exact)] = np.where(cut, parts.counts_S[exact], 1)
+    own[0][len(exact) :] = dp_begin + parts.first_of_slot[parts.tp_slots]
+    own[1][len(exact) :] = parts.counts_of_slot[parts.tp_slots]
+    return first, counts
+
+
+def _sums_over_tp(
+    parts: _Parts,
+    plain: IntArray,
+    exact: IntArray,
+    tp_vector: slice,
+    first_segment: int,
+    tp_size: int,
+) -> SumTable:
+    """Return what completes segments from the tensor-parallel group's vector."""
+    begin = tp_vector.start + len(plain)
+    num_places = len(exact) + len(parts.tp_slots)
+    in_tp = np.flatnonzero(parts.tp_slot_S >= 0)
+    place = np.concatenate([np.arange(len(exact)), len(exact) + parts.tp_slot_S[in_tp]])
+    of_ranks = begin + num_places * np.arange(tp_size, dtype=np.int64)
+    plain_sums = np.arange(tp_vector.start, begin)[:, None]
+    return SumTable.joined(
+        [
+            SumTable.of_rows(first_segment + plain, plain_sums),
+            SumTable.of_rows(
+                first_segment + np.concatenate([exact, in_tp]), place[:, None] + of_ranks
+            ),
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Places in the vector of the data-parallel group, counted from its begin.
+
+    Attributes:
+        num_places: all of them.
+        own_S: place of each segment, -1 if data parallelism does not cut its block (spread blocks
+            count as cut). Segments of a slot share one.
+        first_S, counts_S: the places of all parts of its block on this tensor-parallel rank.
+        tp_slots: slots with segments on other tensor-parallel ranks.
+        tp_slot_S: number of a segment's slot among these, or -1.
+        first_of_slot, counts_of_slot: the places of all parts of each slot.
+    """
+
+    num_places: int
+    own_S: IntArray
+    first_S: IntArray
+    counts_S: IntArray
+    tp_slots: IntArray
+    tp_slot_S: IntArray
+    first_of_slot: IntArray
+    counts_of_slot: IntArray
+
+
+def _plan_parts(
+    buckets: Sequence[BucketLayout],
+    slices: Sequence[SliceSegments],
+    parameters: Sequence[ParameterBlocks],
+    dp_rank: int,
+) -> _Parts:
+    """Give every part of a cut block a place: those at edges, bucket by bucket, then slots."""
+    slots = _plan_slots(buckets, slices, parameters)
+    own_S = np.full(len(slots.slot_S), -1, dtype=np.int64)
+    first_S, counts_S = np.zeros((2, len(own_S)), dtype=np.int64)
+    num_places = base = 0
+    for bucket, held in zip(buckets, slices, strict=True):
+        first_of_bucket, base = base, base + held.num_segments
+        cut_B = cut_row_segments(bucket, parameters)
+        counts = np.bincount(cut_B[cut_B >= 0]) + 1  # one part more than boundaries
+        first = num_places + np.cumsum(counts) - counts
+        num_places += int(counts.sum())
+        is_spread = slots.slot_S[first_of_bucket:base] >= 0
+        clipped = (held.clipped_left_S | held.clipped_right_S) & ~is_spread
+        for segment in np.flatnonzero(clipped).tolist():
+            # A row segment that fills the slice continues on both sides.
+            number = cut_B[dp_rank - 1 if held.clipped_left_S[segment] else dp_rank]
+            at = first_of_bucket + segment
+            first_S[at], counts_S[at] = first[number], counts[number]
+            own_S[at] = first[number] + np.count_nonzero(cut_B[:dp_rank] == number)
+    spread = np.flatnonzero(slots.slot_S >= 0)
+    of_spread = slots.slot_S[spread]
+    first = num_places + np.cumsum(slots.counts) - slots.counts
+    first_S[spread], counts_S[spread] = first[of_spread], slots.counts[of_spread]
+    own_S[spread] = first[of_spread] + dp_rank - slots.first_slice[of_spread]
+    number = np.where(slots.in_tp, np.cumsum(slots.in_tp) - 1, -1)
+    tp_slot_S = np.full(len(own_S), -1, dtype=np.int64)
+    tp_slot_S[spread] = number[of_spread]
+    return _Parts(
+        num_places + int(slots.counts.sum()),
+        own_S,
+        first_S,
+        counts_S,
+        np.flatnonzero(slots.in_tp),
+        tp_slot_S,
+        first,
+        slots.counts,
+    )
 
 
 @dataclass(frozen=True)
@@ -228,45 +310,15 @@ class _Slots:
     """Spread blocks of a domain, in an order that is the same on all ranks of both groups.
 
     Attributes:
-        in_tp: for each slot, whether its block has segments on other tensor-parallel ranks.
+        in_tp: whether the block has segments on other tensor-parallel ranks.
+        first_slice, counts: the slices from its first to its last element on this one.
         slot_S: slot of each segment, -1 for segments of blocks that are not spread.
     """
 
     in_tp: BoolArray
+    first_slice: IntArray
+    counts: IntArray
     slot_S: IntArray
-
-    @property
-    def num_slots(self) -> int:
-        """Number of slots."""
-        return len(self.in_tp)
-
-    @property
-    def is_in_tp_S(self) -> BoolArray:  # noqa: N802 (shape suffix)
-        """Whether a segment's slot is also on other tensor-parallel ranks."""
-        is_spread = self.slot_S >= 0
-        is_spread[is_spread] = self.in_tp[self.slot_S[is_spread]]
-        return is_spread
-
-
-@dataclass(frozen=True)
-class _Edges:
-    """Row segments that boundaries between slices cut.
-
-    Attributes:
-        offered: segments that this rank contributes: front and back of each cut bucket, or nothing.
-        cut_S: segments whose row segments continue in other slices.
-        chains: for each of them, ``(data-parallel rank, entry of its contribution)`` of all ranks
-            that hold a segment of the same row segment, in rank order.
-    """
-
-    offered: list[list[int]]
-    cut_S: IntArray
-    chains: list[list[tuple[int, int]]]
-
-    @property
-    def num_edges(self) -> int:
-        """Number of fronts and backs that every rank contributes."""
-        return len(self.offered)
 
 
 def _plan_slots(
@@ -275,49 +327,29 @@ def _plan_slots(
     parameters: Sequence[ParameterBlocks],
 ) -> _Slots:
     first_slot: dict[int, int] = {}
+    none = np.empty(0, dtype=np.int64)
     in_tp = [np.empty(0, dtype=np.bool_)]
+    first_slice, counts = [none], [none]
     num_slots = 0
     for bucket in buckets:
         for placement in bucket.placements:
             blocks = parameters[placement.parameter]
-            num_spread = len(spread_blocks(blocks))
-            if num_spread:
-                first_slot[placement.parameter] = num_slots
-                in_tp.append(np.full(num_spread, crosses_tp(blocks)))
-                num_slots += num_spread
+            first, end = spread_elements(blocks)
+            if not len(first):
+                continue
+            first_slot[placement.parameter] = num_slots
+            num_slots += len(first)
+            in_tp.append(np.full(len(first), crosses_tp(blocks)))
+            first_slice.append((placement.start + first) // bucket.slice_numel)
+            last_slice = (placement.start + end - 1) // bucket.slice_numel
+            counts.append(np.where(first < end, last_slice + 1 - first_slice[-1], 0))
     slot_S = [_slots_of(held, parameters, first_slot) for held in slices]
-    return _Slots(np.concatenate(in_tp), np.concatenate([np.empty(0, dtype=np.int64), *slot_S]))
-
-
-def _plan_edges(
-    buckets: Sequence[BucketLayout],
-    slices: Sequence[SliceSegments],
-    parameters: Sequence[ParameterBlocks],
-    slots: _Slots,
-    dp_rank: int,
-) -> _Edges:
-    offered: list[list[int]] = []
-    cut: list[int] = []
-    chains: list[list[tuple[int, int]]] = []
-    base = 0
-    for bucket, held in zip(buckets, slices, strict=True):
-        first_of_bucket, base = base, base + held.num_segments
-        # Every rank contributes front and back of such a bucket, even if they are empty: the
-        # vectors of an all-gather have equal length.
-        if not cut_boundaries(bucket, parameters).any():
-            continue
-        front_at, back_at = len(offered), len(offered) + 1
-        offered += [[], []]
-        not_spread = slots.slot_S[first_of_bucket:base] < 0
-        clipped = (held.clipped_left_S | held.clipped_right_S) & not_spread
-        for segment in np.flatnonzero(clipped).tolist():
-            # A row segment that fills the slice continues on both sides; it counts as a front.
-            entry = front_at if held.clipped_left_S[segment] else back_at
-            offered[entry].append(first_of_bucket + segment)
-            cut.append(first_of_bucket + segment)
-            first, last = _ranks_of_segment(bucket, held, parameters, segment, dp_rank)
-            chains.append([(first, back_at)] + [(r, front_at) for r in range(first + 1, last + 1)])
-    return _Edges(offered, np.asarray(cut, dtype=np.int64), chains)
+    return _Slots(
+        np.concatenate(in_tp),
+        np.concatenate(first_slice),
+        np.concatenate(counts),
+        np.concatenate([none, *slot_S]),
+    )
 
 
 def _segments_of_split_rows(
@@ -331,41 +363,6 @@ def _segments_of_split_rows(
     no_flags = np.empty(0, dtype=np.bool_)
     is_column_S = np.concatenate([no_flags, *(held.is_column_S for held in slices)])
     return np.flatnonzero(is_split[parameter_S] & ~is_column_S)
-
-
-def _table(rows: Sequence[Sequence[int]]) -> IntArray:
-    width = max([len(row) for row in rows] + [1])
-    table = np.full((len(rows), width), -1, dtype=np.int64)
-    for index, row in enumerate(rows):
-        table[index, : len(row)] = row
-    return table
-
-
-def _stack(above: IntArray, below: IntArray) -> IntArray:
-    """Put one table below another; the narrower one is padded with -1.
-
-    A table without rows does not count: its width would add empty columns.
-    """
-    width = max((table.shape[1] for table in (above, below) if len(table)), default=1)
-    return np.concatenate(
-        [
-            np.pad(table, ((0, 0), (0, width - table.shape[1])), constant_values=-1)
-            for table in (above, below)
-            if len(table)
-        ]
-        or [np.empty((0, width), dtype=np.int64)]
-    )
-
-
-def _grouped(rows: IntArray, values: IntArray, num_rows: int) -> IntArray:
-    """Return a table with ``values[i]`` in row ``rows[i]``, in their original order."""
-    order = np.argsort(rows, kind="stable")
-    counts = np.bincount(rows, minlength=num_rows)
-    width = max(int(counts.max(initial=0)), 1)
-    table = np.full((num_rows, width), -1, dtype=np.int64)
-    column = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-    table[rows[order], column] = values[order]
-    return table
 
 
 def _slots_of(
@@ -384,22 +381,3 @@ def _slots_of(
         is_spread = np.isin(held.block_S[begin:end], spread)
         found[begin:end] = np.where(is_spread, first_slot[parameter] + index, -1)
     return found
-
-
-def _ranks_of_segment(
-    bucket: BucketLayout,
-    held: SliceSegments,
-    parameters: Sequence[ParameterBlocks],
-    segment: int,
-    dp_rank: int,
-) -> tuple[int, int]:
-    """Return the first and last slice that hold elements of a row segment."""
-    begin = dp_rank * bucket.slice_numel + int(held.start_S[segment])
-    (placement,) = bucket.overlapping(begin, begin + 1)
-    blocks = parameters[placement.parameter]
-    assert blocks.pattern is not None
-    low, high = blocks.pattern.row_bounds(held.row_segment_S[segment : segment + 1])
-    offset, width = blocks.info.row_offset, blocks.info.row_numel
-    first = placement.start + max(0, (int(low[0]) - offset) * width)
-    last = placement.start + min(blocks.info.numel, (int(high[0]) - offset) * width) - 1
-    return first // bucket.slice_numel, last // bucket.slice_numel

@@ -1,23 +1,20 @@
 """The segments of one buffer as a table for the kernels.
 
-Imports numpy. Data flow: ``buffer_plan`` -> **SegmentTable** -> kernels, which derive their launch
-tables from it.
+Imports numpy and ``derived_tables``. Data flow: ``buffer_plan`` -> **SegmentTable** -> kernels,
+which derive their launch tables from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_adam_mini.plan.derived_tables import DerivedTables
 from megatron_adam_mini.plan.partition import IntArray
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,22 +52,6 @@ class Run:
         """Positions of the same elements in the state."""
         start = self.start + self.shift
         return slice(start, start + self.count * self.length)
-
-
-class DerivedTables:
-    """Caches what is made of a table. Its form depends on the backend, so the caller makes it."""
-
-    def derived(self, make: Callable[..., T], *key: Hashable) -> T:
-        """Return ``make(self, *key)``, computed once and cached with the table."""
-        kept: dict[Any, Any] = self._derived
-        if (make, key) not in kept:
-            kept[make, key] = make(self, *key)
-        found: T = kept[make, key]
-        return found
-
-    @cached_property
-    def _derived(self) -> dict[Any, Any]:
-        return {}
 
 
 @dataclass(frozen=True, eq=False)

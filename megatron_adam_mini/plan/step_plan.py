@@ -135,14 +135,15 @@ class StepPlan:
     """All integers of one rank's step; made by :func:`plan_step`.
 
     Vectors ``_S`` have one entry per segment of the rank, domain after domain, buffer after
-    buffer; in vectors ``_SR`` one entry per element range follows.
+    buffer; in vectors ``_SR`` one entry per element range follows. The *values* of the rank are a
+    vector of sums ``_SR``, and behind it what collectives of all domains work on.
 
     Attributes:
         parameters: all parameters of the rank.
         domains: dense, then experts if there are any.
         buffers: those of all domains.
         reductions, columns: what completes sums; one per domain.
-        domain_segments: for each domain, its part of the vectors ``_S``.
+        num_values: length of the values.
         is_cut_S: whether the segment's block is cut; columns count as cut.
         block_numel_S: elements of the segment's whole block, over all ranks.
         parameter_SR: index of the parameter.
@@ -154,7 +155,7 @@ class StepPlan:
     buffers: tuple[BufferPlan, ...]
     reductions: tuple[ReductionPlan, ...]
     columns: tuple[ColumnPlan, ...]
-    domain_segments: tuple[slice, ...]
+    num_values: int
     is_cut_S: BoolArray
     block_numel_S: IntArray
     parameter_SR: IntArray
@@ -190,10 +191,10 @@ class StepPlan:
                 )
             if len(buffer.uncut) + len(buffer.cut) != len(buffer.segments):
                 raise ValueError(f"Adam-mini's plan for buffer {number} updates a segment twice.")
-        for reduction, here in zip(self.reductions, self.domain_segments, strict=True):
-            completed = reduction.completed
-            if len(completed) and completed[-1] >= here.stop - here.start:
-                raise ValueError("Adam-mini's plan completes sums that the domain does not have.")
+        completed = [plan.completed for plan in self.reductions]
+        for positions in [*completed, *(plan.completed for plan in self.columns)]:
+            if positions.max(initial=-1) >= self.num_segments:
+                raise ValueError("Adam-mini's plan completes sums that the rank does not have.")
 
     @property
     def num_segments(self) -> int:
@@ -334,35 +335,42 @@ def plan_step(parameters: Sequence[ParameterBlocks], domains: Sequence[DomainLay
         [segment_slice(bucket, parameters, domain.dp_rank) for bucket in domain.buckets]
         for domain in domains
     ]
-    reductions = tuple(
-        plan_reduction(
-            domain.buckets,
-            domain_parts,
-            parameters,
-            dp_rank=domain.dp_rank,
-            tp_rank=domain.tp_rank,
-            tp_size=domain.tp_size,
-            dp_replicas=domain.dp_replicas,
-        )
-        for domain, domain_parts in zip(domains, parts, strict=True)
-    )
-    columns = tuple(
-        plan_columns(
-            domain.buckets,
-            domain_parts,
-            parameters,
-            dp_rank=domain.dp_rank,
-            tp_size=domain.tp_size,
-        )
-        for domain, domain_parts in zip(domains, parts, strict=True)
-    )
+    every = [held for domain_parts in parts for held in domain_parts]
     sizes = [sum(held.num_segments for held in domain_parts) for domain_parts in parts]
     ends = np.cumsum([0, *sizes]).tolist()
-    domain_segments = tuple(slice(a, b) for a, b in pairwise(ends))
+    num_values = ends[-1] + sum(held.num_ranges for held in every)
+    reductions: list[ReductionPlan] = []
+    columns: list[ColumnPlan] = []
+    for domain, domain_parts, first_segment in zip(domains, parts, ends[:-1], strict=True):
+        reductions.append(
+            plan_reduction(
+                domain.buckets,
+                domain_parts,
+                parameters,
+                dp_rank=domain.dp_rank,
+                tp_rank=domain.tp_rank,
+                tp_size=domain.tp_size,
+                dp_replicas=domain.dp_replicas,
+                first_segment=first_segment,
+                end=num_values,
+            )
+        )
+        columns.append(
+            plan_columns(
+                domain.buckets,
+                domain_parts,
+                parameters,
+                dp_rank=domain.dp_rank,
+                tp_size=domain.tp_size,
+                first_segment=first_segment,
+                end=reductions[-1].end,
+            )
+        )
+        num_values = columns[-1].end
     is_cut_S = np.zeros(ends[-1], dtype=np.bool_)
-    for here, reduction, of_columns in zip(domain_segments, reductions, columns, strict=True):
-        is_cut_S[here.start + reduction.completed] = True
-        is_cut_S[here.start + of_columns.segment] = True
+    for rows, of_columns in zip(reductions, columns, strict=True):
+        is_cut_S[rows.completed] = True
+        is_cut_S[of_columns.completed] = True
 
     buffers: list[BufferPlan] = []
     first = Entries(segment=0, element_range=ends[-1], element=0)
@@ -379,7 +387,6 @@ def plan_step(parameters: Sequence[ParameterBlocks], domains: Sequence[DomainLay
             )
             buffers.append(plan)
 
-    every = [held for domain_parts in parts for held in domain_parts]
     none = np.empty(0, dtype=np.int64)
     parameter_SR = np.concatenate(
         [none, *(held.parameter_S for held in every), *(held.parameter_R for held in every)]
@@ -388,9 +395,9 @@ def plan_step(parameters: Sequence[ParameterBlocks], domains: Sequence[DomainLay
         parameters=tuple(parameters),
         domains=tuple(domains),
         buffers=tuple(buffers),
-        reductions=reductions,
-        columns=columns,
-        domain_segments=domain_segments,
+        reductions=tuple(reductions),
+        columns=tuple(columns),
+        num_values=num_values,
         is_cut_S=is_cut_S,
         block_numel_S=np.concatenate([none, *(held.block_numel_S for held in every)]),
         parameter_SR=parameter_SR,

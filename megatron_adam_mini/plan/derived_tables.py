@@ -1,0 +1,28 @@
+"""What a backend makes of a table of integers, kept with the table.
+
+Imports nothing. Data flow: SegmentTable, ColumnTable, SumTable -> **DerivedTables** -> kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import cached_property
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class DerivedTables:
+    """Caches what is made of a table. Its form depends on the backend, so the caller makes it."""
+
+    def derived(self, make: Callable[..., T], *key: Hashable) -> T:
+        """Return ``make(self, *key)``, computed once and cached with the table."""
+        kept: dict[Any, Any] = self._derived
+        if (make, key) not in kept:
+            kept[make, key] = make(self, *key)
+        found: T = kept[make, key]
+        return found
+
+    @cached_property
+    def _derived(self) -> dict[Any, Any]:
+        return {}
