@@ -966,6 +966,6 @@ def signatures(backend: ModuleType) -> dict[str, inspect.Signature]:
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "auto"])
 def test_every_backend_has_every_kernel(name):
     backend = select_backend(name, torch.device("cuda" if name == "triton" else "cpu"))
-    assert len(signatures(reference)) == 9
+    assert len(signatures(reference)) == 10
     assert signatures(backend) == signatures(reference)
     assert name == backend.NAME
