@@ -5,7 +5,7 @@
 The optimizer runs on tensors without memory (torch's ``meta`` device) with the Triton wrappers, and
 every launch is recorded instead of done: Triton's, torch's own small kernels and copies, and
 collectives. What is counted is ``AdamMini``'s step with clipping, from reduced gradients to new
-weights, and the read of the decision; Megatron's own collectives and the zeroing of gradients are
+weights, and the copy of the decision; Megatron's own collectives and the zeroing of gradients are
 not. On a GPU, NCCL may turn one collective into several launches, and torch some of its operations.
 """
 
@@ -164,7 +164,7 @@ def count_launches(plan: StepPlan, options: AdamMiniConfig | None = None) -> Lau
         sum(n for name, n in names.items() if name.startswith(kind)) for kind in ("triton", "dist")
     )
     if not optimizer.config.single_phase:
-        recorder.names["read of the decision"] = 1
+        recorder.names["copy of the decision"] = 1
     return Launches(own, sum(recorder.names.values()), collectives, names + recorder.names)
 
 

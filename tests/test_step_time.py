@@ -132,7 +132,7 @@ def test_launches_are_those_of_a_gpu_or_fewer(name: str, uncounted: int) -> None
     assert row is not None
     profiled = int(row[0].split("|")[10])
     found = count_launches(*alone(name))
-    read = found.names["read of the decision"]
+    read = found.names["copy of the decision"]
     assert 0 < found.triton + found.torch - read + uncounted <= profiled
     assert (found.collectives, read) == ((0, 0) if name == "single phase" else (1, 1))
 
