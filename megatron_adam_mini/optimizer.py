@@ -419,7 +419,9 @@ class AdamMini:
         self._write_scalars(1.0)
         scalars.send()
         means = vectors._replace(inv_numel_S=torch.ones_like(self._inv_numel_S))
-        kernels.segment_step_size_(means, scalars)
+        kernels.segment_step_size_(means, scalars, self._uncut)
+        if self._cut is not None:
+            kernels.segment_step_size_(means, scalars, self._cut)
         self._write_scalars(decision.grad_scale)
         scalars.send()
         if self._host is not None:

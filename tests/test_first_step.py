@@ -16,6 +16,7 @@ from megatron_adam_mini.exchange import alone
 from megatron_adam_mini.kernels import cpu, reference
 from megatron_adam_mini.kernels.toolchain import describe_toolchain
 from megatron_adam_mini.optimizer import AdamMini
+from megatron_adam_mini.overlapped_sums import Bucket, OverlappedSums
 from tests.megatron_job import Job, Trainer
 from tests.ranks import RankError, run_ranks
 from tests.warm_up import HALF_ON_THE_HOST, MODES, assert_unchanged, lasting, make_rank
@@ -55,6 +56,27 @@ def check_with_state_on_the_host() -> None:
     check_launches(HALF_ON_THE_HOST)
 
 
+def test_sums_behind_the_first_backward_pass_make_no_tables() -> None:
+    run_ranks(1, check_tables_of_overlapped_sums)
+
+
+def check_tables_of_overlapped_sums() -> None:
+    optimizer = make_rank("columns", "cpu")
+    plan, buffers = optimizer.plan, optimizer.buffers
+    late = [blocks.info.role == "embedding" for blocks in plan.parameters]
+    sums = OverlappedSums(plan, buffers, cpu, late, device=optimizer.device)
+    optimizer.overlapped_sums = sums
+    for buffer in buffers:
+        buffer.grad.nan_to_num_()
+    optimizer.warm_up(clip_grad=1.0)
+    buckets = [Bucket(n, i) for n, b in enumerate(plan.buffers) for i in range(len(b.slices))]
+    with without_new_tables():
+        sums.take(buckets, lambda: None)
+        sums.complete(range(len(buffers)))
+        take_step(optimizer)
+    assert sums.used == len(buckets)
+
+
 def check_what_is_written(mode: str, backend: str) -> None:
     optimizer = make_rank(mode, backend)
     before = lasting(optimizer)
@@ -66,14 +88,20 @@ def check_tables(mode: str) -> None:
     optimizer = make_rank(mode, "cpu")
     optimizer.warm_up(clip_grad=1.0)
     before = lasting(optimizer)
+    with without_new_tables():
+        take_step(optimizer)
+    with pytest.raises(AssertionError):  # it was a step, so these tests can fail
+        assert_unchanged(optimizer, before)
+
+
+@contextmanager
+def without_new_tables() -> Iterator[None]:
     with (
         patch.object(cpu._Work, "__init__", None),
         patch.object(cpu._ColumnSums, "__init__", None),
         patch.object(cpu._ColumnUpdates, "__init__", None),
     ):
-        take_step(optimizer)
-    with pytest.raises(AssertionError):  # it was a step, so these tests can fail
-        assert_unchanged(optimizer, before)
+        yield
 
 
 def check_launches(mode: str) -> None:
@@ -95,7 +123,8 @@ def take_step(optimizer: AdamMini) -> None:
     for group in optimizer.main_params.param_groups:
         group["lr"] = 1e-3
     for buffer in optimizer.buffers:
-        buffer.grad.nan_to_num_()
+        if buffer.grad.isnan().any():
+            buffer.grad.nan_to_num_()
     with alone(), torch.no_grad():
         if optimizer.config.single_phase:
             optimizer.sum_squares_of_cut_blocks()

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.estimate.buckets import stage_blocks
+from megatron_adam_mini.estimate.models import MODELS
+from megatron_adam_mini.estimate.parallel import Parallel
 from megatron_adam_mini.plan import manifest as plan_manifest
 from megatron_adam_mini.plan import parameter_info
 from megatron_adam_mini.plan.manifest import MAX_UNKNOWN_SHARE, manifest_of, unknown_problem
@@ -73,6 +76,12 @@ def test_what_is_elementwise_by_the_preset_is_not_unknown() -> None:
 def test_vectors_do_not_count() -> None:
     """As of adapters with a magnitude: by row they would keep as many second moments."""
     assert problem({"decoder.layers.0.adapter.weight_magnitude": (5000,)}) is None
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_the_planner_are_known(name: str) -> None:
+    chunks = stage_blocks(MODELS[name], Parallel(), AdamMiniConfig(), pp_rank=0)
+    assert all(blocks.info.role != "unknown" for chunk in chunks for blocks in chunk)
 
 
 # In a run.
