@@ -17,6 +17,7 @@ from megatron_adam_mini.kernels import cpu, reference
 from megatron_adam_mini.kernels.toolchain import describe_toolchain
 from megatron_adam_mini.optimizer import AdamMini
 from megatron_adam_mini.overlapped_sums import Bucket, OverlappedSums
+from megatron_adam_mini.plan.derived_tables import DerivedTables
 from tests.megatron_job import Job, Trainer
 from tests.ranks import RankError, run_ranks
 from tests.warm_up import HALF_ON_THE_HOST, MODES, assert_unchanged, lasting, make_rank
@@ -96,10 +97,8 @@ def check_tables(mode: str) -> None:
 
 @contextmanager
 def without_new_tables() -> Iterator[None]:
-    with (
-        patch.object(cpu._Work, "__init__", None),
-        patch.object(cpu._ColumnSums, "__init__", None),
-        patch.object(cpu._ColumnUpdates, "__init__", None),
+    with patch.object(
+        DerivedTables, "derived", lambda table, *made: table._derived[made[0], made[1:]]
     ):
         yield
 
