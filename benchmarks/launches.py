@@ -135,6 +135,29 @@ def rank_plan(
 
 def count_launches(plan: StepPlan, options: AdamMiniConfig | None = None) -> Launches:
     """Count the launches of a step that is neither the first one nor skipped."""
+    optimizer = without_memory(plan, options)
+    names: Counter[str] = Counter()
+
+    def launch(kernel: Any, programs: int, *_: Any, **__: Any) -> None:
+        if programs:
+            names[f"triton {kernel.fn.__name__}"] += 1
+
+    with alone(optimizer, names), patch.object(optimizer.kernels, "_launch", launch):
+        step(optimizer)  # makes the launch tables
+        names.clear()
+        recorder = Recorder()
+        with recorder:
+            step(optimizer)
+    own, collectives = (
+        sum(n for name, n in names.items() if name.startswith(kind)) for kind in ("triton", "dist")
+    )
+    if not optimizer.config.single_phase:
+        recorder.names["copy of the decision"] = 1
+    return Launches(own, sum(recorder.names.values()), collectives, names + recorder.names)
+
+
+def without_memory(plan: StepPlan, options: AdamMiniConfig | None = None) -> AdamMini:
+    """Return an optimizer on tensors without memory, with Triton's kernels."""
     from megatron_adam_mini.kernels import triton_gpu
 
     buffers = [
@@ -144,7 +167,7 @@ def count_launches(plan: StepPlan, options: AdamMiniConfig | None = None) -> Lau
     ]
     decays = [int(len(blocks.info.shape) == 1) for blocks in plan.parameters]
     with patch("megatron_adam_mini.optimizer.select_backend", lambda *_: triton_gpu):
-        optimizer = AdamMini(
+        return AdamMini(
             plan,
             options or AdamMiniConfig(),
             buffers,
@@ -153,28 +176,11 @@ def count_launches(plan: StepPlan, options: AdamMiniConfig | None = None) -> Lau
             decays,
             device=_META,
         )
-    names: Counter[str] = Counter()
-    with _recorded(optimizer, triton_gpu, names):
-        _step(optimizer)  # makes the launch tables
-        names.clear()
-        recorder = Recorder()
-        with recorder:
-            _step(optimizer)
-    own, collectives = (
-        sum(n for name, n in names.items() if name.startswith(kind)) for kind in ("triton", "dist")
-    )
-    if not optimizer.config.single_phase:
-        recorder.names["copy of the decision"] = 1
-    return Launches(own, sum(recorder.names.values()), collectives, names + recorder.names)
 
 
 @contextmanager
-def _recorded(optimizer: AdamMini, backend: Any, names: Counter[str]) -> Iterator[None]:
-    """Let Triton's launches and collectives be counted, and not done."""
-
-    def launch(kernel: Any, programs: int, *_: Any, **__: Any) -> None:
-        if programs:
-            names[f"triton {kernel.fn.__name__}"] += 1
+def alone(optimizer: AdamMini, names: Counter[str]) -> Iterator[None]:
+    """Let the optimizer step without other ranks; collectives are counted, and not done."""
 
     def collective(name: str) -> Any:
         def call(*_: Any, **__: Any) -> _Done:
@@ -188,8 +194,7 @@ def _recorded(optimizer: AdamMini, backend: Any, names: Counter[str]) -> Iterato
     used = ("all_reduce", "all_gather_into_tensor", "all_to_all_single")
     with (
         patch.object(optimizer.main_params, "attach", lambda: state),
-        patch.object(backend, "_launch", launch),
-        patch.object(backend, "_on", lambda _: nullcontext()),
+        patch.object(optimizer.kernels, "_on", lambda _: nullcontext()),
         patch.object(distributed, "is_initialized", lambda: True),
         patch.multiple(distributed, **{name: collective(name) for name in used}),
     ):
@@ -197,7 +202,8 @@ def _recorded(optimizer: AdamMini, backend: Any, names: Counter[str]) -> Iterato
 
 
 @torch.no_grad()
-def _step(optimizer: AdamMini) -> None:
+def step(optimizer: AdamMini) -> None:
+    """Take a step with clipping, unless the optimizer is of a single phase."""
     if optimizer.config.single_phase:
         optimizer.sum_squares_of_cut_blocks()
         optimizer.update(Decision())

@@ -1,7 +1,8 @@
 """Launches of a step, and its time on paper, as tables; ``plan_scale`` prints them.
 
-``launches``: what a step launches by kind, counted without a GPU (see ``benchmarks.launches``), for
-the plans by which the goal of 20 is judged, and three further ones.
+``launches``: what a step launches by kind, counted without a GPU (see ``benchmarks.launches``), and
+the milliseconds that the host needs for it (see ``host_time``), for the plans by which the goals of
+20 and 0.5 ms are judged, and three further ones.
 
 ``step``, made by a model (see ``step_time``), not by measurement:
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks import step_time
+from benchmarks.host_time import host_seconds
 from benchmarks.large_layouts import Case, layout_of, parallel_of
 from benchmarks.launches import count_launches, rank_plan
 from megatron_adam_mini.config import AdamMiniConfig
@@ -33,7 +35,10 @@ _STEPS = {
 }
 _RESULTS = Path(__file__).parent / "results" / "2026-11-28-gpu.md"
 
-LAUNCHES_HEAD = ["model", "TP x PP x DP (EP)", "remark", "Triton", "torch", "collectives", "all"]
+LAUNCHES_HEAD = [
+    *("model", "TP x PP x DP (EP)", "remark"),
+    *("Triton", "torch", "collectives", "all", "host ms"),
+]
 
 
 def launch_cases() -> list[Case]:
@@ -66,7 +71,8 @@ def launch_row(case: Case) -> list[str]:
     )
     found = count_launches(plan, case.options)
     numbers = (found.triton, found.torch, found.collectives, found.total)
-    return [case.name, layout_of(case.parallel), case.remark, *map(str, numbers)]
+    host = f"{1e3 * host_seconds(plan, case.options):.2f}"
+    return [case.name, layout_of(case.parallel), case.remark, *map(str, numbers), host]
 
 
 STEP_HEAD = [
