@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.convert import from_adam
 from megatron_adam_mini.estimate.buckets import stage_blocks
 from megatron_adam_mini.estimate.models import MODELS
 from megatron_adam_mini.estimate.parallel import Parallel
@@ -82,6 +83,15 @@ def test_vectors_do_not_count() -> None:
 def test_models_of_the_planner_are_known(name: str) -> None:
     chunks = stage_blocks(MODELS[name], Parallel(), AdamMiniConfig(), pp_rank=0)
     assert all(blocks.info.role != "unknown" for chunk in chunks for blocks in chunk)
+
+
+def test_a_conversion_says_what_the_run_will(caplog: pytest.LogCaptureFixture) -> None:
+    info = ParameterInfo.of(KERNEL.format(0), (50, 50), lambda _: None)
+    for config, warned in ((AdamMiniConfig(), 1), (AdamMiniConfig(full_v=("*.kernel",)), 0)):
+        caplog.clear()
+        from_adam._identity({info.name: partition_parameter(info, config)}, config, None)
+        assert len(caplog.messages) == warned
+        assert all("would refuse to start: Weights that" in text for text in caplog.messages)
 
 
 # In a run.
