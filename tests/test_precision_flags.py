@@ -70,7 +70,10 @@ IN_BF16 = "--grad-reduce-in-bf16 --ddp-reduce-scatter-with-fp32-accumulation"
 @pytest.mark.parametrize(
     ("flags", "same"),
     {
-        "bf16 gradients": (f"{AWARE} --main-grads-dtype bf16", "--grad-reduce-in-bf16"),
+        "bf16 gradients": (
+            f"{AWARE} --main-grads-dtype bf16 --exp-avg-sq-dtype bf16",
+            "--grad-reduce-in-bf16",
+        ),
         "bf16 gradients, summed in float32": (f"{LEAN} {IN_BF16}", ""),
     }.values(),
     ids=["bf16 gradients", "bf16 gradients, summed in float32"],
@@ -84,6 +87,8 @@ def test_gradients_in_bf16_through_the_training_loop(data: str, flags: str, same
         return seen
 
     found = go(flags)
+    said = [[text for text in one.warnings if "keeps v in float32" in text] for one in found]
+    assert [len(texts) for texts in said] == [int("--exp-avg-sq-dtype" in flags), 0, 0, 0]
     weights = found[0].end["weights"]
     for one in found[1:]:
         assert all((one.end["weights"][name] == values).all() for name, values in weights.items())

@@ -31,7 +31,11 @@ from megatron_adam_mini.mcore.chained_optimizer import AdamMiniChainedOptimizer
 from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
 from megatron_adam_mini.mcore.first_step import prepare_first_step
 from megatron_adam_mini.mcore.grad_sync import overlap_sums
-from megatron_adam_mini.mcore.low_precision import ignored_dtype, plain_config, storage_options
+from megatron_adam_mini.mcore.low_precision import (
+    plain_config,
+    report_ignored_dtype,
+    storage_options,
+)
 from megatron_adam_mini.mcore.metrics import observe
 from megatron_adam_mini.mcore.noise_report import refuse_unmeasurable
 from megatron_adam_mini.mcore.param_info import collect_parameters, frozen_keys
@@ -141,7 +145,8 @@ def build_optimizer(
     optimizer = on_all_ranks(make, "Adam-mini could not allocate its state or prepare a step")
     observe(optimizer)
     follow(optimizer)
-    _report(optimizer, options, ignored_dtype(config))
+    report_ignored_dtype(config)
+    _report(optimizer, options)
     return AdamMiniChainedOptimizer(optimizer)
 
 
@@ -435,17 +440,9 @@ def _gather_manifest(
     )
 
 
-def _report(
-    optimizer: AdamMiniOptimizer, options: AdamMiniConfig, ignored_v_dtype: str | None
-) -> None:
+def _report(optimizer: AdamMiniOptimizer, options: AdamMiniConfig) -> None:
     if distributed.get_rank() != 0:
         return
-    if ignored_v_dtype:
-        logger.warning(
-            "Adam-mini keeps v in float32, not in %s (exp_avg_sq_dtype): it is one number per "
-            "block, and takes next to nothing.",
-            ignored_v_dtype,
-        )
     manifest = optimizer.manifest
     by_rule: dict[tuple[str, str], list[int]] = {}
     for entry in manifest["parameters"]:

@@ -80,10 +80,20 @@ def storage_options(
     return replace(options, **asked)
 
 
-def ignored_dtype(source: Any) -> str | None:
-    """Return the dtype that the config wants for v and does not get, ``None`` if it is float32."""
+def report_ignored_dtype(source: Any) -> None:
+    """Log on the first rank that v does not get the dtype that arguments or config want for it."""
     dtype = dtype_name(getattr(source, "exp_avg_sq_dtype", "fp32"))
-    return None if dtype == "fp32" else dtype
+    if dtype != "fp32" and _is_first_rank():
+        _report_ignored(dtype)
+
+
+@functools.cache  # once: Megatron makes a config from the same arguments several times
+def _report_ignored(dtype: str) -> None:
+    logger.warning(
+        "Adam-mini keeps v in float32, not in %s (exp_avg_sq_dtype): it is one number per block, "
+        "and takes next to nothing.",
+        dtype,
+    )
 
 
 def report_other_storage(saved: Mapping[str, Any] | None, options: AdamMiniConfig) -> None:
@@ -96,7 +106,7 @@ def report_other_storage(saved: Mapping[str, Any] | None, options: AdamMiniConfi
         options: of this run.
     """
     own = options.storage_fields()
-    if saved is None or saved == own or (distributed.is_initialized() and distributed.get_rank()):
+    if saved is None or saved == own or not _is_first_rank():
         return
     loses = saved["exp_avg_dtype"] != own["exp_avg_dtype"] != "fp32"
     logger.warning(
@@ -106,6 +116,10 @@ def report_other_storage(saved: Mapping[str, Any] | None, options: AdamMiniConfi
         _described(own),
         f"is rounded to {own['exp_avg_dtype']} once, now" if loses else "is that of the checkpoint",
     )
+
+
+def _is_first_rank() -> bool:
+    return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 def _described(storage: Mapping[str, Any]) -> str:

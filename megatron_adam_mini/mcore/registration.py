@@ -41,7 +41,7 @@ from megatron_adam_mini.mcore.compat import Hook
 from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
 from megatron_adam_mini.mcore.factory import build_optimizer
 from megatron_adam_mini.mcore.load_guard import wrap_load_common
-from megatron_adam_mini.mcore.low_precision import PLAIN, wrap_config_check
+from megatron_adam_mini.mcore.low_precision import PLAIN, report_ignored_dtype, wrap_config_check
 from megatron_adam_mini.mcore.metrics import (
     wrap_params_norm,
     wrap_state_memory,
@@ -223,6 +223,7 @@ def _wrap_config(original: Callable[..., Any]) -> Callable[..., Any]:
         config, overrides = original(megatrons)
         config.optimizer = OPTIMIZER
         config.adam_mini = config_from_args(args)
+        report_ignored_dtype(args)  # the config has lost it
         return config, overrides
 
     return get_megatron_optimizer_config
