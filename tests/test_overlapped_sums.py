@@ -5,13 +5,16 @@ Bit-equal to a run without, whatever changes gradients between their reduction a
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.megatron_job import Job, Trainer
 from tests.ranks import RankError, run_ranks
@@ -86,12 +89,14 @@ def test_sums_behind_the_backward_pass_change_no_bit(case: str) -> None:
 
 
 def test_the_flag_changes_no_bit_of_a_training_loop(tmp_path: Path) -> None:
+    """Its schedule starts reductions itself, at the same time on all stages."""
     flags = (
-        f"{make_dataset(tmp_path / 'text')} --global-batch-size 4 --overlap-grad-reduce "
-        "--overlap-param-gather --ckpt-format torch"
+        f"{make_dataset(tmp_path / 'text')} --num-layers 4 --global-batch-size 4 "
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
+        "--overlap-grad-reduce --overlap-param-gather --ckpt-format torch"
     )
-    plain = run_ranks(2, train, Run(flags))
-    early = run_ranks(2, train, Run(f"{flags} --adam-mini-overlap-block-sums"))
+    plain = run_ranks(4, train, Run(flags))
+    early = run_ranks(4, train, Run(f"{flags} --adam-mini-overlap-block-sums"))
     for one, other in zip(plain, early, strict=True):
         assert (one.error, other.error) == (None, None)
         assert_same_state(one.end, other.end)
@@ -158,6 +163,78 @@ def test_the_step_takes_sums_again_where_gradients_have_changed() -> None:
         changed, unseen = (text for text in warnings if "--adam-mini-overlap-block-sums" in text)
         assert "changed between their reduction and the step" in changed
         assert "is off from now on" in unseen
+
+
+def late_stream(job: Job) -> tuple[list[Any], list[int], list[int]]:
+    """Train with a stream of sums that works only when the step waits for it.
+
+    Also returns how many buckets had been summed when the backward pass was over.
+    """
+    trainer = Trainer(job)
+    (chunk,), sums = trainer.chunks, trainer.optimizer.inner.overlapped_sums
+    queue: list[Callable[[], None]] = []
+    taken = []
+
+    class Kernels:
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            def call(*args: Any) -> None:
+                assert torch.cuda.current_stream() is sums._stream
+                queue.append(lambda: getattr(trainer.optimizer.inner.kernels, name)(*args))
+
+            return call
+
+    def wait_stream(stream: Any) -> None:
+        if stream is sums._stream:
+            while queue:
+                queue.pop(0)()
+
+    def look_and_finish(**kwargs: Any) -> None:
+        taken.append(len(sums._taken))
+        finish(**kwargs)
+
+    sums._kernels = Kernels()
+    torch.cuda.current_stream().wait_stream = wait_stream  # type: ignore[method-assign]
+    finish, chunk.finish_grad_sync = chunk.finish_grad_sync, look_and_finish
+    bits, used = [], []
+    for step in range(job.steps):
+        _, norm, _ = trainer.step(step)
+        trainer.sync_params()
+        bits.append((norm, state_bits(trainer)))
+        used.append(used_buckets(trainer))
+    return bits, used, taken
+
+
+def test_the_step_waits_for_sums_that_hooks_have_started() -> None:
+    ((plain, _),) = run_ranks(1, run, JOB)
+    ((late, used, taken),) = run_ranks(1, late_stream, overlapped(JOB))
+    assert late == plain
+    # Megatron learns in the first iteration which gradients make a bucket complete.
+    assert taken == [0, *used[1:]]
+    assert min(used) > 3
+
+
+def replaced(job: Job) -> tuple[list[int], bool]:
+    """Build another optimizer for the same chunk, then drop both."""
+    trainer = Trainer(job)
+    (chunk,), first = trainer.chunks, trainer.optimizer
+    trainer.optimizer = trainer._build_optimizer()
+    trainer.step(0)
+    used = [first.inner.overlapped_sums.used, used_buckets(trainer)]
+    seen = weakref.ref(trainer.optimizer.inner.overlapped_sums)
+    del first, trainer.optimizer
+    gc.collect()
+    start = chunk.bucket_groups[0].start_grad_sync
+    assert start.original_of_adam_mini.__func__ is type(chunk.bucket_groups[0]).start_grad_sync
+    chunk.start_grad_sync()
+    chunk.finish_grad_sync()
+    return used, seen() is None
+
+
+def test_the_last_optimizer_of_a_chunk_takes_its_sums() -> None:
+    ((used, gone),) = run_ranks(1, replaced, overlapped(JOB))
+    assert used[0] == 0
+    assert used[1] > 3
+    assert gone
 
 
 def refused(job: Job) -> None:
