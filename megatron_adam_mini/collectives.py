@@ -20,8 +20,8 @@ from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
 from megatron_adam_mini import exchange
+from megatron_adam_mini.plan.ordered_sums import OrderedSums, numel_of
 from megatron_adam_mini.plan.step_plan import StepPlan
-from megatron_adam_mini.plan.sum_table import SumTable, numel_of
 
 T = TypeVar("T")
 
@@ -70,14 +70,14 @@ class Collectives:
         self.sum_sq_SR = self._values[: len(plan.parameter_SR)]
         rows, columns = plan.reductions, plan.columns
         # One table for all domains, so each is one launch.
-        self._own_columns = SumTable.joined([plan.own for plan in columns])
-        self._columns_over_dp = SumTable.joined([plan.over_dp for plan in columns])
-        self._columns_over_tp = SumTable.joined([plan.over_tp for plan in columns])
-        self._before_dp = SumTable.joined(
+        self._own_columns = OrderedSums.joined([plan.own for plan in columns])
+        self._columns_over_dp = OrderedSums.joined([plan.over_dp for plan in columns])
+        self._columns_over_tp = OrderedSums.joined([plan.over_tp for plan in columns])
+        self._before_dp = OrderedSums.joined(
             [plan.result for plan in columns] + [plan.before_dp for plan in rows]
         )
-        self._between = SumTable.joined([plan.between for plan in rows])
-        self._after_tp = SumTable.joined([plan.after_tp for plan in rows])
+        self._between = OrderedSums.joined([plan.between for plan in rows])
+        self._after_tp = OrderedSums.joined([plan.after_tp for plan in rows])
         self._in_flight: list[exchange.Work] = []
 
     def start_(self) -> None:
@@ -130,7 +130,7 @@ class Collectives:
                     values[plan.columns], values[plan.share], group=groups.dp
                 )
 
-    def _sum_(self, table: SumTable) -> None:
+    def _sum_(self, table: OrderedSums) -> None:
         if len(table):
             self.kernels.ordered_sum_(self._values, table)
 

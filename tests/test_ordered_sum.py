@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_adam_mini.kernels import cpu, reference
-from megatron_adam_mini.plan.sum_table import SumTable
+from megatron_adam_mini.plan.ordered_sums import OrderedSums
 
 INF, NAN = float("inf"), float("nan")
 
 
-def table_of(rows: list[tuple[int, list[int]]]) -> SumTable:
+def table_of(rows: list[tuple[int, list[int]]]) -> OrderedSums:
     """Return a table from targets with their sources."""
-    return SumTable(
+    return OrderedSums(
         np.asarray([target for target, _ in rows], dtype=np.int64),
         np.asarray([len(sources) for _, sources in rows], dtype=np.int64),
         np.asarray([at for _, sources in rows for at in sources], dtype=np.int64),
@@ -76,7 +76,7 @@ def test_threads_change_no_bit():
     values = torch.from_numpy(generator.random(1000, dtype=np.float32))
     counts = generator.integers(0, 4, 40_000)
     sources = generator.integers(0, 1000, counts.sum())
-    table = SumTable(1000 + generator.permutation(40_000), counts, sources)
+    table = OrderedSums(1000 + generator.permutation(40_000), counts, sources)
     found = [torch.cat([values, torch.full((40_000,), NAN)]) for _ in range(3)]
     threads = torch.get_num_threads()
     try:

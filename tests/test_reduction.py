@@ -23,9 +23,9 @@ from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.estimate.models import MODELS
 from megatron_adam_mini.kernels import select_backend
 from megatron_adam_mini.plan.layout import BucketLayout, BufferLayout, Placement, spread_elements
+from megatron_adam_mini.plan.ordered_sums import OrderedSums
 from megatron_adam_mini.plan.reduction import ReductionPlan
 from megatron_adam_mini.plan.step_plan import DomainLayout, StepPlan, plan_step
-from megatron_adam_mini.plan.sum_table import SumTable
 from tests.test_layout import Kind, kinds
 
 #: Completed sums against float64. All terms are positive, so relative errors do not grow by
@@ -287,7 +287,7 @@ def check(grid: Grid, outcome: Outcome, *, exact: bool = False) -> None:
             assert owners.max() <= 1
 
 
-def tables_of(plan: ReductionPlan) -> list[SumTable]:
+def tables_of(plan: ReductionPlan) -> list[OrderedSums]:
     return [plan.before_dp, plan.between, plan.after_tp]
 
 
@@ -322,7 +322,7 @@ def example_plan(dp_rank: int, tp_rank: int) -> StepPlan:
     )
 
 
-def rows_of(table: SumTable, plan: ReductionPlan) -> dict[Any, list[Any]]:
+def rows_of(table: OrderedSums, plan: ReductionPlan) -> dict[Any, list[Any]]:
     """Return sources by target: numbers of segments, or ``("dp", place)`` and ``("tp", place)``."""
 
     def name(position: int) -> Any:
@@ -627,8 +627,8 @@ def test_places_of_large_plans_are_few(name, sizes, options):
 
 
 def test_tables_of_sums_whose_rows_depend_on_their_order_are_refused():
-    def table(target: list[int], counts: list[int], source: list[int]) -> SumTable:
-        return SumTable(*(np.asarray(part, dtype=np.int64) for part in (target, counts, source)))
+    def table(target: list[int], counts: list[int], source: list[int]) -> OrderedSums:
+        return OrderedSums(*(np.asarray(part, dtype=np.int64) for part in (target, counts, source)))
 
     for target, counts, source in (([0, 0], [1, 0], [1]), ([0, 1], [1, 1], [2, 0])):
         with pytest.raises(ValueError, match="writes a position twice, or reads what it writes"):

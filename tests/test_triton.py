@@ -45,9 +45,9 @@ from tests.triton_cases import (
     Case,
     ColumnCase,
     column_sum_sq,
+    ordered_sums,
     segment_sum_sq,
     step_size,
-    sum_table,
     update,
     update_columns,
     update_elementwise,
@@ -144,7 +144,7 @@ def decide_scaled(case, backend):
 
 
 def ordered_sum(case, backend):
-    backend.ordered_sum_(case.sum_sq, sum_table(0, 2, 2, len(case.sum_sq) - 2))
+    backend.ordered_sum_(case.sum_sq, ordered_sums(0, 2, 2, len(case.sum_sq) - 2))
 
 
 class Compiled:

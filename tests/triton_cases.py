@@ -13,8 +13,8 @@ import torch
 from megatron_adam_mini.kernels import BufferTensors, SegmentVectors, StepScalars
 from megatron_adam_mini.kernels.triton_tiles import ROW_LIMIT
 from megatron_adam_mini.plan.column_table import ColumnTable
+from megatron_adam_mini.plan.ordered_sums import OrderedSums
 from megatron_adam_mini.plan.segment_table import SegmentTable
-from megatron_adam_mini.plan.sum_table import SumTable
 
 CPU = torch.device("cpu")
 
@@ -246,9 +246,9 @@ def update_elementwise(case, backend):
     )
 
 
-def sum_table(seed: int, rows: int, longest: int, num_sources: int) -> SumTable:
+def ordered_sums(seed: int, rows: int, longest: int, num_sources: int) -> OrderedSums:
     """Return a table whose rows have up to ``longest`` sources, and targets behind all sources."""
     generator = np.random.default_rng(seed)
     counts = generator.integers(0, longest + 1, rows)
     sources = generator.integers(0, num_sources, counts.sum())
-    return SumTable(num_sources + generator.permutation(rows), counts, sources)
+    return OrderedSums(num_sources + generator.permutation(rows), counts, sources)

@@ -19,7 +19,7 @@ import torch
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by tests/test_triton.py"
 
 from megatron_adam_mini.kernels import reference, triton_gpu
-from megatron_adam_mini.plan.sum_table import SumTable
+from megatron_adam_mini.plan.ordered_sums import OrderedSums
 from tests.triton_cases import (
     COLUMNS,
     COLUMNS_IN_PARTS,
@@ -33,9 +33,9 @@ from tests.triton_cases import (
     ColumnCase,
     column_sum_sq,
     noise,
+    ordered_sums,
     segment_sum_sq,
     step_size,
-    sum_table,
     update,
     update_columns,
     update_elementwise,
@@ -287,7 +287,7 @@ def test_step_sizes():
 @pytest.mark.parametrize(("rows", "longest"), [(0, 0), (1, 1), (300, 3), (5, 100), (200, 33)])
 def test_ordered_sums(rows, longest):
     """Whole numbers, whose sums are exact in any order; every position is compared."""
-    table = sum_table(1, rows, longest, 50)
+    table = ordered_sums(1, rows, longest, 50)
     values = torch.cat([torch.arange(50.0), torch.full((rows + 3,), 7.0)])
     found, expected = values.clone(), values.clone()
     triton_gpu.ordered_sum_(found, table)
@@ -299,10 +299,10 @@ def test_an_ordered_sum_depends_on_its_sources_alone():
     """Not on the row's place, nor on other rows: replicas have other tables."""
     values = torch.cat([noise(50, 1).abs() * 10.0 ** torch.arange(50).sub(25), torch.zeros(700)])
     values = values.float()
-    table = sum_table(2, 300, 40, 50)
+    table = ordered_sums(2, 300, 40, 50)
     sources = np.split(table.source, table.bounds[1:-1])
     chosen = np.random.default_rng(3).permutation(300)[:200]
-    other = SumTable(
+    other = OrderedSums(
         table.target[chosen] + 300,
         table.counts[chosen],
         np.concatenate([sources[row] for row in chosen]),
@@ -316,7 +316,7 @@ def test_an_ordered_sum_depends_on_its_sources_alone():
 def test_ordered_sums_of_numbers_that_are_not_finite():
     values = torch.tensor([float("inf"), float("nan"), 3.0, 7.0, 7.0, 7.0, 7.0])
     counts, source = np.asarray([0, 1, 2, 2]), np.asarray([2, 0, 2, 1, 2])
-    triton_gpu.ordered_sum_(values, SumTable(np.arange(3, 7), counts, source))
+    triton_gpu.ordered_sum_(values, OrderedSums(np.arange(3, 7), counts, source))
     assert values[3:5].tolist() == [0.0, 3.0]
     assert not values[5:].isfinite().any()
 
@@ -385,7 +385,7 @@ def test_tables_and_scratch_are_made_once(monkeypatch):
         kind(case, triton_gpu)
     for kind in of_columns:
         kind(columns, triton_gpu)
-    values, sums = torch.zeros(20), sum_table(4, 10, 3, 10)
+    values, sums = torch.zeros(20), ordered_sums(4, 10, 3, 10)
     triton_gpu.ordered_sum_(values, sums)
     for name in ("from_numpy", "zeros", "empty", "tensor"):
         monkeypatch.setattr(torch, name, None)

@@ -33,6 +33,7 @@ from torch import Tensor
 from benchmarks.gpu import measure
 from megatron_adam_mini.kernels import BufferTensors, SegmentVectors, StepScalars, reference
 from megatron_adam_mini.plan.column_table import ColumnTable
+from megatron_adam_mini.plan.ordered_sums import OrderedSums
 from megatron_adam_mini.plan.segment_table import SegmentTable
 
 GRADS = (torch.float32, torch.bfloat16, torch.float16)
@@ -396,6 +397,39 @@ def check_decide(
     return found
 
 
+def check_ordered_sums(
+    rng: random.Random, device: torch.device, triton_gpu: Any, *, largest: int
+) -> list[str]:
+    """Sums of whole numbers, which are exact in any order; of any others, again elsewhere."""
+    found = []
+    for rows, longest in itertools.product((1, 300, largest // 40), (2, 5, 200)):
+        generator = np.random.default_rng(rng.randrange(2**31))
+        counts = generator.integers(0, longest + 1, rows)
+        source = generator.integers(0, 1000, counts.sum())
+        table = OrderedSums(1000 + generator.permutation(rows), counts, source)
+        # The same rows in the other direction.
+        parts = np.split(source, table.bounds[1:-1])[::-1]
+        turned = OrderedSums(table.target[::-1], counts[::-1], np.concatenate(parts))
+        values = torch.full((1000 + rows,), torch.nan, device=device)
+        for label, numbers in (
+            ("whole", generator.integers(0, 4096, 1000)),
+            ("any", 10.0 ** generator.uniform(-20, 20, 1000)),
+        ):
+            values[:1000] = torch.from_numpy(numbers.astype(np.float32))
+            results = [values.clone() for _ in range(3)]
+            reference.ordered_sum_(results[0], table)
+            triton_gpu.ordered_sum_(results[1], table)
+            triton_gpu.ordered_sum_(results[2], turned)
+            pairs = [(results[2], results[1])]
+            pairs += [(results[1], results[0])] if label == "whole" else []
+            found += [
+                f"ordered sums, {rows} rows up to {longest}, {label}: {text}"
+                for pair in pairs
+                for text in differences({"values": pair[0]}, {"values": pair[1]})
+            ]
+    return found
+
+
 def check_far(device: torch.device, triton_gpu: Any, *, before: int = 2**31) -> list[str]:
     """Segments beyond ``before`` elements, compared with a copy of the end of the buffer."""
     width, rows = 4096, 256
@@ -464,6 +498,7 @@ def worker(number: int, options: argparse.Namespace, results: Any) -> None:
     guarded("not finite", lambda: check_nothing_written(**inputs))
     guarded("norm", lambda: check_norm(**inputs))
     guarded("decision", lambda: check_decide(**inputs))
+    guarded("ordered sums", lambda: check_ordered_sums(**inputs))
     count = 0
     while time.monotonic() - began < options.seconds and count < options.rounds:
         dtypes = order[count] if count < len(order) else rng.choice(DTYPES)

@@ -4,9 +4,9 @@
 by the rounding that the order of additions causes. ``cpu`` is C++, ``triton`` is for GPUs.
 
 Arguments are the same everywhere: tensors of a buffer, a segment table, vectors with one entry per
-segment, the numbers of the step. Data flow: gradients -> ``segment_sum_sq_`` -> collectives ->
-``segment_step_size_`` -> ``update_`` / ``update_elementwise_`` -> main parameters, ``exp_avg``,
-model weights.
+segment, the numbers of the step. Data flow: gradients -> ``segment_sum_sq_`` -> ``ordered_sum_``
+around collectives -> ``segment_step_size_`` -> ``update_`` / ``update_elementwise_`` -> main
+parameters, ``exp_avg``, model weights.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from megatron_adam_mini.kernels.cpu_tiles import TILE_FIELDS, tiles
 from megatron_adam_mini.kernels.reference import decide_, norm_scratch
 from megatron_adam_mini.kernels.scalars import StepScalars
 from megatron_adam_mini.plan.column_table import ColumnTable
+from megatron_adam_mini.plan.ordered_sums import OrderedSums
 from megatron_adam_mini.plan.segment_table import SegmentTable
-from megatron_adam_mini.plan.sum_table import SumTable
 
 __all__ = ["decide_", "norm_scratch"]  # the reference's: next to nothing to compute
 
@@ -163,7 +163,7 @@ class _ColumnUpdates:
 class _Sums:
     """Positions of one table of sums."""
 
-    def __init__(self, table: SumTable) -> None:
+    def __init__(self, table: OrderedSums) -> None:
         self._kept = [
             positions.astype(np.int32) for positions in (table.target, table.bounds, table.source)
         ]
@@ -198,7 +198,7 @@ def column_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: ColumnTable) -> Non
     )
 
 
-def ordered_sum_(values: Tensor, table: SumTable) -> None:
+def ordered_sum_(values: Tensor, table: OrderedSums) -> None:
     """See ``reference.ordered_sum_``; added in the same order."""
     library().adam_mini_ordered_sum(
         _pointer(values, table.num_values),

@@ -20,8 +20,8 @@ from torch import Tensor
 from megatron_adam_mini.kernels.arguments import BufferTensors, SegmentVectors
 from megatron_adam_mini.kernels.scalars import StepScalars
 from megatron_adam_mini.plan.column_table import ColumnTable
+from megatron_adam_mini.plan.ordered_sums import OrderedSums
 from megatron_adam_mini.plan.segment_table import Run, SegmentTable
-from megatron_adam_mini.plan.sum_table import SumTable
 from megatron_adam_mini.rounding import (
     join,
     noise16,
@@ -67,7 +67,7 @@ def column_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: ColumnTable) -> Non
         sum_sq_SR[first : first + count] = total
 
 
-def ordered_sum_(values: Tensor, table: SumTable) -> None:
+def ordered_sum_(values: Tensor, table: OrderedSums) -> None:
     """Add up positions of a vector: ``values[target] = values[source] + values[source] + ...``.
 
     Each row of the table is added from left to right in float64, and rounded once, so the same

@@ -43,9 +43,9 @@ from megatron_adam_mini.kernels.triton_tiles import (
     windows,
 )
 from megatron_adam_mini.plan.column_table import ColumnTable
+from megatron_adam_mini.plan.ordered_sums import OrderedSums
 from megatron_adam_mini.plan.partition import IntArray
 from megatron_adam_mini.plan.segment_table import SegmentTable
-from megatron_adam_mini.plan.sum_table import SumTable
 
 NAME = "triton"
 
@@ -104,7 +104,7 @@ def column_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: ColumnTable) -> Non
         )  # fmt: skip
 
 
-def ordered_sum_(values: Tensor, table: SumTable) -> None:
+def ordered_sum_(values: Tensor, table: OrderedSums) -> None:
     """Add up positions of a vector; see ``reference.ordered_sum_``.
 
     In float64; the order depends on the number of sources alone.
@@ -333,7 +333,7 @@ def _column_updates(table: ColumnTable, vec: int, device: torch.device) -> list[
     return [(size, _on_device(tiles, device)) for size, tiles in found.items()]
 
 
-def _sum_positions(table: SumTable, device: torch.device) -> list[Tensor]:
+def _sum_positions(table: OrderedSums, device: torch.device) -> list[Tensor]:
     """Return targets, bounds and sources, int32."""
     found = (table.target, table.bounds, table.source)
     return [torch.from_numpy(positions.astype(np.int32)).to(device) for positions in found]

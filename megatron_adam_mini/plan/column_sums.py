@@ -27,16 +27,16 @@ import numpy as np
 
 from megatron_adam_mini.plan.column_runs import ColumnRuns, numbers_within
 from megatron_adam_mini.plan.layout import BoolArray, BucketLayout, SliceSegments, crosses_tp
+from megatron_adam_mini.plan.ordered_sums import OrderedSums, vector_after
 from megatron_adam_mini.plan.partition import IntArray, ParameterBlocks
-from megatron_adam_mini.plan.sum_table import SumTable, vector_after
 
 
 @dataclass(frozen=True)
 class ColumnPlan:
     """What completes the sums of a domain's columns on one rank.
 
-    Positions are in the values of the rank, see ``sum_table``. Vectors are empty where nothing is
-    sent.
+    Positions are in the values of the rank, see ``ordered_sums``. Vectors are empty where nothing
+    is sent.
 
     Attributes:
         dp_size: ranks that share the slices.
@@ -58,10 +58,10 @@ class ColumnPlan:
     share: slice
     crossing: slice
     gathered: slice
-    own: SumTable
-    over_dp: SumTable
-    over_tp: SumTable
-    result: SumTable
+    own: OrderedSums
+    over_dp: OrderedSums
+    over_tp: OrderedSums
+    result: OrderedSums
     completed: IntArray
 
     @property
@@ -128,17 +128,17 @@ def plan_columns(
         share=share,
         crossing=crossing,
         gathered=gathered,
-        own=SumTable.grouped(columns, place, segment),
-        over_dp=SumTable.joined(
+        own=OrderedSums.grouped(columns, place, segment),
+        over_dp=OrderedSums.joined(
             [
-                SumTable.of_rows(share.start + of_share, of_share[:, None] + sent),
-                SumTable.of_rows(
+                OrderedSums.of_rows(share.start + of_share, of_share[:, None] + sent),
+                OrderedSums.of_rows(
                     np.arange(crossing.start, crossing.stop), cross[:, None] + of_cross
                 ),
             ]
         ),
-        over_tp=SumTable.of_rows(share.start + cross, np.arange(len(cross))[:, None] + of_tp),
-        result=SumTable.of_rows(segment, columns.start + place[:, None]),
+        over_tp=OrderedSums.of_rows(share.start + cross, np.arange(len(cross))[:, None] + of_tp),
+        result=OrderedSums.of_rows(segment, columns.start + place[:, None]),
         completed=segment,
     )
 

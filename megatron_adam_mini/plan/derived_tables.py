@@ -1,6 +1,6 @@
 """What a backend makes of a table of integers, kept with the table.
 
-Imports nothing. Data flow: SegmentTable, ColumnTable, SumTable -> **DerivedTables** -> kernels.
+Imports nothing. Data flow: SegmentTable, ColumnTable, OrderedSums -> **DerivedTables** -> kernels.
 """
 
 from __future__ import annotations

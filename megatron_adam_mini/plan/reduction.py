@@ -73,15 +73,15 @@ from megatron_adam_mini.plan.layout import (
     spread_blocks,
     spread_elements,
 )
+from megatron_adam_mini.plan.ordered_sums import OrderedSums, numel_of, vector_after
 from megatron_adam_mini.plan.partition import IntArray, ParameterBlocks
-from megatron_adam_mini.plan.sum_table import SumTable, numel_of, vector_after
 
 
 @dataclass(frozen=True)
 class ReductionPlan:
     """What completes the sums of one domain on one rank.
 
-    Positions are in the values of the rank, see ``sum_table``.
+    Positions are in the values of the rank, see ``ordered_sums``.
 
     Attributes:
         dp_size: ranks of the data-parallel group.
@@ -96,9 +96,9 @@ class ReductionPlan:
     dp_size: int
     dp_vector: slice
     tp_vector: slice
-    before_dp: SumTable
-    between: SumTable
-    after_tp: SumTable
+    before_dp: OrderedSums
+    between: OrderedSums
+    after_tp: OrderedSums
     completed: IntArray
 
     @property
@@ -162,8 +162,8 @@ def plan_reduction(
         dp_size=buckets[0].num_slices if buckets else 1,
         dp_vector=dp_vector,
         tp_vector=tp_vector,
-        before_dp=SumTable.grouped(dp_vector, parts.own_S[dp_cut], first_segment + dp_cut),
-        between=SumTable.of_ranges(
+        before_dp=OrderedSums.grouped(dp_vector, parts.own_S[dp_cut], first_segment + dp_cut),
+        between=OrderedSums.of_ranges(
             np.concatenate([first_segment + by_dp, np.arange(tp_vector.start, tp_vector.stop)]),
             np.concatenate([dp_vector.start + parts.first_S[by_dp], first]),
             np.concatenate([parts.counts_S[by_dp], counts]),
@@ -218,7 +218,7 @@ def _sums_over_tp(
     tp_vector: slice,
     first_segment: int,
     tp_size: int,
-) -> SumTable:
+) -> OrderedSums:
     """Return what completes segments from the tensor-parallel group's vector."""
     begin = tp_vector.start + len(plain)
     num_places = len(exact) + len(parts.tp_slots)
@@ -226,10 +226,10 @@ def _sums_over_tp(
     place = np.concatenate([np.arange(len(exact)), len(exact) + parts.tp_slot_S[in_tp]])
     of_ranks = begin + num_places * np.arange(tp_size, dtype=np.int64)
     plain_sums = np.arange(tp_vector.start, begin)[:, None]
-    return SumTable.joined(
+    return OrderedSums.joined(
         [
-            SumTable.of_rows(first_segment + plain, plain_sums),
-            SumTable.of_rows(
+            OrderedSums.of_rows(first_segment + plain, plain_sums),
+            OrderedSums.of_rows(
                 first_segment + np.concatenate([exact, in_tp]), place[:, None] + of_ranks
             ),
         ]

@@ -1,7 +1,7 @@
 """Sums of few numbers each, as positions in one vector: what surrounds the collectives of a step.
 
 Imports numpy, ``column_runs``, ``derived_tables``. Data flow: ``reduction``, ``column_sums`` ->
-**SumTable** -> ``ordered_sum_`` of the kernels, which ``collectives`` calls.
+**OrderedSums** -> ``ordered_sum_`` of the kernels, which ``collectives`` calls.
 
 All positions are in the *values* of a rank: sums of its segments and element ranges, then the
 vectors that collectives work on, see :func:`vector_after`.
@@ -35,7 +35,7 @@ def numel_of(vector: slice) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class SumTable(DerivedTables):
+class OrderedSums(DerivedTables):
     """Rows ``values[target] = values[source] + values[next source] + ...``, from left to right.
 
     A row without sources writes zero.
@@ -80,18 +80,18 @@ class SumTable(DerivedTables):
         return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.counts)])
 
     @classmethod
-    def of_ranges(cls, target: IntArray, first: IntArray, counts: IntArray) -> SumTable:
+    def of_ranges(cls, target: IntArray, first: IntArray, counts: IntArray) -> OrderedSums:
         """Return a table whose rows have adjacent sources, from ``first`` on."""
         return cls(target, counts, np.repeat(first, counts) + numbers_within(counts))
 
     @classmethod
-    def of_rows(cls, target: IntArray, sources: IntArray) -> SumTable:
+    def of_rows(cls, target: IntArray, sources: IntArray) -> OrderedSums:
         """Return a table from sources of shape ``(rows, k)``."""
         counts = np.full(len(target), sources.shape[1], dtype=np.int64)
         return cls(target, counts, sources.reshape(-1))
 
     @classmethod
-    def grouped(cls, vector: slice, place: IntArray, source: IntArray) -> SumTable:
+    def grouped(cls, vector: slice, place: IntArray, source: IntArray) -> OrderedSums:
         """Return a row for each position of a vector.
 
         Args:
@@ -104,7 +104,7 @@ class SumTable(DerivedTables):
         return cls(np.arange(vector.start, vector.stop), counts, source[order])
 
     @classmethod
-    def joined(cls, tables: Sequence[SumTable]) -> SumTable:
+    def joined(cls, tables: Sequence[OrderedSums]) -> OrderedSums:
         """Return the rows of several tables."""
         none = [np.empty(0, dtype=np.int64)]
         return cls(
