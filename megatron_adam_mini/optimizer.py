@@ -38,12 +38,12 @@ from megatron_adam_mini.kernels import (
 from megatron_adam_mini.main_params import MainParams
 from megatron_adam_mini.overlapped_sums import OverlappedSums
 from megatron_adam_mini.piece_values import per_element
+from megatron_adam_mini.plan.bucket_tables import BucketTables
 from megatron_adam_mini.plan.buffer_plan import BufferPlan
 from megatron_adam_mini.plan.column_table import ColumnTable
 from megatron_adam_mini.plan.segment_table import SegmentTable
 from megatron_adam_mini.plan.shares import plan_shares
 from megatron_adam_mini.plan.step_plan import Piece, StepPlan
-from megatron_adam_mini.plan.sum_tables import SumTables
 from megatron_adam_mini.state import Buffer, BufferState, RankState
 from megatron_adam_mini.wide_sums import WideSums
 
@@ -475,7 +475,7 @@ class AdamMini:
             grad_scale=grad_scale,
         )
 
-    def _left_to_sum(self) -> Sequence[Sequence[BufferPlan | SumTables]]:
+    def _left_to_sum(self) -> Sequence[Sequence[BufferPlan | BucketTables]]:
         """Fill in sums that were taken behind the backward pass; return what has none yet."""
         if self.overlapped_sums is None:
             return [[plan] for plan in self.plan.buffers]

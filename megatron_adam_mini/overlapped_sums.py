@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from megatron_adam_mini.gradient_samples import GradientSamples
+from megatron_adam_mini.plan.bucket_tables import BucketTables, tables_by_bucket, tables_of
 from megatron_adam_mini.plan.buffer_plan import Window
 from megatron_adam_mini.plan.layout import BoolArray
 from megatron_adam_mini.plan.step_plan import StepPlan
-from megatron_adam_mini.plan.sum_tables import SumTables, tables_by_bucket, tables_of
 from megatron_adam_mini.state import Buffer
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class OverlappedSums:
             self._taken -= buckets
 
     @torch.no_grad()
-    def use_(self, sum_sq_SR: Tensor) -> list[list[SumTables]]:
+    def use_(self, sum_sq_SR: Tensor) -> list[list[BucketTables]]:
         """Fill in the sums that have been taken and are still right, once.
 
         Args:
@@ -151,7 +151,7 @@ class OverlappedSums:
                 "rank."
             )
 
-    def _sum(self, grad_N: Tensor, tables: SumTables) -> None:
+    def _sum(self, grad_N: Tensor, tables: BucketTables) -> None:
         if len(tables.segments):
             self._kernels.segment_sum_sq_(self._sum_sq_SR, grad_N, tables.segments)
         if len(tables.columns):

@@ -7,8 +7,9 @@ Data flow: ``roles`` (name -> what it is) -> ``parameter_info`` (facts about a p
 ``partition`` -> ``layout`` (where blocks lie in a rank's slices; ``column_runs``) -> ``reduction``
 and ``column_sums`` (which sums cross ranks; ``ordered_sums``) -> ``segment_table`` and
 ``column_table`` (what kernels walk) -> ``buffer_plan`` (slices, state and tables of one buffer) ->
-``step_plan`` (all of it for one rank) -> ``shares`` (what lies in which memory) -> ``chunks`` (what
-the host updates at once). Kernels keep what they make of a table with it (``derived_tables``).
+``bucket_tables`` (what is summed before the step) -> ``step_plan`` (all of it for one rank) ->
+``shares`` (what lies in which memory) -> ``chunks`` (what the host updates at once). Kernels keep
+what they make of a table with it (``derived_tables``).
 
 Words, here and in the whole package:
 

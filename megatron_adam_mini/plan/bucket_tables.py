@@ -1,7 +1,7 @@
 """Which sums of squares are taken at once: those of a bucket, or what is left of a buffer.
 
 Imports numpy and ``buffer_plan``. Data flow: buffer plan, parameters that come later ->
-**SumTables** -> ``overlapped_sums``. They are parts of the tables of the buffer; entries and
+**BucketTables** -> ``overlapped_sums``. They are parts of the tables of the buffer; entries and
 positions are the same, and so is each sum, bit for bit: it depends on its own segment alone.
 """
 
@@ -18,7 +18,7 @@ from megatron_adam_mini.plan.partition import IntArray
 from megatron_adam_mini.plan.segment_table import SegmentTable
 
 
-class SumTables(NamedTuple):
+class BucketTables(NamedTuple):
     """Tables whose sums are taken at once; a :class:`BufferPlan` has all of a buffer.
 
     Attributes:
@@ -32,7 +32,7 @@ class SumTables(NamedTuple):
     ranges: SegmentTable
 
 
-def tables_by_bucket(plan: BufferPlan, chosen_SR: BoolArray) -> list[SumTables]:
+def tables_by_bucket(plan: BufferPlan, chosen_SR: BoolArray) -> list[BucketTables]:
     """Return, for each bucket of a buffer, the tables of chosen segments and ranges.
 
     Args:
@@ -40,7 +40,7 @@ def tables_by_bucket(plan: BufferPlan, chosen_SR: BoolArray) -> list[SumTables]:
         chosen_SR: which entries of the rank are wanted.
     """
     return [
-        SumTables(
+        BucketTables(
             _rows(plan.segments, chosen_SR, slice_plan.window),
             _columns(plan.columns, chosen_SR, slice_plan.window),
             _rows(plan.ranges, chosen_SR, slice_plan.window),
@@ -49,9 +49,9 @@ def tables_by_bucket(plan: BufferPlan, chosen_SR: BoolArray) -> list[SumTables]:
     ]
 
 
-def tables_of(plan: BufferPlan, chosen_SR: BoolArray) -> SumTables:
+def tables_of(plan: BufferPlan, chosen_SR: BoolArray) -> BucketTables:
     """Return the tables of chosen segments and ranges of a buffer."""
-    return SumTables(
+    return BucketTables(
         plan.segments.subset(chosen_SR[plan.segments.indices]),
         plan.columns.subset(chosen_SR[plan.columns.index_C]),
         plan.ranges.subset(chosen_SR[plan.ranges.indices]),
