@@ -46,12 +46,14 @@ class Launches(NamedTuple):
         torch: torch's kernels and copies.
         collectives: of the step, the norm's included.
         names: how often each was launched.
+        table_bytes: of the launch tables.
     """
 
     triton: int
     torch: int
     collectives: int
     names: Counter[str]
+    table_bytes: int = 0
 
     @property
     def total(self) -> int:
@@ -153,7 +155,13 @@ def count_launches(plan: StepPlan, options: AdamMiniConfig | None = None) -> Lau
     )
     if not optimizer.config.single_phase:
         recorder.names["copy of the decision"] = 1
-    return Launches(own, sum(recorder.names.values()), collectives, names + recorder.names)
+    return Launches(
+        own,
+        sum(recorder.names.values()),
+        collectives,
+        names + recorder.names,
+        optimizer.state_bytes()["launch_tables"],
+    )
 
 
 def without_memory(plan: StepPlan, options: AdamMiniConfig | None = None) -> AdamMini:

@@ -126,6 +126,11 @@ class HostUpdate:
         places = [t for p in self._places for held in (p.grad, p.weight) for t in held.values()]
         return sum(tensor.nbytes for tensor in (*places, self._received))
 
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the tables that its kernels walk, made so far."""
+        return sum(table.derived_bytes for chunk in self._chunks for table in chunk.tables)
+
     def warm_up(self, state: RankState, *, betas: tuple[float, float]) -> None:
         """Make the tables of all chunks; modifies nothing that lasts."""
         self._scalars.fill([], betas=betas, step=1, grad_scale=math.nan)

@@ -141,6 +141,9 @@ class AdamMini:
             plan, allocated, param_groups, group_of_parameter, device=device
         )
         self._state_bytes = allocated.bytes_by_kind()
+        plans = (*plan.buffers, *(share.plan for share in shares[0]))
+        tables = {id(table): table for held in plans for table in held.tables}
+        self._tables = tuple(tables.values())
         groups_P = np.asarray(group_of_parameter, dtype=np.int32)
         self._sum_sq_SR = self.collectives.sum_sq_SR
         self._sum_sq_S = self._sum_sq_SR[: plan.num_segments]
@@ -578,9 +581,16 @@ class AdamMini:
     def state_bytes(self) -> dict[str, int]:
         """Return the allocated bytes of this rank's optimizer state by kind.
 
-        ``host_...`` are in host memory, all others on the device.
+        ``host_...`` are in host memory, all others on the device. ``launch_tables``: what kernels
+        walk, made by :meth:`warm_up` or the first step.
         """
-        return dict(self._state_bytes)
+        overlapped = self.overlapped_sums
+        tables = {
+            "launch_tables": sum(table.derived_bytes for table in self._tables)
+            + (0 if overlapped is None else overlapped.table_bytes),
+            "host_launch_tables": 0 if self._host is None else self._host.table_bytes,
+        }
+        return self._state_bytes | {kind: num for kind, num in tables.items() if num}
 
 
 def _split(

@@ -83,6 +83,12 @@ class OverlappedSums:
         self._is_off = self._warned = False
         self.used = 0
 
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the tables that kernels walk, made so far."""
+        sums = [*self._late, *(tables for buckets in self._early for tables in buckets)]
+        return sum(table.derived_bytes for tables in sums for table in tables)
+
     def take(self, buckets: Iterable[Bucket], wait: Callable[[], None]) -> None:
         """Start to sum the gradients of buckets whose reduction is on the way.
 

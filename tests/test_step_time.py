@@ -16,6 +16,7 @@ from benchmarks.large_layouts import Case
 from benchmarks.launches import Launches, Recorder, count_launches, rank_plan
 from benchmarks.step_time import GPUS, Group, multi_tensor_launches
 from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.estimate.memory import LAUNCH_TABLE_BYTES
 from megatron_adam_mini.estimate.models import MODELS
 from megatron_adam_mini.estimate.parallel import Parallel
 from megatron_adam_mini.plan.step_plan import DomainLayout, StepPlan, plan_step
@@ -165,6 +166,8 @@ def test_the_exchange_takes_three_launches_at_most(case: Case) -> None:
     assert found.names["distributed all_reduce"] == found.collectives <= 3
     assert not {"index_select", "index_copy_", "add_"} & found.names.keys()
     assert found.total <= 20 or not case.distributed_optimizer
+    numel = sum(piece.window.numel for piece in plan.pieces)
+    assert 0.003 <= found.table_bytes / numel <= LAUNCH_TABLE_BYTES  # as docs/memory.md says
 
 
 @pytest.mark.parametrize("tp", [1, 8])

@@ -15,13 +15,20 @@ import sys
 import tempfile
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from megatron_adam_mini.kernels.tile_words import (
+    COLUMN_WORDS,
+    PACKED_WORDS,
+    ROW_WORDS,
+    WINDOW_WORDS,
+    words,
+)
 from megatron_adam_mini.kernels.triton_tiles import (
     COLUMN_WINDOW_FIELDS,
     ROW_FIELDS,
@@ -344,8 +351,8 @@ def test_tiles_cover_every_element_once(layout, vec):
     assert sorted(seen) == expected
 
     seen = []
-    for kind in row_tiles(table, vec):
-        for tile in kind.tiles:
+    for kind, tiles in row_tiles(table, vec):
+        for tile in tiles:
             field = dict(zip(ROW_FIELDS, tile.tolist(), strict=True))
             length, count, shift = field["length"], field["count"], field["shift_state"]
             assert field["partial"] < 0 or count == 1
@@ -394,7 +401,7 @@ def test_layouts_as_megatron_makes_them_move_in_vectors():
     for layout in WHOLE_VECTORS:
         table = Case(layout).table
         assert set(windows(table, 8, packed=False)) == {8}
-        assert {kind.vec for kind in row_tiles(table, 8)} == {8}
+        assert {kind.vec for kind, _ in row_tiles(table, 8)} == {8}
     for layout in COLUMNS_IN_VECTORS:
         assert set(column_windows(ColumnCase(layout).table, 8)) == {8}
 
@@ -424,7 +431,7 @@ def test_only_state_that_suits_no_vector_is_moved_element_by_element():
 def rows_by_vec(table, vec):
     kinds = row_tiles(table, vec)
     return {
-        size: np.concatenate([kind.tiles for kind in kinds if kind.vec == size])
+        size: np.concatenate([tiles for kind, tiles in kinds if kind.vec == size])
         for size in (vec, 1)
     }
 
@@ -432,11 +439,66 @@ def rows_by_vec(table, vec):
 def test_offsets_beyond_32_bits():
     far = np.asarray([2**33 + 64], dtype=np.int64)
     table = SegmentTable(far, far + 2**31 + 4096, shift_S=-far)
-    tiles = windows(table, 4, packed=False)[4]
+    tiles = windows(table, 4, packed=True)[4]
     assert tiles[0, 0] == far[0]
     assert tiles[-1, 0] == far[0] + 2**31 + TILE_NUMEL
     assert (tiles[:, 1:6] <= TILE_NUMEL).all()
     assert (tiles[:, WINDOW_FIELDS.index("shift_state")] == -far).all()
+    back = unpacked(words(tiles, WINDOW_FIELDS, PACKED_WORDS), WINDOW_FIELDS, PACKED_WORDS)
+    skip = WINDOW_FIELDS.index("skip")  # kernels use its lower 32 bits
+    assert tiles[-1, skip] > 2**31
+    assert ((back[:, skip] - tiles[:, skip]) % 2**32 == 0).all()
+    assert (np.delete(back, skip, 1) == np.delete(tiles, skip, 1)).all()
+
+
+def unpacked(found, fields, layout):
+    """Take words apart as the kernels do; numbers of 32 bits without a sign come back with one."""
+    columns = {}
+    for number, (upper, lower) in enumerate(layout):
+        word = found[:, number]
+        if lower is None:
+            columns[upper] = word
+        elif number < 2:
+            columns[upper], columns[lower] = word >> 16, word & 0xFFFF
+        else:
+            columns[upper] = (word >> 32).astype(np.int32)
+            columns[lower] = word.astype(np.int32)
+    return np.stack([columns[name] for name in fields if name in columns], axis=1)
+
+
+@pytest.mark.parametrize("shift", [0, 2**46, -(2**46)])
+@pytest.mark.parametrize("layout", ["passes", "parts elsewhere", "odd slices", "odd parts"])
+def test_words_hold_every_field_of_a_tile(layout, shift):
+    near = Case(layout).table
+    table = replace(near, shift_S=near.shifts + shift)
+    for vec in (1, 8):
+        for tiles in windows(table, vec, packed=True).values():
+            found = words(tiles, WINDOW_FIELDS, PACKED_WORDS)
+            assert (unpacked(found, WINDOW_FIELDS, PACKED_WORDS) == tiles).all()
+            without = words(tiles, WINDOW_FIELDS, WINDOW_WORDS)
+            assert (without == found[:, :4]).all()
+        for _, tiles in row_tiles(table, vec):
+            found = words(tiles, ROW_FIELDS, ROW_WORDS)
+            assert (unpacked(found, ROW_FIELDS, ROW_WORDS) == tiles).all()
+
+
+def test_words_hold_numbers_of_columns_beyond_31_bits():
+    for layout in COLUMNS:
+        table = ColumnCase(layout).table
+        table = replace(table, row_stride_C=table.row_stride_C + 2**32 - 5)
+        for tiles in column_windows(table, 4).values():
+            found = words(tiles, COLUMN_WINDOW_FIELDS, COLUMN_WORDS)
+            back = unpacked(found, COLUMN_WINDOW_FIELDS, COLUMN_WORDS)
+            assert ((back - tiles) % 2**32 == 0).all()
+
+
+def test_places_that_no_word_holds_are_refused():
+    table = SegmentTable(*(np.asarray([2**47 + at]) for at in (0, 64)))
+    tiles = windows(table, 4, packed=False)[4]
+    with pytest.raises(
+        ValueError, match=r"below 2\*\*47 = 140,737,488,355,328 .* Remedy: more data"
+    ):
+        words(tiles, WINDOW_FIELDS, WINDOW_WORDS)
 
 
 def test_refuses_tensors_of_the_cpu():

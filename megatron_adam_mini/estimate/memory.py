@@ -29,6 +29,9 @@ from megatron_adam_mini.plan.partition import IntArray, ParameterBlocks, unmatch
 KINDS = ("weights", "gradients", "main_param", "exp_avg", "exp_avg_sq")
 #: The same in host memory, as ``state_bytes()`` of the optimizer names it.
 HOST_KINDS = ("host_main_param", "host_exp_avg", "host_exp_avg_sq")
+#: Launch tables of the GPU kernels: at most so many bytes per parameter that a rank updates, in
+#: every layout that was looked at; they depend on runs of equal rows, which nobody counts here.
+LAUNCH_TABLE_BYTES = 0.025
 _WEIGHT_BYTES = 2  # bf16 or fp16; FP8: one less
 _FLOAT32 = 4
 
@@ -292,7 +295,10 @@ def _slice_sizes(
 
 
 def largest_rank(stages: Sequence[StageMemory], form: StateFormat) -> dict[str, Any]:
-    """Return the rank that holds most on its device, and its bytes by kind and in total there."""
+    """Return the rank that holds most on its device, and its bytes by kind and in total there.
+
+    ``launch_tables`` is a bound on what the GPU kernels take besides.
+    """
     best: dict[str, Any] = {}
     first = 0
     for number, stage in enumerate(stages):
@@ -305,6 +311,7 @@ def largest_rank(stages: Sequence[StageMemory], form: StateFormat) -> dict[str, 
                 "rank": first + rank,
                 **{kind: int(kinds[kind][rank]) for kind in (*KINDS, *HOST_KINDS)},
                 "total": int(totals[rank]),
+                "launch_tables": int(LAUNCH_TABLE_BYTES * stage.elements[rank] * form.blocks),
             }
         first += len(totals)
     return best

@@ -134,6 +134,8 @@ def in_words(report: dict[str, Any]) -> str:
         "saved: of this rank's bytes. 1 %, 5 %: the largest d at which that much of the bytes of "
         "all",
         "ranks is still saved, with the other sizes as they are (CP 1, one optimizer instance).",
+        "Not in total: launch tables of the GPU kernels, at most "
+        f"{_in_gb(report['optimizers']['adam_mini']['largest_rank']['launch_tables'])} here.",
     ]
     if offloaded:
         lines += [

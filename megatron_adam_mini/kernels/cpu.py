@@ -133,6 +133,7 @@ class _Work:
         unsplit = tiles(table, _TILE_NUMEL, split=False)
         partials = np.zeros(int(in_parts[:, _PARTIAL].max(initial=-1)) + 1)
         self._kept = in_parts, unsplit, partials
+        self.nbytes = sum(array.nbytes for array in self._kept)
         #: Address and number of the tiles, with long segments split into parts and not split.
         self.in_parts = in_parts.ctypes.data, len(in_parts)
         self.unsplit = unsplit.ctypes.data, len(unsplit)
@@ -146,6 +147,7 @@ class _ColumnSums:
         found, bounds = rectangles(table, _CUT_OF_SUMS)
         blocks, partials = sums(table, bounds, _SEGMENTS), np.zeros(bounds[-1])
         self._kept = found, blocks, partials
+        self.nbytes = sum(array.nbytes for array in self._kept)
         #: Address and number of the rectangles, and of what adds up their sums.
         self.rectangles = found.ctypes.data, len(found)
         self.sums = blocks.ctypes.data, len(blocks)
@@ -158,6 +160,7 @@ class _ColumnUpdates:
     def __init__(self, table: ColumnTable) -> None:
         self._kept, _ = rectangles(table, _CUT)
         self.rectangles = self._kept.ctypes.data, len(self._kept)
+        self.nbytes = self._kept.nbytes
 
 
 class _Sums:

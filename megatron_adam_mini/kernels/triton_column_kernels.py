@@ -13,7 +13,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_adam_mini.kernels.triton_kernels import _finite, _load, _state, _update, _vectors
+from megatron_adam_mini.kernels.triton_kernels import (
+    _finite,
+    _load,
+    _pair,
+    _place,
+    _state,
+    _update,
+    _vectors,
+)
 
 
 @triton.jit(do_not_specialize_on_alignment=["partials"])
@@ -74,27 +82,29 @@ def update_columns_kernel(
     """Update the elements of a window, each with the step size of its column."""
     scale = tl.load(grad_scale)
     if _finite(scale):
-        tile = tiles + tl.program_id(0).to(tl.int64) * 9
-        start = tl.multiple_of(tl.load(tile), VEC)
-        low, high = tl.load(tile + 1).to(tl.int32), tl.load(tile + 2).to(tl.int32)
-        place, width = tl.load(tile + 3).to(tl.int32), tl.load(tile + 4).to(tl.int32)
-        param, exp_avg = _state(param, exp_avg, weight, tiles, 9, VEC)
+        tile = tiles + tl.program_id(0).to(tl.int64) * 5
+        start, low = _place(tile, VEC)
+        _, high = _place(tile + 1, VEC)
+        index = tl.load(tile + 2)
+        place, width = _pair(tile + 3)
+        place = place.to(tl.int32)
+        param, exp_avg = _state(param, exp_avg, weight, tiles, 5, VEC)
         first_NV, place_V = _vectors(TILE // VEC, VEC)
         inside_NV = (first_NV >= low) & (first_NV < high)
         mask = tl.broadcast_to(inside_NV, (TILE // VEC, VEC))
 
-        row_NV = (place + first_NV) // width
+        row_NV = ((place + first_NV).to(tl.uint32) // width.to(tl.uint32)).to(tl.int32)
         column = (place + first_NV - row_NV * width) + place_V
         past_end = (column >= width).to(tl.int32)  # a vector may go on in the next row
         column = column - past_end * width
-        index = tl.load(tile + 5)
         step = tl.load(step_size + index + column, mask=mask, other=0)
         group_at = tl.load(group + index + column, mask=mask, other=0)
         decay = tl.load(hyper + group_at * 3 + 2, mask=mask, other=0)
         number = place_V
         if STOCHASTIC:
-            row_number = (tl.load(tile + 6) + tl.load(noise_key)).to(tl.uint32)
-            row_number += (row_NV + past_end).to(tl.uint32) * tl.load(tile + 7).to(tl.uint32)
+            row_stride, row_number = _pair(tile + 4)
+            row_number = (row_number + tl.load(noise_key)).to(tl.uint32)
+            row_number += (row_NV + past_end).to(tl.uint32) * row_stride.to(tl.uint32)
             first = tl.load(origin + index + column, mask=mask, other=0)
             number = row_number + first.to(tl.uint32)
 

@@ -32,9 +32,19 @@ from megatron_adam_mini.kernels import reference, triton_column_kernels, triton_
 from megatron_adam_mini.kernels.arguments import BufferTensors, SegmentVectors
 from megatron_adam_mini.kernels.column_tiles import RECTANGLE_FIELDS, Cut, rectangles, sums
 from megatron_adam_mini.kernels.scalars import StepScalars
+from megatron_adam_mini.kernels.tile_words import (
+    COLUMN_WORDS,
+    PACKED_WORDS,
+    ROW_WORDS,
+    WINDOW_WORDS,
+    words,
+)
 from megatron_adam_mini.kernels.triton_tiles import (
+    COLUMN_WINDOW_FIELDS,
+    ROW_FIELDS,
     TILE_NUMEL,
-    RowTiles,
+    WINDOW_FIELDS,
+    RowKind,
     by_vec,
     column_windows,
     is_long,
@@ -199,10 +209,10 @@ def update_columns_(
     """Update the elements of runs of rows; see ``reference.update_columns_``."""
     if not len(table):
         return
-    launches = table.derived(_column_updates, _vec(*tensors), tensors.grad.device)
+    work = table.derived(_ColumnUpdates, _vec(*tensors), tensors.grad.device)
     with _on(tensors.grad):
         _update_windows(
-            triton_column_kernels.update_columns_kernel, launches, tensors, vectors, scalars
+            triton_column_kernels.update_columns_kernel, work.tiles, tensors, vectors, scalars
         )
 
 
@@ -270,8 +280,17 @@ class _Plan:
         self.segments = segments
         self.device = device
         self._windows: dict[tuple[int, bool], list[tuple[int, Tensor]]] = {}
-        self._rows: dict[int, list[tuple[RowTiles, Tensor]]] = {}
+        self._rows: dict[int, list[tuple[RowKind, Tensor]]] = {}
         self._parts: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tables and scratch made so far."""
+        tables = [tiles for launches in self._windows.values() for _, tiles in launches]
+        tables += [tiles for launches in self._rows.values() for _, tiles in launches]
+        tables += [tensor for kept in self._parts.values() for tensor in kept]
+        halves: list[_Plan] = [vars(self)[name] for name in ("short", "long") if name in vars(self)]
+        return sum(tensor.nbytes for tensor in tables) + sum(half.nbytes for half in halves)
 
     @cached_property
     def short(self) -> _Plan:
@@ -287,14 +306,20 @@ class _Plan:
         """Return, for each launch, elements per access and windows."""
         if (vec, packed) not in self._windows:
             found = windows(self.segments, vec, packed=packed)
-            self._windows[vec, packed] = [(v, self._to(tiles)) for v, tiles in found.items()]
+            layout = PACKED_WORDS if packed else WINDOW_WORDS
+            self._windows[vec, packed] = [
+                (size, self._to(words(tiles, WINDOW_FIELDS, layout)))
+                for size, tiles in found.items()
+            ]
         return self._windows[vec, packed]
 
-    def rows(self, vec: int) -> list[tuple[RowTiles, Tensor]]:
+    def rows(self, vec: int) -> list[tuple[RowKind, Tensor]]:
         """Return, for each launch, its kind of row tiles, and the tiles on the device."""
         if vec not in self._rows:
             found = row_tiles(self.segments, vec)
-            self._rows[vec] = [(kind, self._to(kind.tiles)) for kind in found]
+            self._rows[vec] = [
+                (kind, self._to(words(tiles, ROW_FIELDS, ROW_WORDS))) for kind, tiles in found
+            ]
         return self._rows[vec]
 
     def parts(self, vec: int) -> tuple[Tensor, Tensor]:
@@ -325,12 +350,20 @@ class _ColumnSums:
         ]
         self.blocks = _on_device(sums(table, bounds, SEGMENTS), device)
         self.partials = torch.zeros(int(bounds[-1]), device=device)
+        tables = [tiles for _, tiles in self.tiles]
+        self.nbytes = sum(tensor.nbytes for tensor in (*tables, self.blocks, self.partials))
 
 
-def _column_updates(table: ColumnTable, vec: int, device: torch.device) -> list[tuple[int, Tensor]]:
-    """Return elements per access and windows of each launch."""
-    found = column_windows(table, vec)
-    return [(size, _on_device(tiles, device)) for size, tiles in found.items()]
+class _ColumnUpdates:
+    """Launch tables of one table of columns, for updates."""
+
+    def __init__(self, table: ColumnTable, vec: int, device: torch.device) -> None:
+        #: Elements per access and windows of each launch.
+        self.tiles = [
+            (size, _on_device(words(tiles, COLUMN_WINDOW_FIELDS, COLUMN_WORDS), device))
+            for size, tiles in column_windows(table, vec).items()
+        ]
+        self.nbytes = sum(tiles.nbytes for _, tiles in self.tiles)
 
 
 def _sum_positions(table: OrderedSums, device: torch.device) -> list[Tensor]:

@@ -110,34 +110,52 @@ def _vectors(COUNT: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def _state(param, exp_avg, weight, tiles, FIELDS: tl.constexpr, VEC: tl.constexpr):
+def _place(word, VEC: tl.constexpr, OF_NUMBER: tl.constexpr = 1):
+    """Return the position and the number in a word of a tile; see ``tile_words``.
+
+    They are multiples of ``VEC`` and of ``OF_NUMBER``. The compiler hears of it here: what is said
+    of the result of a call is lost.
+    """
+    value = tl.load(word)
+    number = tl.multiple_of((value & 0xFFFF).to(tl.int32), OF_NUMBER)
+    return tl.multiple_of(value >> 16, VEC), number
+
+
+@triton.jit
+def _pair(word):
+    """Return the two numbers in a word of a tile, int32."""
+    value = tl.load(word)
+    return value >> 32, value.to(tl.int32)
+
+
+@triton.jit
+def _state(param, exp_avg, weight, tiles, WORDS: tl.constexpr, VEC: tl.constexpr):
     """Return pointers to the state, such that positions in the buffer address it.
 
-    The last field of a tile is the shift from buffer to state. float32 weights, which are their
-    own main parameters, lie in the buffer.
+    float32 weights, which are their own main parameters, lie in the buffer.
     """
-    tile = tiles + tl.program_id(0).to(tl.int64) * FIELDS
-    shift = tl.multiple_of(tl.load(tile + FIELDS - 1), VEC)
+    shift, _ = _place(tiles + tl.program_id(0).to(tl.int64) * WORDS + 1, VEC)
     if weight is not None:
         param = param + shift
     return param, exp_avg + shift
 
 
 @triton.jit
-def _window(tiles, VEC: tl.constexpr, TILE: tl.constexpr):
-    """Return a window's start, and its vectors ``(NV, 1)`` with mask, row and place in the row."""
-    tile = tiles + tl.program_id(0).to(tl.int64) * 9
-    start = tl.multiple_of(tl.load(tile), VEC)
-    low = tl.load(tile + 1).to(tl.int32)
-    high = tl.load(tile + 2).to(tl.int32)
-    shift = tl.load(tile + 3).to(tl.int32)
-    length = tl.load(tile + 4).to(tl.int32)
-    index = tl.load(tile + 5)
-    skip = tl.load(tile + 6)
+def _window(tiles, WORDS: tl.constexpr, VEC: tl.constexpr, TILE: tl.constexpr):
+    """Return a window's start, and its vectors ``(NV, 1)`` with mask, row and place in the row.
+
+    Of places, the lower 32 bits count.
+    """
+    tile = tiles + tl.program_id(0).to(tl.int64) * WORDS
+    start, low = _place(tile, VEC)
+    _, high = _place(tile + 1, VEC)
+    index, skip = _pair(tile + 2)
+    shift, length = _pair(tile + 3)
+    shift = shift.to(tl.int32)
     first, _ = _vectors(TILE // VEC, VEC)
     inside = (first >= low) & (first < high)
-    row = (shift + first) // length
-    place = (shift + first - row * length).to(tl.int64) + tl.where(row == 0, skip, 0)
+    row = ((shift + first).to(tl.uint32) // length.to(tl.uint32)).to(tl.int32)
+    place = shift + first - row * length + tl.where(row == 0, skip, 0)
     return start, first, inside, index + row, place
 
 
@@ -155,8 +173,8 @@ def update_kernel(
     """Update the elements of a window."""
     scale = tl.load(grad_scale)
     if _finite(scale):
-        start, first_NV, inside_NV, row_NV, place_NV = _window(tiles, VEC, TILE)
-        param, exp_avg = _state(param, exp_avg, weight, tiles, 9, VEC)
+        start, first_NV, inside_NV, row_NV, place_NV = _window(tiles, 4, VEC, TILE)
+        param, exp_avg = _state(param, exp_avg, weight, tiles, 4, VEC)
         _, place_V = _vectors(TILE // VEC, VEC)
         step_NV = tl.load(step_size + row_NV, mask=inside_NV, other=0)
         group_NV = tl.load(group + row_NV, mask=inside_NV, other=0)
@@ -189,9 +207,9 @@ def update_elementwise_kernel(
     """Update the elements of a window that have their own second moments."""
     scale = tl.load(grad_scale)
     if _finite(scale):
-        start, first_NV, inside_NV, row_NV, place_NV = _window(tiles, VEC, TILE)
-        param, exp_avg = _state(param, exp_avg, weight, tiles, 9, VEC)
-        packed = tl.multiple_of(tl.load(tiles + tl.program_id(0).to(tl.int64) * 9 + 7), VEC)
+        start, first_NV, inside_NV, row_NV, place_NV = _window(tiles, 5, VEC, TILE)
+        param, exp_avg = _state(param, exp_avg, weight, tiles, 5, VEC)
+        packed = tl.multiple_of(tl.load(tiles + tl.program_id(0).to(tl.int64) * 5 + 4), VEC)
         _, place_V = _vectors(TILE // VEC, VEC)
         group_NV = tl.load(group + row_NV, mask=inside_NV, other=0)
         lr_NV = tl.load(hyper + group_NV * 3, mask=inside_NV, other=0)
@@ -223,11 +241,11 @@ def update_elementwise_kernel(
 @triton.jit
 def _row_tile(tiles, VEC: tl.constexpr):
     """Return a row tile's start, row length, number of rows, first entry, and part number."""
-    tile = tiles + tl.program_id(0).to(tl.int64) * 6
-    start = tl.multiple_of(tl.load(tile), VEC)
-    length = tl.multiple_of(tl.load(tile + 1).to(tl.int32), VEC)
-    count = tl.load(tile + 2).to(tl.int32)
-    return start, length, count, tl.load(tile + 3), tl.load(tile + 4)
+    tile = tiles + tl.program_id(0).to(tl.int64) * 3
+    start, length = _place(tile, VEC, VEC)
+    _, count = _place(tile + 1, VEC)
+    index, partial = _pair(tile + 2)
+    return start, length, count, index, partial
 
 
 @triton.jit
@@ -384,7 +402,7 @@ def update_rows_kernel(
     scale = tl.load(grad_scale)
     if _finite(scale):
         start, length, count, index, _ = _row_tile(tiles, VEC)
-        param, exp_avg = _state(param, exp_avg, weight, tiles, 6, VEC)
+        param, exp_avg = _state(param, exp_avg, weight, tiles, 3, VEC)
         if ONCE:
             offset, place, mask = _rectangle(start, length, count, 0, VEC, COLUMNS, ROWS)
             g = _load(grad, offset, mask)

@@ -13,7 +13,7 @@ rows (see ``ColumnTable``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,28 +54,37 @@ COLUMN_WINDOW_FIELDS = (
 ROW_FIELDS = ("start", "length", "count", "index", "partial", "shift_state")
 
 
-@dataclass(frozen=True)
-class RowTiles:
-    """Row tiles of one launch.
+class RowKind(NamedTuple):
+    """What row tiles of one launch have in common.
 
     Attributes:
         vec: elements per access.
         columns: width of the rectangle that is loaded at once, a power of two. Only at
             ``TILE_NUMEL`` may rows be longer; they then take several passes.
+    """
+
+    vec: int
+    columns: int
+
+    @property
+    def rows(self) -> int:
+        """Rows per tile."""
+        return TILE_NUMEL // self.columns
+
+
+class RowTiles(NamedTuple):
+    """Row tiles of one launch.
+
+    Attributes:
+        kind: what they have in common.
         tiles: int64, shape ``(T, 6)``, columns :data:`ROW_FIELDS`: ``start`` in the buffer, and
             ``count`` rows of ``length`` elements with entries from ``index`` on; or one part of a
             segment, with ``partial`` its number among all parts (else -1). ``shift_state``:
             position in the state minus position in the buffer.
     """
 
-    vec: int
-    columns: int
+    kind: RowKind
     tiles: IntArray
-
-    @property
-    def rows(self) -> int:
-        """Rows per tile."""
-        return TILE_NUMEL // self.columns
 
 
 def windows(table: SegmentTable, vec: int, *, packed: bool) -> dict[int, IntArray]:
@@ -210,7 +219,7 @@ def row_tiles(table: SegmentTable, vec: int) -> list[RowTiles]:
     width = np.concatenate([columns_U[run_T], np.full(len(split), TILE_NUMEL)])
     suits = (tiles[:, 0] % vec == 0) & (tiles[:, 1] % vec == 0) & (tiles[:, 5] % vec == 0)
     return [
-        RowTiles(size, int(columns), found)
+        RowTiles(RowKind(size, int(columns)), found)
         for columns in np.unique(width)
         for size, found in by_vec(tiles[width == columns], suits[width == columns], vec).items()
     ]

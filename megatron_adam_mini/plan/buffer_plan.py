@@ -102,6 +102,11 @@ class BufferPlan:
     columns: ColumnTable
     ranges: SegmentTable
 
+    @property
+    def tables(self) -> tuple[SegmentTable | ColumnTable, ...]:
+        """All tables; one may be there twice."""
+        return self.segments, self.uncut, self.cut, self.columns, self.ranges
+
 
 def plan_buffer(
     layout: BufferLayout,

@@ -57,6 +57,11 @@ class Chunk:
     elements: slice
     windows: tuple[Window, ...]
 
+    @property
+    def tables(self) -> tuple[SegmentTable | ColumnTable, ...]:
+        """All tables."""
+        return self.segments, self.columns, self.ranges
+
 
 @dataclass(frozen=True, eq=False)
 class ChunkPlan:

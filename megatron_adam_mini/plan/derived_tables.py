@@ -23,6 +23,11 @@ class DerivedTables:
         found: T = kept[make, key]
         return found
 
+    @property
+    def derived_bytes(self) -> int:
+        """Bytes of all that was made, if that says its ``nbytes``."""
+        return sum(made.nbytes for made in self._derived.values())
+
     @cached_property
     def _derived(self) -> dict[Any, Any]:
         return {}
