@@ -150,7 +150,10 @@ def _raise_difference(
     right: int,
     ranks: str | None,
 ) -> None:
-    """Gather the differences and raise; all ranks get here, since all saw the same hashes.
+    """Tell all ranks the difference, and raise; all get here, since all saw the same hashes.
+
+    A layout may have megabytes, and with NCCL all ranks' would lie on the device at once. So one of
+    the two ranks sends its own, and the other says how they differ.
 
     Args:
         record: of this rank.
@@ -160,13 +163,21 @@ def _raise_difference(
         ranks: key of the layouts that differ; ``None``: the options differ.
     """
     own: Any = record.rules if ranks is None else list(record.layouts.get(ranks, ()))
-    mine: Any = own if _rank(group) in (left, right) else None
-    everyone = gather(mine, group)
-    a, b = everyone[left], everyone[right]
+    others = _from(left, own, group)
+    here = "" if _rank(group) != right else _difference(others, own, left, right, ranks)
+    difference = _from(right, here, group)
     what = "options" if ranks is None else f"layout of {ranks}"
+    raise RuntimeError(
+        f"Adam-mini's {what} differs between ranks that must share it: {difference}. "
+        "Start every rank with the same flags and model (also requires_grad)."
+    )
+
+
+def _difference(a: Any, b: Any, left: int, right: int, ranks: str | None) -> str:
+    """Return in words how what rank ``left`` has, ``a``, differs from ``b`` of rank ``right``."""
     if ranks is None:
-        difference = f"rank {left} has {json.dumps(a)}, rank {right} has {json.dumps(b)}"
-    elif lacking := [
+        return f"rank {left} has {json.dumps(a)}, rank {right} has {json.dumps(b)}"
+    if lacking := [
         f"rank {has} has {sorted(names)}, which rank {lacks} lacks"
         for has, lacks, names in (
             (left, right, _names(a) - _names(b)),
@@ -174,21 +185,15 @@ def _raise_difference(
         )
         if names
     ]:
-        difference = "; ".join(lacking)
-    else:
-        index = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-        if index is None:
-            longer, index = (left, len(b)) if len(a) > len(b) else (right, len(a))
-            entry = (a if longer == left else b)[index]
-            difference = f"only rank {longer} has {json.dumps(entry)}"
-        else:
-            difference = (
-                f"entry {index} is {json.dumps(a[index])} on rank {left} "
-                f"and {json.dumps(b[index])} on rank {right}"
-            )
-    raise RuntimeError(
-        f"Adam-mini's {what} differs between ranks that must share it: {difference}. "
-        "Start every rank with the same flags and model (also requires_grad)."
+        return "; ".join(lacking)
+    index = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+    if index is None:
+        longer, index = (left, len(b)) if len(a) > len(b) else (right, len(a))
+        entry = (a if longer == left else b)[index]
+        return f"only rank {longer} has {json.dumps(entry)}"
+    return (
+        f"entry {index} is {json.dumps(a[index])} on rank {left} "
+        f"and {json.dumps(b[index])} on rank {right}"
     )
 
 
@@ -203,6 +208,13 @@ def gather(value: T, group: distributed.ProcessGroup | None = None) -> list[T]:
     gathered: list[Any] = [None] * distributed.get_world_size(group)
     distributed.all_gather_object(gathered, value, group=group)
     return gathered
+
+
+def _from(rank: int, value: Any, group: distributed.ProcessGroup | None) -> Any:
+    """Return one rank's value on all ranks of a group; it is pickled to be sent."""
+    sent = [value]
+    distributed.broadcast_object_list(sent, group_src=rank, group=group)
+    return sent[0]
 
 
 def _rank(group: distributed.ProcessGroup | None) -> int:

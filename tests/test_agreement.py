@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import time
 from collections.abc import Callable
@@ -507,6 +508,31 @@ def check_records(differ: str) -> str:
 @pytest.mark.parametrize("differ", ["nothing", "stages"])
 def test_plans_that_agree(differ):
     assert run_ranks(4, check_records, differ) == ["agreed"] * 4
+
+
+def gathered_when_layouts_differ() -> list[int]:
+    """Return how many bytes of this rank all are given when one entry of 10,000 differs."""
+    from torch import distributed
+
+    from megatron_adam_mini.agreement import PlanRecord, check_agreement
+
+    original, sizes = distributed.all_gather_object, []
+
+    def all_gather_object(gathered: list[Any], value: Any, group: Any = None) -> None:
+        sizes.append(len(pickle.dumps(value)))
+        original(gathered, value, group=group)
+
+    distributed.all_gather_object = all_gather_object
+    layout = [{"name": f"layer {n}", "at": n} for n in range(10_000)]
+    layout[-1]["at"] += rank() == ODD
+    with pytest.raises(RuntimeError, match=r"entry 9999 is .* on rank 0 .* on rank 1"):
+        check_agreement(PlanRecord({}, {"stage": layout}), patterns=())
+    return sizes
+
+
+def test_no_rank_gathers_the_layouts_of_all_others():
+    for (size,) in run_ranks(3, gathered_when_layouts_differ):
+        assert size < 1000
 
 
 def test_layouts_are_compared_within_a_stage_and_both_sides_are_shown():
