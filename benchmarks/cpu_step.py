@@ -51,6 +51,14 @@ from megatron_adam_mini.plan.step_plan import DomainLayout, plan_step
 
 LR, BETAS, EPS, DECAY, CLIP = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0
 
+#: Further ways to store the state.
+STORAGE: dict[str, dict[str, Any]] = {
+    "bf16 m, stochastic": {"exp_avg_dtype": "bf16", "stochastic_rounding": True},
+    "8-bit m": {"exp_avg_dtype": "fp8"},
+    "lean": {"lean": True},
+    "remainders, 8-bit m": {"param_remainders": True, "exp_avg_dtype": "fp8"},
+}
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -227,6 +235,10 @@ def pipeline(shape: Shape, rounds: int) -> tuple[dict[str, Timing], list[str]]:
         "Adam-mini, remainders, bf16 m": ours(
             shape, gradient(), param_remainders=True, exp_avg_dtype="bf16"
         ),
+        **{
+            f"Adam-mini, {name}": ours(shape, gradient(), **options)
+            for name, options in STORAGE.items()
+        },
         "AdamW, these kernels": ours(shape, gradient(), full_v=("*",)),
         "torch fused AdamW, one flat tensor": Peer([gradient()], fused).step,
         "torch fused AdamW, one tensor per parameter": Peer(

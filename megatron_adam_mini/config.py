@@ -19,12 +19,12 @@ BY_COLUMNS = ("row-column", "slim")
 RULES = ("row", "column", "head", "tensor", "element")
 
 #: How m may be stored; Megatron's names.
-EXP_AVG_DTYPES = ("fp32", "bf16")
+EXP_AVG_DTYPES = ("fp32", "bf16", "fp8")
 
-#: What Megatron's Adam could store m as, and this package stores instead.
+#: What others store m as, and this package stores instead.
 _NEAREST = {
     "fp16": "bf16, which has as many bytes, and small values of m that float16 would drop",
-    "fp8": "bf16, the smallest there is",
+    "int8": "fp8, which has as many bits, and needs no scales in memory",
 }
 
 #: What ``lean`` stands for: the fewest bytes that trained as well as float32 (docs/memory.md).
@@ -62,7 +62,8 @@ class AdamMiniConfig:
             first.
         backend: kernels to use: ``auto``, ``reference`` (plain torch), ``cpu`` (C++) or
             ``triton`` (GPU).
-        exp_avg_dtype: how m is stored: ``fp32`` (default) or ``bf16``.
+        exp_avg_dtype: how m is stored: ``fp32`` (default), ``bf16`` or ``fp8`` (E4M3 relative to
+            v, see ``rounding``; always rounded stochastically).
         stochastic_rounding: round a bfloat16 m stochastically instead of to the nearest.
         param_remainders: store only the lower 16 bits of the float32 main parameters; the upper
             ones are the bfloat16 model weights. Training is the same, bit for bit.
@@ -137,6 +138,8 @@ class AdamMiniConfig:
         _one_of("checkpoint_format", self.checkpoint_format, CHECKPOINT_FORMATS)
         if self.lean:
             self._make_lean()
+        if self.exp_avg_dtype == "fp8":
+            object.__setattr__(self, "stochastic_rounding", True)
         if self.stochastic_rounding and self.exp_avg_dtype == "fp32":
             raise ValueError(
                 "Adam-mini stochastic_rounding=True has nothing to round with "

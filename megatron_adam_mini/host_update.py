@@ -65,6 +65,7 @@ class HostUpdate:
         backend: name of the device's kernels.
         group_SR: parameter group of each segment and range.
         origin_SR: for stochastic rounding, see ``SegmentVectors``; or ``None``.
+        has_codes: whether m has 8 bits.
         device: where the buffers are.
         num_groups: number of parameter groups.
     """
@@ -79,6 +80,7 @@ class HostUpdate:
         *,
         group_SR: np.ndarray[Any, Any],
         origin_SR: np.ndarray[Any, Any] | None,
+        has_codes: bool,
         device: torch.device,
         num_groups: int,
     ) -> None:
@@ -90,11 +92,16 @@ class HostUpdate:
         self._chunks = planned.chunks
 
         on_gpu = device.type == "cuda"
-        self._sent = torch.zeros(len(planned.segments.source) + 1, device=device)
+        # Step sizes, then the scales of codes of m, and at last the factor of the gradients.
+        self._num = num = len(planned.segments.source)
+        self._sent = torch.zeros((3 if has_codes else 1) * num + 1, device=device)
         self._received = torch.zeros(len(self._sent), device=HOST, pin_memory=on_gpu)
         self._source = torch.from_numpy(planned.segments.source).to(device)
-        self._vectors_S = _vectors(planned.segments, group_SR, origin_SR, self._received[:-1])
+        self._vectors_S = _vectors(planned.segments, group_SR, origin_SR, self._received[:num])
         self._vectors_R = _vectors(planned.ranges, group_SR, origin_SR, self._received[:0])
+        if has_codes:
+            scales = self._received[num:-1].view(num, 2)
+            self._vectors_S = self._vectors_S._replace(exp_avg_scale_S2=scales)
 
         self._places = [
             _Place(
@@ -137,15 +144,19 @@ class HostUpdate:
         for chunk in self._chunks:
             self._update(chunk, self._places[0], state.on_host[chunk.share.number])
 
-    def begin(self, state: RankState, step_size_S: Tensor, grad_scale: Tensor) -> None:
+    def begin(self, state: RankState, vectors: SegmentVectors, grad_scale: Tensor) -> None:
         """Start to copy step sizes, and the first gradients; does not wait for the device.
 
         Args:
             state: of the rank.
-            step_size_S: of all segments of the rank.
+            vectors: of all segments of the rank, after ``segment_step_size_``.
             grad_scale: float32, on the device.
         """
-        torch.index_select(step_size_S, 0, self._source, out=self._sent[:-1])
+        num, source = self._num, self._source
+        torch.index_select(vectors.step_size_S, 0, source, out=self._sent[:num])
+        if vectors.exp_avg_scale_S2 is not None:
+            scales = self._sent[num:-1].view(num, 2)
+            torch.index_select(vectors.exp_avg_scale_S2, 0, source, out=scales)
         self._sent[-1:].copy_(grad_scale)
         if self._down is not None:
             self._down.wait_stream(torch.cuda.current_stream())

@@ -59,7 +59,8 @@ class MainParams(torch.optim.Optimizer):
     float32 main parameters; of the model's weights if these are float32, or if remainders
     complete them. The state of a shard with ``n`` elements:
 
-    * ``exp_avg``: m, float32 or bfloat16, shape ``(n,)``;
+    * ``exp_avg``: m, float32 or bfloat16, shape ``(n,)``. Or uint8: codes, relative to
+      ``exp_avg_sq`` (see ``rounding``), so that who writes one of the two must write both;
     * ``exp_avg_sq``: v, float32. One value for each block that the shard has elements of, in the
       order of its elements; shape ``(n,)`` for parameters that keep one value per element. See
       :meth:`exp_avg_sq_per_element`;
@@ -321,7 +322,7 @@ class MainParams(torch.optim.Optimizer):
                 on_host[share.number] = held
             else:
                 buffers.append(held)
-        return RankState(buffers, exp_avg_sq_S, on_host)
+        return RankState(buffers, exp_avg_sq_S, on_host).with_scales(self._plan)
 
     # Shards that are the model's weights.
 

@@ -47,7 +47,7 @@ from megatron_adam_mini.plan.step_plan import Piece, StepPlan
 from megatron_adam_mini.state import Buffer, BufferState, RankState
 from megatron_adam_mini.wide_sums import WideSums
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
 
 #: The smallest normal number of float32.
 _MIN_SCALE = 2.0**-126
@@ -148,6 +148,8 @@ class AdamMini:
         self._sum_sq_SR = self.collectives.sum_sq_SR
         self._sum_sq_S = self._sum_sq_SR[: plan.num_segments]
         self._step_size_S = floats(plan.num_segments)
+        has_codes = config.exp_avg_dtype == "fp8"
+        self._exp_avg_scale_S2 = floats(plan.num_segments, 2) if has_codes else None
         inv_numel_S = (1.0 / plan.block_numel_S.astype(np.float64)).astype(np.float32)
         self._inv_numel_S = to_device(inv_numel_S)
         self._group_SR = to_device(groups_P[plan.parameter_SR])
@@ -179,6 +181,7 @@ class AdamMini:
                 config.backend,
                 group_SR=groups_P[plan.parameter_SR],
                 origin_SR=origin_SR,
+                has_codes=has_codes,
                 device=device,
                 num_groups=len(param_groups),
             )
@@ -330,7 +333,7 @@ class AdamMini:
         if self._host is not None:
             # The host updates cut blocks with the others, so their sums are waited for first.
             self._advance_cut(vectors)
-            self._host.begin(state, self._step_size_S, scalars.grad_scale)
+            self._host.begin(state, vectors, scalars.grad_scale)
         first, rest = _split(state.on_device, early)
         self._update_uncut(first, vectors)
         # the same for cut blocks, once their sums are complete
@@ -428,7 +431,7 @@ class AdamMini:
         self._write_scalars(decision.grad_scale)
         scalars.send()
         if self._host is not None:
-            self._host.begin(state, self._step_size_S, scalars.grad_scale)
+            self._host.begin(state, vectors, scalars.grad_scale)
         for held in state.on_device:
             tensors, plan = self._tensors(held), held.plan
             if len(plan.uncut):
@@ -498,6 +501,7 @@ class AdamMini:
             inv_numel_S=self._inv_numel_S,
             group_SR=self._group_SR,
             origin_SR=self._origin_SR,
+            exp_avg_scale_S2=self._exp_avg_scale_S2,
         )
 
     @staticmethod

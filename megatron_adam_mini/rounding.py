@@ -1,4 +1,4 @@
-"""How float32 becomes 16 bits: model weights, exact remainders, and a low-precision ``exp_avg``.
+"""How float32 becomes 16 or 8 bits: model weights, exact remainders, a low-precision ``exp_avg``.
 
 Imports torch. These functions specify, bit for bit, what every backend does.
 
@@ -7,6 +7,17 @@ torch's rule, would make remainders impossible: an even weight would stand for 6
 (both ties round to it), one more than 16 bits can tell apart. With ties away from zero every weight
 stands for 65,536, so weight and remainder make up the float32 value, and all modes train with the
 same weights. The rules differ at exact ties only. Transformer Engine's remainders use the same one.
+
+**m in 8 bits** is a code of E4M3, torch's ``float8_e4m3fn`` (Micikevicius et al., arXiv:2209.05433:
+3 bits of mantissa, from 2**-9 to 448), times a scale: the largest power of two not above sqrt(v) of
+the element's block. So a scale needs neither memory nor a pass over m, is the same under every
+parallel layout, and ``code * scale`` is exact in float32. ``|m| <= C sqrt(v)`` with
+``C^2 = n (1 - beta1)^2 / ((1 - beta2) (1 - beta1^2 / beta2))`` for an element of a block of ``n``
+(Cauchy-Schwarz), and a block of elements that are alike reaches a few units; what exceeds 448
+scales becomes 448 scales. Codes are rounded stochastically, because a decay of m by less than half
+of its last bit, such as 0.95, would otherwise never happen. 8-bit optimizers that scale by the
+largest ``|m|`` of a block of elements: Dettmers et al., arXiv:2110.02861.
+``benchmarks/moment_codes.py`` compares the two.
 """
 
 from __future__ import annotations
@@ -82,3 +93,51 @@ def to_bfloat16_stochastic(value: Tensor, noise: Tensor) -> Tensor:
     """
     bits = torch.where(value.isnan(), torch.nan, value).view(torch.int32)
     return ((bits + noise.to(torch.int32)) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+#: Largest code of E4M3, and the code of NaN.
+FP8_MAX, _FP8_NAN = 448.0, 0x7F
+
+
+def fp8_scale(v: Tensor) -> Tensor:
+    """Return the scale of the codes of m: the largest power of two not above sqrt(v).
+
+    Args:
+        v: float32, not negative; subnormal numbers count as ``2**-127``.
+
+    Returns:
+        float32, from ``2**-64`` to ``2**64``.
+    """
+    exponent = (v.view(torch.int32) >> 23) & 0xFF
+    return (((exponent + 127) >> 1) << 23).view(torch.float32)
+
+
+def from_fp8(code: Tensor, scale: Tensor) -> Tensor:
+    """Return what codes (uint8) stand for, float32."""
+    return code.view(torch.float8_e4m3fn).float() * scale
+
+
+def to_fp8(value: Tensor, scale: Tensor) -> Tensor:
+    """Return the nearest codes of float32 values, ties to even; inverse of :func:`from_fp8`."""
+    ratio = torch.where(value.isinf(), torch.nan, value / scale).clamp(-FP8_MAX, FP8_MAX)
+    return ratio.to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def to_fp8_stochastic(value: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
+    """Return the codes next to float32 values, so that the mean over the noise is the value.
+
+    The values must not exceed 448 scales for that; where they do, the result is 448 scales.
+
+    Args:
+        value: float32.
+        scale: of the codes, see :func:`fp8_scale`.
+        noise: 16 bits per element, see :func:`noise16`.
+    """
+    ratio = (value.abs() / scale).clamp(max=FP8_MAX)
+    # The bits of the power of two below, but of no less than that of the smallest normal code.
+    power = (ratio.view(torch.int32) & 0x7F800000).clamp(min=121 << 23)
+    # In units of the last place of the code: from 8 to 16, below 8 if it is subnormal.
+    units = ratio * ((130 << 23) - (power - (127 << 23))).view(torch.float32)
+    code = (units + noise.float() * 2.0**-16).to(torch.int32) + (power >> 20) - 968
+    code = torch.where(value.isfinite(), code, _FP8_NAN)
+    return (code | ((value.view(torch.int32) >> 24) & 0x80)).to(torch.uint8)

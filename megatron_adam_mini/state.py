@@ -1,7 +1,7 @@
 """The optimizer state of one rank: what is allocated, and how a window of it is read and written.
 
-Imports torch, ``plan`` and ``rounding``. Everything is allocated at construction, on all ranks, so
-memory does not grow at the first step, and a checkpoint can be loaded before it.
+Imports torch, ``plan``, ``rounding`` and ``code_scales``. Everything is allocated at construction,
+on all ranks, so memory does not grow at the first step, and a checkpoint can be loaded before it.
 
 Data flow: step plan -> **RankState** -> ``main_params`` (keeps it between steps) -> kernels
 (modified in place) -> checkpoint.
@@ -16,11 +16,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from megatron_adam_mini.code_scales import CodeScales
 from megatron_adam_mini.config import LEAN_WITHOUT_REMAINDERS
 from megatron_adam_mini.plan.buffer_plan import BufferPlan, Window
 from megatron_adam_mini.plan.shares import Share
 from megatron_adam_mini.plan.step_plan import Piece, StepPlan
-from megatron_adam_mini.rounding import join, split, to_weight
+from megatron_adam_mini.rounding import from_fp8, join, split, to_fp8, to_weight
 
 #: Where state is that was offloaded.
 HOST = torch.device("cpu")
@@ -81,8 +82,10 @@ class BufferState:
         share: which positions of the state, and in which memory.
         param: float32 main parameters, shape ``(L,)``. Or int16: remainders, which complete
             bfloat16 weights (see ``rounding``). ``None``: the float32 model weights themselves.
-        exp_avg: m, float32 or bfloat16, shape ``(L,)``.
+        exp_avg: m, float32 or bfloat16, shape ``(L,)``. Or uint8: codes, relative to v (see
+            ``rounding``).
         exp_avg_sq_E: v of parameters that keep one per element, float32.
+        scales: of the codes of m, if it consists of these.
     """
 
     buffer: Buffer
@@ -90,6 +93,7 @@ class BufferState:
     param: Tensor | None
     exp_avg: Tensor
     exp_avg_sq_E: Tensor
+    scales: CodeScales | None = None
 
     @classmethod
     def allocate(
@@ -151,7 +155,7 @@ class BufferState:
         return join(self.buffer.weight[window.in_buffer].to(param.device), param)
 
     def exp_avg_of(self, window: Window) -> Tensor:
-        """Return m of a window, a view."""
+        """Return m of a window as it is stored, a view."""
         return self.exp_avg[self.share.own(window.in_state)]
 
     def norm(self, window: Window) -> Tensor:
@@ -170,12 +174,16 @@ class BufferState:
 
     def as_float32(self, window: Window, kind: str) -> Tensor:
         """Return ``param`` or ``exp_avg`` of a window as float32: a view of float32 state."""
-        return self.main_param(window) if kind == "param" else self.exp_avg_of(window).float()
+        if kind == "param":
+            return self.main_param(window)
+        m = self.exp_avg_of(window)
+        return m.float() if self.scales is None else from_fp8(m, self.scales.of(window))
 
     def store(self, window: Window, values: Mapping[str, Tensor]) -> None:
         """Set main parameters, m, and the model's weights, which are rounded main parameters.
 
-        State of lower precision is rounded to the nearest. Quantized weights stay as they are.
+        State of lower precision is rounded to the nearest. Quantized weights stay as they are. An m
+        of 8 bits is relative to v, which must be set before.
 
         Args:
             window: which elements.
@@ -187,7 +195,7 @@ class BufferState:
             own = self.share.own(part.in_state)
             new = {kind: flat[where].to(device, torch.float32) for kind, flat in values.items()}
             if "exp_avg" in new:
-                _copy(to_weight(new["exp_avg"], self.exp_avg.dtype), self.exp_avg[own])
+                _copy(self._rounded(new["exp_avg"], part), self.exp_avg[own])
             if "param" not in new:
                 continue
             if self.param is None:
@@ -198,6 +206,11 @@ class BufferState:
                 _copy(new["param"], self.param[own])
                 if not self.is_quantized:
                     weight[part.in_buffer] = to_weight(new["param"], weight.dtype)
+
+    def _rounded(self, m: Tensor, window: Window) -> Tensor:
+        if self.scales is not None:
+            return to_fp8(m, self.scales.of(window))
+        return to_weight(m, self.exp_avg.dtype)
 
     def write_weights(self) -> None:
         """Set the model's weights to the rounded main parameters, unless they are quantized."""
@@ -276,11 +289,19 @@ class RankState(NamedTuple):
             )
 
         on_device, on_host = shares
-        return cls(
+        found = cls(
             [state_of(share) for share in on_device],
             torch.zeros(plan.num_segments, dtype=torch.float32, device=device),
             {number: state_of(share) for number, share in on_host.items()},
         )
+        return found.with_scales(plan)
+
+    def with_scales(self, plan: StepPlan) -> RankState:
+        """Return this state, after it was told how codes of m follow from v, if there are any."""
+        for held in self.everywhere:
+            if held.exp_avg.dtype == torch.uint8:
+                held.scales = CodeScales(plan, held.share, self.exp_avg_sq_S, held.exp_avg_sq_E)
+        return self
 
     @property
     def everywhere(self) -> list[BufferState]:

@@ -41,7 +41,7 @@ def measure_updates(inner: AdamMini, state: RankState) -> dict[str, UpdateSize]:
     """Measure the last step; all ranks must call it, and all get the same.
 
     The update is computed again from m and the sizes of the step, so it must be the last thing
-    that changed the state. An m in bfloat16 was rounded since, by 2**-9 at most.
+    that changed the state. An m in fewer bits was rounded since.
 
     Collectives: two all-reduces, of 32 bytes per role and domain.
 
@@ -75,7 +75,7 @@ def _squares(inner: AdamMini, state: RankState, piece: Piece) -> Tensor:
         end = min(begin + _CHUNK, piece.window.numel)
         window = piece.window.part(begin, end)
         sizes = inner.last_step_sizes(state, piece, slice(begin, end))
-        update = held.exp_avg_of(window).double() * sizes
+        update = held.as_float32(window, "exp_avg").double() * sizes
         param = held.main_param(window).double()
         found += torch.stack([update.square().sum(), param.square().sum()]).to(found)
     return found

@@ -140,6 +140,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], tuple[Feature, ...]]] = {
             Feature("float32 modules in a 16-bit model"),
             Feature("fp16 with loss scale"),
             Feature("m in bf16"),
+            Feature("m in 8 bits"),
             Feature("16-bit remainders"),
             Feature("single phase", KERNEL),
             Feature("gradients beyond float32's squares", KERNEL),

@@ -42,9 +42,12 @@ from tests.test_kernels import (
     bits,
     elements_of,
     groups_of,
+    is_stochastic,
+    m_of,
     noise,
     positive,
     scalars_of,
+    scales_of,
     tensors_of,
     unchanged,
     vectors_of,
@@ -234,11 +237,11 @@ def summed(backend, runs: Runs, grad: Tensor) -> Tensor:
 
 
 def vectors_for(runs: Runs, storage: str):
-    stochastic = storage.startswith("bf16 m")
     return vectors_of(
         runs.entries,
         step_size_S=positive(runs.entries, 13) * 1e-2,
-        origin_SR=runs.origins if stochastic else None,
+        origin_SR=runs.origins if is_stochastic(storage) else None,
+        exp_avg_scale_S2=scales_of(storage, runs.entries),
     )
 
 
@@ -320,20 +323,29 @@ def test_update_of_columns(kernels, name, storage):
     after = elements_of(updated(kernels, runs, storage), runs)
     entry, number = torch.tensor([*runs.of_elements], dtype=torch.int64).reshape(-1, 2).T
 
-    old, g = before.exp_avg.double(), before.grad.double() * 0.37
+    scales = vectors.exp_avg_scale_S2
+    scale_before, scale_after = (None, None) if scales is None else scales[entry].unbind(dim=1)
+    olds, news = m_of(before.exp_avg, scale_before), m_of(after.exp_avg, scale_after)
+    old, g = olds.double(), before.grad.double() * 0.37
     m, size = BETA1 * old + (1 - BETA1) * g, old.abs() + g.abs()
     p, step_size = before.param.double(), vectors.step_size_S[entry].double()
     expected = (1 - 1e-2 * (groups_of(runs.entries)[entry].double() + 1) * 0.1) * p - step_size * m
     assert ((after.param - expected).abs() <= UPDATE_TOL * (p.abs() + size)).all()
-    # What bfloat16 storage of m may add: one of two neighbours.
-    stored = 0 if after.exp_avg.dtype == torch.float32 else 2.0**-7
-    assert ((after.exp_avg - m).abs() <= UPDATE_TOL * size + stored * m.abs()).all()
+    # What storage of m in few bits may add: one of two neighbours.
+    stored = {torch.float32: 0, torch.bfloat16: 2.0**-7, torch.uint8: 2.0**-3}[after.exp_avg.dtype]
+    least = 0.0 if scale_after is None else scale_after * 2.0**-9
+    limit = UPDATE_TOL * size + torch.maximum(stored * m.abs(), torch.as_tensor(least))
+    assert ((news - m).abs() <= limit).all()
     if vectors.origin_SR is not None:
         # In float32, as kernels have it before they round it.
         factor = scalars.grad_scale * (1 - BETA1)
-        exact = before.exp_avg.float() * BETA1 + before.grad.float() * factor
+        exact = olds * BETA1 + before.grad.float() * factor
         noises = rounding.noise16(number, scalars.noise_key)
-        assert_equal_bits([after.exp_avg], [rounding.to_bfloat16_stochastic(exact, noises)])
+        if scale_after is None:
+            rounded = rounding.to_bfloat16_stochastic(exact, noises)
+        else:
+            rounded = rounding.to_fp8_stochastic(exact, scale_after, noises)
+        assert_equal_bits([after.exp_avg], [rounded])
     if storage == "quantized weight":
         assert torch.equal(after.weight, before.weight)
     elif after.weight is not None:
@@ -354,7 +366,7 @@ def test_update_of_columns_of_any_runs_equals_the_reference(runs, storage):
     assert_equal_bits(updated(cpu, runs, storage), updated(reference, runs, storage))
 
 
-@pytest.mark.parametrize("storage", ["fp32", "bf16 m, remainders"])
+@pytest.mark.parametrize("storage", ["fp32", "bf16 m, remainders", "8-bit m, remainders"])
 @pytest.mark.parametrize("name", ["within rows", "wide", "parts"])
 def test_where_a_run_is_cut_and_where_its_state_lies_change_no_bit(kernels, name, storage):
     runs = runs_of(name)
@@ -405,7 +417,8 @@ def test_instruction_sets_and_threads_change_no_bit_of_columns(name):
             of_sums = [
                 summed(cpu, runs, grads_of(runs, kind)) for kind in (torch.float32, torch.float16)
             ]
-            found.append([*of_sums, *updated(cpu, runs, "bf16 m, remainders")])
+            updates = [updated(cpu, runs, f"{m} m, remainders") for m in ("bf16", "8-bit")]
+            found.append([*of_sums, *updates[0], *updates[1]])
     for other in found[1:]:
         assert_equal_bits(found[0], other)
 

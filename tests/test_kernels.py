@@ -86,6 +86,8 @@ STORAGE = {
     "remainders": (torch.float32, torch.float32, torch.int16, torch.bfloat16),
     "bf16 m, remainders": (torch.bfloat16, torch.bfloat16, torch.int16, torch.bfloat16),
     "quantized weight": (torch.float32, torch.float32, torch.float32, torch.uint8),
+    "8-bit m, fp32 weight": (torch.float32, torch.uint8, torch.float32, None),
+    "8-bit m, remainders": (torch.bfloat16, torch.uint8, torch.int16, torch.bfloat16),
 }
 
 
@@ -239,6 +241,26 @@ def groups_of(entries: int) -> Tensor:
     return (torch.arange(entries) % 3).to(torch.int32)
 
 
+def is_eight_bit(storage: str) -> bool:
+    return storage.startswith("8-bit m")
+
+
+def is_stochastic(storage: str) -> bool:
+    return storage.startswith("bf16 m") or is_eight_bit(storage)
+
+
+def scales_of(storage: str, entries: int) -> Tensor | None:
+    """Return the scales of m before and after a step, if it has any: powers of two, often equal."""
+    if not is_eight_bit(storage):
+        return None
+    return rounding.fp8_scale(torch.stack([positive(entries, 30), positive(entries, 31)], dim=1))
+
+
+def m_of(exp_avg: Tensor, scale: Tensor | None) -> Tensor:
+    """Return what is stored of m, float32."""
+    return exp_avg.float() if scale is None else rounding.from_fp8(exp_avg, scale)
+
+
 def vectors_of(entries: int, **given: Tensor | None) -> SegmentVectors:
     """Return vectors, NaN where none is given: a kernel has no business to read these."""
     floats = {name: torch.full((entries,), NAN) for name in SegmentVectors._fields[:4]}
@@ -261,13 +283,15 @@ def tensors_of(storage: str, layout: Layout) -> BufferTensors:
     outside[at] = False
     values, moments, grads = (noise(layout.numel, seed) for seed in (10, 11, 12))
     values[outside] = grads[outside] = NAN
+    moments = rounding.to_fp8(moments * 4, torch.ones(())) if m == torch.uint8 else moments.to(m)
 
     def in_state(stream: Tensor, poison: float = NAN) -> Tensor:
         found = torch.full((layout.state_numel,), poison, dtype=stream.dtype)
         found[layout.state_at] = stream[at]
         return found
 
-    exp_avg, grads = in_state(moments.to(m)), grads.to(grad)
+    # 127 is the code of NaN.
+    exp_avg, grads = in_state(moments, 127 if m == torch.uint8 else NAN), grads.to(grad)
     if weight is None:
         return BufferTensors(values, exp_avg, None, grads)
     if param == torch.int16:
@@ -314,8 +338,8 @@ def assert_equal_bits(left: Sequence[Tensor | None], right: Sequence[Tensor | No
 
 
 def origins_of(storage: str, layout: Layout) -> Tensor | None:
-    """Round m stochastically where it is bfloat16."""
-    return layout.origins if storage.startswith("bf16 m") else None
+    """Round m stochastically where it has few bits."""
+    return layout.origins if is_stochastic(storage) else None
 
 
 @contextmanager
@@ -452,8 +476,14 @@ def update(
     layout: Layout,
     scalars: StepScalars,
     origins: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> None:
-    vectors = vectors_of(layout.entries, step_size_S=step_sizes(layout), origin_SR=origins)
+    vectors = vectors_of(
+        layout.entries,
+        step_size_S=step_sizes(layout),
+        origin_SR=origins,
+        exp_avg_scale_S2=scales,
+    )
     with writes_segments_only(tensors, layout), unchanged(**vectors._asdict()):
         kernels.update_(tensors, layout.table, vectors, scalars)
 
@@ -476,19 +506,24 @@ def test_update(kernels, small_layout, storage):
     layout = small_layout
     tensors = tensors_of(storage, layout)
     before = elements_of(tensors, layout)
-    update(kernels, tensors, layout, scalars_of())
+    scales = scales_of(storage, layout.entries)
+    origins = None if scales is None else layout.origins
+    update(kernels, tensors, layout, scalars_of(), origins, scales)
     after = elements_of(tensors, layout)
     step_size, group = step_sizes(layout), groups_of(layout.entries)
-    # What bfloat16 storage of m may add to the rounding of the arithmetic.
-    stored = 0 if tensors.exp_avg.dtype == torch.float32 else 2.0**-8
+    # What storage of m in few bits may add to the rounding of the arithmetic.
+    stored = {torch.float32: 0, torch.bfloat16: 2.0**-8, torch.uint8: 2.0**-3}[after.exp_avg.dtype]
     for s, part in enumerate(layout.parts):
         e = layout.entry(s)
         decay = 1 - 1e-2 * (int(group[e]) + 1) * 0.1
+        scale_before, scale_after = (None, None) if scales is None else scales[e]
+        least = 0.0 if scale_after is None else float(scale_after) * 2.0**-9
+        olds, news = m_of(before.exp_avg, scale_before), m_of(after.exp_avg, scale_after)
         for i in range(part.start, part.stop):
-            old, g = float(before.exp_avg[i]), float(before.grad[i]) * 0.37
+            old, g = float(olds[i]), float(before.grad[i]) * 0.37
             m = BETA1 * old + (1 - BETA1) * g
             size = abs(old) + abs(g)
-            assert abs(float(after.exp_avg[i]) - m) <= UPDATE_TOL * size + stored * abs(m)
+            assert abs(float(news[i]) - m) <= UPDATE_TOL * size + max(stored * abs(m), least)
             p = float(before.param[i])
             expected = decay * p - float(step_size[e]) * m
             # Not changed by the rounding of m: the step takes it before.
@@ -506,8 +541,9 @@ def test_update_equals_the_reference_bit_for_bit(layout, storage):
     """Given equal step sizes nothing is reordered, so that backends and layouts cannot differ."""
     mine = tensors_of(storage, layout)
     theirs = clone(mine)
-    update(cpu, mine, layout, scalars_of(), origins_of(storage, layout))
-    update(reference, theirs, layout, scalars_of(), origins_of(storage, layout))
+    options = origins_of(storage, layout), scales_of(storage, layout.entries)
+    update(cpu, mine, layout, scalars_of(), *options)
+    update(reference, theirs, layout, scalars_of(), *options)
     assert_equal_bits(mine, theirs)
 
 
@@ -569,8 +605,10 @@ def update_in_one_pass(
     layout: Layout,
     scalars: StepScalars,
     origins: Tensor | None = None,
+    *,
+    scales: bool = False,
 ) -> SegmentVectors:
-    """Return the vectors, of which it writes v, step sizes and sums."""
+    """Return the vectors, of which it writes v, step sizes, sums and scales of m."""
     vectors = SegmentVectors(
         exp_avg_sq_S=positive(layout.entries, 5),
         step_size_S=torch.zeros(layout.entries),
@@ -578,8 +616,9 @@ def update_in_one_pass(
         inv_numel_S=positive(layout.entries, 6),
         group_SR=groups_of(layout.entries),
         origin_SR=origins,
+        exp_avg_scale_S2=torch.zeros(layout.entries, 2) if scales else None,
     )
-    read_only = {name: getattr(vectors, name) for name in vectors._fields[3:]}
+    read_only = {name: getattr(vectors, name) for name in vectors._fields[3:6]}
     with writes_segments_only(tensors, layout), unchanged(**read_only):
         kernels.update_in_one_pass_(tensors, layout.table, vectors, scalars)
     return vectors
@@ -590,11 +629,13 @@ def test_update_in_one_pass_equals_the_kernels_that_it_joins(kernels, layout, st
     origins, scalars = origins_of(storage, layout), scalars_of()
     together = tensors_of(storage, layout)
     apart = clone(together)
-    mine = update_in_one_pass(kernels, together, layout, scalars, origins)
+    scales = is_eight_bit(storage)
+    mine = update_in_one_pass(kernels, together, layout, scalars, origins, scales=scales)
     theirs = mine._replace(
         exp_avg_sq_S=positive(layout.entries, 5),
         step_size_S=torch.zeros(layout.entries),
         sum_sq_SR=torch.zeros(layout.entries),
+        exp_avg_scale_S2=torch.zeros(layout.entries, 2) if scales else None,
     )
     kernels.segment_sum_sq_(theirs.sum_sq_SR, apart.grad, layout.table)
     kernels.segment_step_size_(theirs, scalars, torch.from_numpy(layout.table.indices))
@@ -603,7 +644,7 @@ def test_update_in_one_pass_equals_the_kernels_that_it_joins(kernels, layout, st
     for left, right in zip(mine[:3], theirs[:3], strict=True):
         torch.testing.assert_close(left, right, rtol=SUM_RTOL, atol=0)
     if max([high - low for low, high in layout.bounds], default=0) <= 65536:
-        assert_equal_bits(together, apart)
+        assert_equal_bits([*together, mine[-1]], [*apart, theirs[-1]])
 
 
 # update_elementwise_.
@@ -651,13 +692,14 @@ def test_update_elementwise_equals_blocks_of_one_element(kernels, storage):
     one_each = SegmentTable(np.arange(numel), np.arange(1, numel + 1))
     layout = Layout.of([(0, numel)])
     left = tensors_of(storage, layout)
-    right, stochastic = clone(left), storage.startswith("bf16 m")
+    right, stochastic = clone(left), is_stochastic(storage)
     vectors = vectors_of(
         numel,
         exp_avg_sq_S=torch.zeros(numel),
         inv_numel_S=torch.ones(numel),
         group_SR=torch.zeros(numel).int(),
         origin_SR=torch.arange(9, numel + 9, dtype=torch.int32) if stochastic else None,
+        exp_avg_scale_S2=torch.zeros(numel, 2) if is_eight_bit(storage) else None,
     )
     kernels.segment_sum_sq_(vectors.sum_sq_SR, left.grad, one_each)
     kernels.segment_step_size_(vectors, scalars)
@@ -673,14 +715,17 @@ def test_update_elementwise_equals_blocks_of_one_element(kernels, storage):
 # All kernels.
 
 
+@pytest.mark.parametrize("storage", ["bf16 m, remainders", "8-bit m, remainders"])
 @pytest.mark.parametrize("grad_scale", [NAN, float("inf")])
-def test_nothing_changes_in_a_skipped_step(kernels, grad_scale):
+def test_nothing_changes_in_a_skipped_step(kernels, grad_scale, storage):
     layout, scalars = layout_of("gaps"), scalars_of(grad_scale=grad_scale)
-    tensors, elements = tensors_of("bf16 m, remainders", layout), positive(layout.table.numel, 4)
+    tensors, elements = tensors_of(storage, layout), positive(layout.table.numel, 4)
     floats = {
         name: positive(layout.entries, 20 + i) for i, name in enumerate(SegmentVectors._fields[:4])
     }
-    vectors = vectors_of(layout.entries, **floats)
+    vectors = vectors_of(
+        layout.entries, **floats, exp_avg_scale_S2=scales_of(storage, layout.entries)
+    )
     with unchanged(**tensors._asdict(), **vectors._asdict(), elements=elements):
         kernels.segment_step_size_(vectors, scalars)
         kernels.update_(tensors, layout.table, vectors, scalars)
@@ -693,12 +738,13 @@ def outcome_of_updates(kernels: ModuleType, storage: str, layout: Layout) -> lis
     tensors, origins = tensors_of(storage, layout), origins_of(storage, layout)
     sums, scalars = torch.zeros(layout.entries), scalars_of()
     kernels.segment_sum_sq_(sums, tensors.grad, layout.table)
-    update(kernels, tensors, layout, scalars, origins)
+    update(kernels, tensors, layout, scalars, origins, scales_of(storage, layout.entries))
     found = [sums, *elements_of(tensors, layout)]
     v = positive(layout.table.numel, 5)
     update_elementwise(kernels, tensors, v, layout, scalars, origins)
     found += [v, *elements_of(tensors, layout)]
-    vectors = update_in_one_pass(kernels, tensors, layout, scalars, origins)
+    scales = is_eight_bit(storage)
+    vectors = update_in_one_pass(kernels, tensors, layout, scalars, origins, scales=scales)
     return [*found, *vectors, *elements_of(tensors, layout)]
 
 

@@ -50,6 +50,10 @@ JOBS = {
         2,
     ),
     "remainders, bf16 m, stochastic": (replace(JOB, adam_mini=SMALL), 4),
+    "m in 8 bits, columns": (
+        replace(JOB, tp=1, adam_mini={"exp_avg_dtype": "fp8", "preset": "row-column"}),
+        2,
+    ),
     "one second moment per element": (replace(JOB, tp=1, adam_mini={"preset": "first"}), 2),
     "fp16, skipped steps": (replace(JOB, tp=1, fp16=True, bf16=False, optimizer_args=FP16), 2),
     "bf16 gradients, float32 norms": (

@@ -23,6 +23,10 @@ JOBS = {
         replace(JOB, tp=1, adam_mini={"param_remainders": True, "exp_avg_dtype": "bf16"}),
         2,
     ),
+    "8-bit m, elements": (
+        replace(JOB, tp=1, adam_mini={"exp_avg_dtype": "fp8", "preset": "first"}),
+        2,
+    ),
     "pipeline, tied": (replace(JOB, tp=1, pp=2, tied=True), 4),
     "several instances": (replace(JOB, tp=1, instances=2), 4),
     "replicated": (replace(JOB, tp=1, distributed_optimizer=False, overlap=False), 2),

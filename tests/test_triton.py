@@ -44,6 +44,7 @@ from tests.triton_cases import (
     COLUMNS,
     COLUMNS_IN_VECTORS,
     DTYPES,
+    EIGHT_BITS,
     GRADS,
     LAYOUTS,
     MOMENTS,
@@ -229,6 +230,8 @@ class Compiled:
             names += ["grad"] if self.once else ["grad", "grad"]
         per_thread = TILE_NUMEL // (32 * triton_gpu.OPTIONS["num_warps"]) // self.vec
         sizes = [self.arguments[n].element_size() for n in names if self.arguments[n] is not None]
+        # Four bytes are no vector.
+        sizes = [size for size in sizes if size * self.vec > 4]
         return Counter({n * self.vec: c * per_thread for n, c in Counter(sizes).items()})
 
 
@@ -254,6 +257,12 @@ def test_compiled(capability, monkeypatch):
             ("rows", segment_sum_sq, FEW_DTYPES[1:2]),
             ("few", segment_sum_sq, FEW_DTYPES[-2:]),
             ("parts", segment_sum_sq, FEW_DTYPES[-2:-1]),
+            # m in 8 bits, which no processor has to know of.
+            ("few", update, EIGHT_BITS),
+            ("few", update_elementwise, EIGHT_BITS[1:]),
+            ("few", update_in_one_pass, EIGHT_BITS[1:]),
+            ("matrix", update_columns, EIGHT_BITS[1:]),
+            ("mixed", update, EIGHT_BITS[1:] if main else []),
             # Single elements.
             ("mixed", update, FEW_DTYPES[1:2]),
             ("mixed", update_elementwise, FEW_DTYPES[1:2] if main else []),

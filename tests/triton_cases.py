@@ -15,6 +15,7 @@ from megatron_adam_mini.kernels.triton_tiles import ROW_LIMIT
 from megatron_adam_mini.plan.column_table import ColumnTable
 from megatron_adam_mini.plan.ordered_sums import OrderedSums
 from megatron_adam_mini.plan.segment_table import SegmentTable
+from megatron_adam_mini.rounding import fp8_scale
 
 CPU = torch.device("cpu")
 
@@ -61,7 +62,9 @@ COLUMNS_IN_PARTS = {"parts": ([(8, 1030 * 140 + 24, 1030, 0), (0, 3, 2, 0)], 0)}
 
 GRADS = (torch.float32, torch.bfloat16)
 #: exp_avg's dtype, and whether it is rounded stochastically.
-MOMENTS = ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True))
+MOMENTS = (
+    (torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True), (torch.uint8, True),
+)  # fmt: skip
 #: Dtypes of main parameters and of model weights; int16: remainders; uint8:
 #: quantized weights, which kernels leave alone.
 STORAGE = (
@@ -71,7 +74,9 @@ STORAGE = (
     (torch.int16, torch.bfloat16),
     (torch.float32, torch.uint8),
 )
-DTYPES = list(itertools.product(GRADS, MOMENTS, STORAGE))
+#: With m in 8 bits: in vectors of four and of eight.
+EIGHT_BITS = [(GRADS[0], MOMENTS[3], STORAGE[0]), (GRADS[1], MOMENTS[3], STORAGE[3])]
+DTYPES = [*itertools.product(GRADS, MOMENTS[:3], STORAGE), *EIGHT_BITS]
 
 
 def noise(numel, seed, dtype=torch.float32):
@@ -120,6 +125,8 @@ class Case:
             found = noise(skipped + last + tail, seed + 20)[skipped:]
             found[at] = noise(len(at), seed)
             found = found * 1e4 if dtype == torch.int16 else found
+            if dtype == torch.uint8 and of_state:  # codes of m, NaN among them
+                found = (found * 1e4) % 256
             moved = torch.empty(skipped + len(found), dtype=dtype)[skipped:]
             return moved.copy_(found)
 
@@ -129,6 +136,9 @@ class Case:
         self.param = stream(4, param_dtype, of_state=weight_dtype is not None)
         self.sum_sq = noise(self.entries, 5).abs()
         self.exp_avg_sq = noise(self.entries, 6).abs()
+        has_codes = moment_dtype == torch.uint8
+        scales = fp8_scale(noise(2 * self.entries, 10).abs())
+        self.exp_avg_scale = scales.view(-1, 2) if has_codes else None
         self.step_size = noise(self.entries, 7).abs() * 0.01
         self.inv_numel = noise(self.entries, 8).abs()
         self.exp_avg_sq_E = noise(self.table.numel, 9).abs()
@@ -164,12 +174,14 @@ class Case:
     @property
     def vectors(self):
         return SegmentVectors(
-            self.exp_avg_sq, self.step_size, self.sum_sq, self.inv_numel, self.group, self.origins
-        )
+            self.exp_avg_sq, self.step_size, self.sum_sq, self.inv_numel, self.group, self.origins,
+            self.exp_avg_scale,
+        )  # fmt: skip
 
     #: What kernels may write.
     STATE = (
         "exp_avg", "weight", "param", "sum_sq", "exp_avg_sq", "step_size", "exp_avg_sq_E",
+        "exp_avg_scale",
     )  # fmt: skip
 
     def after(self, function, backend):
@@ -177,8 +189,8 @@ class Case:
         kept = {name: getattr(self, name) for name in self.STATE}
         for name, value in kept.items():
             if value is not None:
-                moved = torch.empty(len(value) + value.storage_offset(), dtype=value.dtype)
-                moved = moved[value.storage_offset() :]
+                moved = torch.empty(value.numel() + value.storage_offset(), dtype=value.dtype)
+                moved = moved[value.storage_offset() :].view(value.shape)
                 setattr(self, name, moved.copy_(value))
         function(self, backend)
         found = {name: getattr(self, name) for name in self.STATE}

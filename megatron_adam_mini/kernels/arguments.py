@@ -21,7 +21,7 @@ class BufferTensors(NamedTuple):
     Attributes:
         param: float32 main parameters; or int16 remainders, which together with a bfloat16
             ``weight`` make up the main parameters (see ``rounding``).
-        exp_avg: m, float32 or bfloat16.
+        exp_avg: m, float32 or bfloat16. Or uint8: codes of 8 bits (see ``rounding``).
         weight: model weights, bfloat16 or float16; ``None``: ``param`` is the weight. Or uint8:
             quantized weights, which are neither read nor written.
         grad: float32, bfloat16 or float16; only read.
@@ -44,7 +44,11 @@ class SegmentVectors(NamedTuple):
         group_SR: parameter group, int32.
         origin_SR: ``None``: a bfloat16 m is rounded to the nearest. Otherwise stochastically:
             int32, whose bits are the number of each segment's first element. The noise of an
-            element depends on its number, counted from there, and on the step.
+            element depends on its number, counted from there, and on the step. An m of 8 bits needs
+            it.
+        exp_avg_scale_S2: scale of the codes of an m of 8 bits before the step and after it,
+            float32: ``segment_step_size_`` derives both from v, and updates read them. ``None`` for
+            other m. Where elements have v, their scales come from there.
     """
 
     exp_avg_sq_S: Tensor
@@ -53,3 +57,4 @@ class SegmentVectors(NamedTuple):
     inv_numel_S: Tensor
     group_SR: Tensor
     origin_SR: Tensor | None = None
+    exp_avg_scale_S2: Tensor | None = None

@@ -29,7 +29,7 @@ struct ColumnSums {
 };
 
 // Storage of one buffer and of this rank's state of it, see arguments.py. Kinds: 0 float32,
-// 1 bfloat16, 2 float16, 3 int16 remainders, -1 none.
+// 1 bfloat16, 2 float16, 3 int16 remainders, 4 uint8 (of m: codes), -1 none.
 struct Buffer {
   void* param;
   void* exp_avg;
@@ -55,6 +55,7 @@ struct Segments {
   float* sum_sq;
   const float* inv_numel;
   const int32_t* group;
+  float* exp_avg_scale;  // of codes of m, before and after the step; null: m has other storage
 };
 
 inline bool is_finite(float value) {
@@ -130,7 +131,7 @@ int level = best_level();
 extern "C" {
 
 // Changes with every signature, so that a stale library is noticed.
-EXPORT int adam_mini_abi() { return 5; }
+EXPORT int adam_mini_abi() { return 6; }
 
 EXPORT int adam_mini_level() { return level; }
 

@@ -29,7 +29,7 @@ __all__ = ["decide_", "norm_scratch"]  # the reference's: next to nothing to com
 NAME = "cpu"
 
 #: What cpu.cpp's adam_mini_abi returns.
-_ABI = 5
+_ABI = 6
 
 #: Elements of one tile: enough to hide its overhead, few enough to balance threads.
 _TILE_NUMEL = 65536
@@ -63,7 +63,7 @@ class _Scalars(ctypes.Structure):
 class _Segments(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_void_p)
-        for name in ("exp_avg_sq", "step_size", "sum_sq", "inv_numel", "group")
+        for name in ("exp_avg_sq", "step_size", "sum_sq", "inv_numel", "group", "exp_avg_scale")
     )
 
 
@@ -327,7 +327,11 @@ def _buffer(
 
 
 def _segments(vectors: SegmentVectors, num_entries: int) -> _Segments:
-    return _Segments(*(_pointer(vector, num_entries) for vector in vectors[:5]))
+    scale = vectors.exp_avg_scale_S2
+    return _Segments(
+        *(_pointer(vector, num_entries) for vector in vectors[:5]),
+        None if scale is None else _pointer(scale, 2 * num_entries),
+    )
 
 
 def _scalars(scalars: StepScalars) -> _Scalars:

@@ -13,6 +13,7 @@ decoupled decay, Loshchilov and Hutter, arXiv:1711.05101.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +24,13 @@ from megatron_adam_mini.plan.column_table import ColumnTable
 from megatron_adam_mini.plan.ordered_sums import OrderedSums
 from megatron_adam_mini.plan.segment_table import Run, SegmentTable
 from megatron_adam_mini.rounding import (
+    fp8_scale,
+    from_fp8,
     join,
     noise16,
     split,
     to_bfloat16_stochastic,
+    to_fp8_stochastic,
     to_weight,
 )
 
@@ -170,8 +174,8 @@ def segment_step_size_(
     ``step_size = lr / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)``.
 
     Args:
-        vectors: ``exp_avg_sq_S`` and ``step_size_S`` are modified in place; ``sum_sq_SR`` holds
-            complete sums of squares of the gradients as they are in the buffer.
+        vectors: ``exp_avg_sq_S``, ``step_size_S`` and ``exp_avg_scale_S2`` are modified in place;
+            ``sum_sq_SR`` holds complete sums of squares of the gradients as they are in the buffer.
         scalars: numbers of this step.
         index: int64, entries to update; default all segments.
     """
@@ -181,7 +185,10 @@ def segment_step_size_(
     lr, eps, _ = scalars.hyper_G3[vectors.group_SR[at].long()].unbind(dim=1)
     correction1, correction2 = scalars.bias_corrections
     mean_sq = vectors.sum_sq_SR[at] * vectors.inv_numel_S[at] * scalars.grad_scale.square()
-    v = vectors.exp_avg_sq_S[at] * scalars.beta2 + mean_sq * (1 - scalars.beta2)
+    before = vectors.exp_avg_sq_S[at]
+    v = before * scalars.beta2 + mean_sq * (1 - scalars.beta2)
+    if vectors.exp_avg_scale_S2 is not None:
+        vectors.exp_avg_scale_S2[at] = torch.stack([fp8_scale(before), fp8_scale(v)], dim=1)
     vectors.exp_avg_sq_S[at] = v
     vectors.step_size_S[at] = lr / correction1 / ((v / correction2).sqrt() + eps)
 
@@ -197,17 +204,18 @@ def update_(
     Args:
         tensors: ``param``, ``exp_avg`` and ``weight`` are modified in place.
         table: segments; elements outside of them are not touched.
-        vectors: ``step_size_S``, ``group_SR`` and ``origin_SR`` are read.
+        vectors: ``step_size_S``, ``group_SR``, ``origin_SR`` and ``exp_avg_scale_S2`` are read.
         scalars: numbers of this step.
     """
     if not scalars.grad_scale.isfinite():
         return
     decay_SR = scalars.hyper_G3[:, 2][vectors.group_SR.long()]
     for run in table.runs:
-        m = _advanced_m(tensors, run, scalars)
+        before, after = _scales(vectors, (run.entries, None))
+        m = _advanced_m(tensors, run, scalars, before)
         p = _main_param(tensors, run)
         p = p * decay_SR[run.entries, None] - m * vectors.step_size_S[run.entries, None]
-        _store(tensors, run, p, m, _noise(vectors, run, scalars))
+        _store(tensors, run, p, m, _noise(vectors, run, scalars), after)
 
 
 def update_columns_(
@@ -224,13 +232,14 @@ def update_columns_(
         entries, in_buffer, row = _column_run(table, number)
         entries, row = entries.to(decay_SR.device), row.to(decay_SR.device)
         run = Run(0, 1, in_buffer.start, len(entries), int(table.shift_C[number]))
-        m = _advanced_m(tensors, run, scalars)
+        before, after = _scales(vectors, (entries,))
+        m = _advanced_m(tensors, run, scalars, before)
         p = _main_param(tensors, run) * decay_SR[entries] - m * vectors.step_size_S[entries]
         noise = None
         if vectors.origin_SR is not None:
             numbers = vectors.origin_SR[entries].long() + row * int(table.row_stride_C[number])
             noise = noise16(numbers, scalars.noise_key)
-        _store(tensors, run, p, m, noise)
+        _store(tensors, run, p, m, noise, after)
 
 
 def update_in_one_pass_(
@@ -273,17 +282,18 @@ def update_elementwise_(
         return
     hyper_SR3 = scalars.hyper_G3[vectors.group_SR.long()]
     correction1, correction2 = scalars.bias_corrections
+    scale_of = fp8_scale if tensors.exp_avg.dtype == torch.uint8 else lambda _: None
     begin = 0
     for run in table.runs:
         lr, eps, decay = (column[:, None] for column in hyper_SR3[run.entries].unbind(dim=1))
         v = _rows(exp_avg_sq_E[begin : begin + run.count * run.length], run)
         begin += v.numel()
         g = _rows(tensors.grad[run.in_buffer], run).float() * scalars.grad_scale
+        m = _advanced_m(tensors, run, scalars, scale_of(v))
         v.copy_(v * scalars.beta2 + g * g * (1 - scalars.beta2))
-        m = _advanced_m(tensors, run, scalars)
         step = m * (lr / correction1) / ((v / correction2).sqrt() + eps)
         p = _main_param(tensors, run) * decay - step
-        _store(tensors, run, p, m, _noise(vectors, run, scalars))
+        _store(tensors, run, p, m, _noise(vectors, run, scalars), scale_of(v))
 
 
 def _rows(flat: Tensor, run: Run) -> Tensor:
@@ -298,9 +308,22 @@ def _column_run(table: ColumnTable, run: int) -> tuple[Tensor, slice, Tensor]:
     return int(table.index_C[run]) + position % width, slice(start, end), position // width
 
 
-def _advanced_m(tensors: BufferTensors, run: Run, scalars: StepScalars) -> Tensor:
+def _scales(vectors: SegmentVectors, at: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Return the scales of m before and after the step, if it has any."""
+    scale_S2 = vectors.exp_avg_scale_S2
+    return (None, None) if scale_S2 is None else (scale_S2[:, 0][at], scale_S2[:, 1][at])
+
+
+def _advanced_m(
+    tensors: BufferTensors, run: Run, scalars: StepScalars, scale: Tensor | None
+) -> Tensor:
     factor = scalars.grad_scale * (1 - scalars.beta1)
-    m = _rows(tensors.exp_avg[run.in_state], run).float()
+    stored = _rows(tensors.exp_avg[run.in_state], run)
+    if stored.dtype == torch.uint8:
+        assert scale is not None
+        m = from_fp8(stored, scale)
+    else:
+        m = stored.float()
     g = _rows(tensors.grad[run.in_buffer], run).float()
     return m * scalars.beta1 + g * factor
 
@@ -314,13 +337,24 @@ def _main_param(tensors: BufferTensors, run: Run) -> Tensor:
 
 
 def _store(
-    tensors: BufferTensors, run: Run, p_rows: Tensor, m_rows: Tensor, noise: Tensor | None
+    tensors: BufferTensors,
+    run: Run,
+    p_rows: Tensor,
+    m_rows: Tensor,
+    noise: Tensor | None,
+    scale: Tensor | None,
 ) -> None:
     param, exp_avg, weight, _ = tensors
-    p, m = p_rows.view(-1), m_rows.view(-1)
-    exp_avg[run.in_state] = (
-        to_weight(m, exp_avg.dtype) if noise is None else to_bfloat16_stochastic(m, noise.view(-1))
-    )
+    if exp_avg.dtype == torch.uint8:
+        assert noise is not None
+        assert scale is not None
+        stored = to_fp8_stochastic(m_rows, scale, noise)
+    elif noise is not None:
+        stored = to_bfloat16_stochastic(m_rows, noise)
+    else:
+        stored = to_weight(m_rows, exp_avg.dtype)
+    exp_avg[run.in_state] = stored.view(-1)
+    p = p_rows.view(-1)
     if weight is None:
         param[run.in_buffer] = p
     elif param.dtype == torch.float32:

@@ -16,6 +16,7 @@ import triton.language as tl
 from megatron_adam_mini.kernels.triton_kernels import (
     _finite,
     _load,
+    _load_scales,
     _pair,
     _place,
     _state,
@@ -70,12 +71,12 @@ def combine_columns_kernel(
 
 @triton.jit(
     do_not_specialize_on_alignment=[
-        "step_size", "group", "hyper", "grad_scale", "origin", "noise_key",
+        "step_size", "exp_avg_scale", "group", "hyper", "grad_scale", "origin", "noise_key",
     ]
 )  # fmt: skip
 def update_columns_kernel(
     param, exp_avg, weight, grad, tiles,
-    step_size, group, hyper, grad_scale, origin, noise_key,
+    step_size, exp_avg_scale, group, hyper, grad_scale, origin, noise_key,
     beta1, one_minus_beta1,
     VEC: tl.constexpr, TILE: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
@@ -100,6 +101,7 @@ def update_columns_kernel(
         step = tl.load(step_size + index + column, mask=mask, other=0)
         group_at = tl.load(group + index + column, mask=mask, other=0)
         decay = tl.load(hyper + group_at * 3 + 2, mask=mask, other=0)
+        before, after = _load_scales(exp_avg_scale, index + column, mask)
         number = place_V
         if STOCHASTIC:
             row_stride, row_number = _pair(tile + 4)
@@ -112,5 +114,5 @@ def update_columns_kernel(
         g = _load(grad, offset, mask)
         _update(
             param, exp_avg, weight, g, offset, mask, step, decay, scale * one_minus_beta1,
-            beta1, number, STOCHASTIC,
+            beta1, number, before, after, STOCHASTIC,
         )  # fmt: skip

@@ -89,7 +89,7 @@ def segment_sum_sq_(sum_sq_SR: Tensor, grad_N: Tensor, table: SegmentTable) -> N
         owners, partials = plan.parts(vec)
         _launch(
             triton_kernels.combine_kernel, len(owners),
-            sum_sq_SR, partials, owners, *[None] * 7, 0.0, 0.0, BLOCK=PARTS,
+            sum_sq_SR, partials, owners, *[None] * 8, 0.0, 0.0, BLOCK=PARTS,
         )  # fmt: skip
 
 
@@ -182,12 +182,12 @@ def segment_step_size_(
     vectors: SegmentVectors, scalars: StepScalars, index: Tensor | None = None
 ) -> None:
     """Advance v and write the step sizes; see ``reference.segment_step_size_``."""
-    v_S, step_size_S, sum_sq_SR, inv_numel_S, group_SR, _ = vectors
+    v_S, step_size_S, sum_sq_SR, inv_numel_S, group_SR, _, scale_S2 = vectors
     num = len(v_S) if index is None else len(index)
     with _on(sum_sq_SR):
         _launch(
             triton_kernels.step_size_kernel, -(-num // ENTRIES),
-            v_S, step_size_S, sum_sq_SR, inv_numel_S, group_SR, index,
+            v_S, step_size_S, scale_S2, sum_sq_SR, inv_numel_S, group_SR, index,
             scalars.hyper_G3, scalars.bias_corrections, scalars.grad_scale, num,
             scalars.beta2, 1 - scalars.beta2, BLOCK=ENTRIES,
         )  # fmt: skip
@@ -228,8 +228,8 @@ def update_in_one_pass_(
         return
     plan, decays = _plan_of(table, tensors.grad), _decays(scalars)
     vec = _vec(tensors.grad)
-    v_S, step_size_S, sum_sq_SR, inv_numel_S, group_SR, origin_SR = vectors
-    per_segment = v_S, step_size_S, inv_numel_S, group_SR
+    v_S, step_size_S, sum_sq_SR, inv_numel_S, group_SR, origin_SR, scale_S2 = vectors
+    per_segment = v_S, step_size_S, scale_S2, inv_numel_S, group_SR
     per_step = scalars.hyper_G3, scalars.bias_corrections, scalars.grad_scale
     with _on(tensors.grad):
         for kind, tiles in plan.short.rows(_vec(*tensors)):
@@ -407,7 +407,8 @@ def _update_windows(
     for vec, tiles in launches:
         _launch(
             kernel, len(tiles),
-            *map(_bits, tensors), tiles, vectors.step_size_S, vectors.group_SR,
+            *map(_bits, tensors), tiles, vectors.step_size_S, vectors.exp_avg_scale_S2,
+            vectors.group_SR,
             scalars.hyper_G3, scalars.grad_scale,
             origin_SR, scalars.noise_key,
             *_decays(scalars)[:2], VEC=vec, TILE=TILE_NUMEL, STOCHASTIC=origin_SR is not None,

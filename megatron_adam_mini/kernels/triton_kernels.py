@@ -81,9 +81,65 @@ def _store_param(param, weight, offset, mask, p):
 
 
 @triton.jit
-def _store_moment(exp_avg, offset, mask, m, number, STOCHASTIC: tl.constexpr):
+def _scale(v):
+    """Return the scale of codes of m; see ``rounding.fp8_scale``."""
+    exponent = (v.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    return (((exponent + 127) >> 1) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_scales(exp_avg_scale, at, mask):
+    """Return the scales of codes of m before and after the step, if m consists of codes."""
+    if exp_avg_scale is not None:
+        before = tl.load(exp_avg_scale + at * 2, mask=mask, other=1)
+        after = tl.load(exp_avg_scale + at * 2 + 1, mask=mask, other=1)
+    else:
+        before, after = 1.0, 1.0
+    return before, after
+
+
+@triton.jit
+def _from_code(code, scale):
+    """Return what codes stand for, see ``rounding.from_fp8``: their exponents are 120 apart."""
+    size = code & 0x7F
+    value = (size << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
+    bits = tl.where(size == 0x7F, 0x7FC00000, value.to(tl.int32, bitcast=True))
+    return (bits | ((code & 0x80) << 24)).to(tl.float32, bitcast=True) * scale
+
+
+@triton.jit
+def _to_code(m, scale, number):
+    """Return a code next to m, see ``rounding.to_fp8_stochastic``."""
+    bits = m.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    # Scales are powers of two, and so are their inverses.
+    inverse = (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    ratio = size.to(tl.float32, bitcast=True) * inverse
+    ratio = tl.where(ratio < 448.0, ratio, 448.0)
+    power = tl.maximum(ratio.to(tl.int32, bitcast=True) & 0x7F800000, 0x3C800000)
+    units = ratio * (0x41000000 - (power - 0x3F800000)).to(tl.float32, bitcast=True)
+    moved = units + _noise16(number).to(tl.float32) * 1.52587890625e-05  # 2**-16
+    code = moved.to(tl.int32) + (power >> 20) - 968
+    code = tl.where(size >= 0x7F800000, 0x7F, code)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def _load_moment(exp_avg, offset, mask, scale):
+    """Load m as float32; ``scale`` is that of its codes, if it consists of these."""
+    if exp_avg.dtype.element_ty == tl.uint8:
+        m = _from_code(tl.load(exp_avg + offset, mask=mask, other=0).to(tl.int32), scale)
+    else:
+        m = _load(exp_avg, offset, mask)
+    return m
+
+
+@triton.jit
+def _store_moment(exp_avg, offset, mask, m, number, scale, STOCHASTIC: tl.constexpr):
     """Store m; if it is stored as bfloat16, round it to the nearest or with noise."""
-    if exp_avg.dtype.element_ty == tl.int16:
+    if exp_avg.dtype.element_ty == tl.uint8:
+        tl.store(exp_avg + offset, _to_code(m, scale, number), mask=mask)
+    elif exp_avg.dtype.element_ty == tl.int16:
         bits = _bits(m) + (_noise16(number) if STOCHASTIC else 0x8000)
         tl.store(exp_avg + offset, (bits >> 16).to(tl.int16), mask=mask)
     else:
@@ -93,14 +149,14 @@ def _store_moment(exp_avg, offset, mask, m, number, STOCHASTIC: tl.constexpr):
 @triton.jit
 def _update(
     param, exp_avg, weight, g, offset, mask, step, decay, factor, beta1, number,
-    STOCHASTIC: tl.constexpr,
+    scale_before, scale_after, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    """Update elements with the step sizes of their blocks."""
-    m = _load(exp_avg, offset, mask) * beta1 + g * factor
+    """Update elements with the step sizes, and scales of codes of m, of their blocks."""
+    m = _load_moment(exp_avg, offset, mask, scale_before) * beta1 + g * factor
     p = _load_param(param, weight, offset, mask)
     p = p * decay - m * step
     _store_param(param, weight, offset, mask, p)
-    _store_moment(exp_avg, offset, mask, m, number, STOCHASTIC)
+    _store_moment(exp_avg, offset, mask, m, number, scale_after, STOCHASTIC)
 
 
 @triton.jit
@@ -162,11 +218,12 @@ def _window(tiles, WORDS: tl.constexpr, VEC: tl.constexpr, TILE: tl.constexpr):
 @triton.jit(
     do_not_specialize_on_alignment=[
         "step_size", "group", "sum_sq", "hyper", "grad_scale", "origin", "noise_key",
+        "exp_avg_scale",
     ]
 )  # fmt: skip
 def update_kernel(
     param, exp_avg, weight, grad, tiles,
-    step_size, group, hyper, grad_scale, origin, noise_key,
+    step_size, exp_avg_scale, group, hyper, grad_scale, origin, noise_key,
     beta1, one_minus_beta1,
     VEC: tl.constexpr, TILE: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
@@ -179,6 +236,7 @@ def update_kernel(
         step_NV = tl.load(step_size + row_NV, mask=inside_NV, other=0)
         group_NV = tl.load(group + row_NV, mask=inside_NV, other=0)
         decay_NV = tl.load(hyper + group_NV * 3 + 2, mask=inside_NV, other=0)
+        before_NV, after_NV = _load_scales(exp_avg_scale, row_NV, inside_NV)
         number = place_V
         if STOCHASTIC:
             number_NV = place_NV + tl.load(origin + row_NV, mask=inside_NV, other=0)
@@ -189,7 +247,7 @@ def update_kernel(
         g = _load(grad, offset, mask)
         _update(
             param, exp_avg, weight, g, offset, mask, step_NV, decay_NV, scale * one_minus_beta1,
-            beta1, number, STOCHASTIC,
+            beta1, number, before_NV, after_NV, STOCHASTIC,
         )  # fmt: skip
 
 
@@ -226,16 +284,16 @@ def update_elementwise_kernel(
         offset_sq = packed + (first_NV + place_V)
         mask = tl.broadcast_to(inside_NV, (TILE // VEC, VEC))
         g = _load(grad, offset, mask)
-        m = _load(exp_avg, offset, mask) * beta1 + g * (scale * one_minus_beta1)
+        v = tl.load(exp_avg_sq + offset_sq, mask=mask, other=0)
+        m = _load_moment(exp_avg, offset, mask, _scale(v)) * beta1 + g * (scale * one_minus_beta1)
         p = _load_param(param, weight, offset, mask)
         g = g * scale
-        v = tl.load(exp_avg_sq + offset_sq, mask=mask, other=0) * beta2
-        v = v + g * g * one_minus_beta2
+        v = v * beta2 + g * g * one_minus_beta2
         root = tl.sqrt_rn(tl.div_rn(v, tl.broadcast_to(correction2, v.shape))) + eps_NV
         p = p * decay_NV - tl.div_rn(m * rate_NV, root)
         tl.store(exp_avg_sq + offset_sq, v, mask=mask)
         _store_param(param, weight, offset, mask, p)
-        _store_moment(exp_avg, offset, mask, m, number, STOCHASTIC)
+        _store_moment(exp_avg, offset, mask, m, number, _scale(v), STOCHASTIC)
 
 
 @triton.jit
@@ -301,16 +359,19 @@ def _advanced_v(v, sum_sq, inv_numel, lr, eps, corrections, scale, beta2, one_mi
 
 @triton.jit
 def _step_sizes(
-    exp_avg_sq, step_size, total, inv_numel, group, hyper, corrections,
+    exp_avg_sq, step_size, exp_avg_scale, total, inv_numel, group, hyper, corrections,
     at, mask, scale, beta2, one_minus_beta2,
 ):  # fmt: skip
-    """Advance v of the entries ``at`` under ``mask``, and return their step sizes and groups.
+    """Advance v of the entries ``at`` under ``mask``.
+
+    Returns their step sizes, groups, and scales of codes of m before and after the step.
 
     Several warps may hold an entry, and one of them writes it; all must have read v by then.
     """
     group_at = tl.load(group + at, mask=mask, other=0)
+    v_before = tl.load(exp_avg_sq + at, mask=mask, other=0)
     v, step = _advanced_v(
-        tl.load(exp_avg_sq + at, mask=mask, other=0),
+        v_before,
         total,
         tl.load(inv_numel + at, mask=mask, other=0),
         tl.load(hyper + group_at * 3, mask=mask, other=0),
@@ -323,19 +384,23 @@ def _step_sizes(
     tl.debug_barrier()
     tl.store(exp_avg_sq + at, v, mask=mask)
     tl.store(step_size + at, step, mask=mask)
-    return step, group_at
+    before, after = _scale(v_before), _scale(v)
+    if exp_avg_scale is not None:
+        tl.store(exp_avg_scale + at * 2, before, mask=mask)
+        tl.store(exp_avg_scale + at * 2 + 1, after, mask=mask)
+    return step, group_at, before, after
 
 
 @triton.jit(
     do_not_specialize=["num"],
     do_not_specialize_on_alignment=[
-        "exp_avg_sq", "step_size", "sum_sq", "inv_numel", "group", "index", "hyper", "corrections",
-        "grad_scale",
+        "exp_avg_sq", "step_size", "exp_avg_scale", "sum_sq", "inv_numel", "group", "index",
+        "hyper", "corrections", "grad_scale",
     ],
 )  # fmt: skip
 def step_size_kernel(
-    exp_avg_sq, step_size, sum_sq, inv_numel, group, index, hyper, corrections, grad_scale, num,
-    beta2, one_minus_beta2, BLOCK: tl.constexpr,
+    exp_avg_sq, step_size, exp_avg_scale, sum_sq, inv_numel, group, index,
+    hyper, corrections, grad_scale, num, beta2, one_minus_beta2, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Advance v and write the step size of all blocks, or of those that ``index`` lists."""
     scale = tl.load(grad_scale)
@@ -346,20 +411,20 @@ def step_size_kernel(
             at = tl.load(index + at, mask=mask, other=0)
         total = tl.load(sum_sq + at, mask=mask, other=0)
         _step_sizes(
-            exp_avg_sq, step_size, total, inv_numel, group, hyper, corrections,
+            exp_avg_sq, step_size, exp_avg_scale, total, inv_numel, group, hyper, corrections,
             at, mask, scale, beta2, one_minus_beta2,
         )  # fmt: skip
 
 
 @triton.jit(
     do_not_specialize_on_alignment=[
-        "sum_sq", "exp_avg_sq", "step_size", "inv_numel", "group", "hyper", "corrections",
-        "grad_scale",
+        "sum_sq", "exp_avg_sq", "step_size", "exp_avg_scale", "inv_numel", "group", "hyper",
+        "corrections", "grad_scale",
     ],
 )  # fmt: skip
 def combine_kernel(
-    sum_sq, partials, owners, exp_avg_sq, step_size, inv_numel, group, hyper, corrections,
-    grad_scale, beta2, one_minus_beta2, BLOCK: tl.constexpr,
+    sum_sq, partials, owners, exp_avg_sq, step_size, exp_avg_scale, inv_numel, group, hyper,
+    corrections, grad_scale, beta2, one_minus_beta2, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add up the parts of one long segment; with ``exp_avg_sq``, also advance v from the sum.
 
@@ -380,20 +445,20 @@ def combine_kernel(
             tl.store(sum_sq + at, total)
             total_1 = tl.broadcast_to(total, (1,))
             _step_sizes(
-                exp_avg_sq, step_size, total_1, inv_numel, group, hyper, corrections,
+                exp_avg_sq, step_size, exp_avg_scale, total_1, inv_numel, group, hyper, corrections,
                 at + tl.arange(0, 1), tl.full((1,), 1, tl.int1), scale, beta2, one_minus_beta2,
             )  # fmt: skip
 
 
 @triton.jit(
     do_not_specialize_on_alignment=[
-        "exp_avg_sq", "step_size", "sum_sq", "inv_numel", "group", "hyper", "corrections",
-        "grad_scale", "origin", "noise_key",
+        "exp_avg_sq", "step_size", "exp_avg_scale", "sum_sq", "inv_numel", "group", "hyper",
+        "corrections", "grad_scale", "origin", "noise_key",
     ]
 )  # fmt: skip
 def update_rows_kernel(
     param, exp_avg, weight, grad, tiles,
-    sum_sq, exp_avg_sq, step_size, inv_numel, group, hyper, corrections, grad_scale,
+    sum_sq, exp_avg_sq, step_size, exp_avg_scale, inv_numel, group, hyper, corrections, grad_scale,
     origin, noise_key, beta1, one_minus_beta1, beta2, one_minus_beta2,
     VEC: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, ONCE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -412,12 +477,13 @@ def update_rows_kernel(
         row = tl.arange(0, ROWS)
         tl.store(sum_sq + index + row, total, mask=row < count)
         inside = row < count
-        step, group_R = _step_sizes(
-            exp_avg_sq, step_size, total, inv_numel, group, hyper, corrections,
+        step, group_R, before, after = _step_sizes(
+            exp_avg_sq, step_size, exp_avg_scale, total, inv_numel, group, hyper, corrections,
             index + row, inside, scale, beta2, one_minus_beta2,
         )  # fmt: skip
         decay = tl.load(hyper + group_R * 3 + 2, mask=inside, other=0)[:, None, None]
         step = step[:, None, None]
+        before, after = before[:, None, None], after[:, None, None]
         inside = inside[:, None, None]
         factor = scale * one_minus_beta1
         number = tl.zeros((ROWS, 1, 1), tl.uint32)
@@ -427,7 +493,7 @@ def update_rows_kernel(
         if ONCE:
             _update(
                 param, exp_avg, weight, g, offset, mask & inside, step, decay, factor, beta1,
-                number + place, STOCHASTIC,
+                number + place, before, after, STOCHASTIC,
             )  # fmt: skip
         else:
             for column in range(0, length, COLUMNS):
@@ -435,7 +501,7 @@ def update_rows_kernel(
                 g = _load(grad, offset, mask)
                 _update(
                     param, exp_avg, weight, g, offset, mask & inside, step, decay, factor, beta1,
-                    number + place, STOCHASTIC,
+                    number + place, before, after, STOCHASTIC,
                 )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ class AdamMiniOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
     Args:
         optimizer: ``"adam_mini"``, and nothing else.
         adam_mini_*: the options of :class:`AdamMiniConfig`, where they are explained;
-            m in bfloat16 is Megatron's ``exp_avg_dtype=torch.bfloat16``.
+            m in bfloat16 is Megatron's ``exp_avg_dtype=torch.bfloat16``, in 8 bits ``torch.uint8``.
     """
 
     optimizer: str = OPTIMIZER

@@ -164,4 +164,5 @@ def wrap_config_check(original: Callable[..., Any], optimizer: str) -> Callable[
 def dtype_name(dtype: Any) -> str:
     """Return Megatron's name of a dtype, which its arguments hold as text or as torch dtype."""
     names = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
+    names["torch.uint8"] = "fp8"  # what Megatron's parser makes of it
     return names.get(str(dtype), str(dtype))

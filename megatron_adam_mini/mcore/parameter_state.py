@@ -176,9 +176,12 @@ def scatter(
             here = _in_slice(piece, window.in_buffer.start)
             pending.elements[index] = mine["exp_avg_sq"][here]
             if index not in pending.new:
-                floats = {kind: mine[kind][here] for kind in ("param", "exp_avg")}
-                view.state_of(piece).store(piece.window, floats)
-    _set_v(view, pending)
+                state = view.state_of(piece)
+                state.store(piece.window, {"param": mine["param"][here]})
+                pending.floats.append((state, piece.window, {"exp_avg": mine["exp_avg"][here]}))
+    _set_v(view, pending)  # m may be stored relative to it
+    for state, window, floats in pending.floats:
+        state.store(window, floats)
 
 
 def _set_v(view: StateView, pending: PendingLoad) -> None:
