@@ -1,7 +1,7 @@
 """The state of one rank as callers know it from torch: shards with their moments, free to move.
 
-Imports torch, ``plan`` and ``state``. Data flow: flat tensors of ``state`` <-> **MainParams**: one
-main shard per parameter, and its moments.
+Imports torch, ``plan``, ``rounding`` and ``state``. Data flow: flat tensors of ``state`` <->
+**MainParams**: one main shard per parameter, and its moments.
 
 The flat tensors that kernels need exist only as these views: nobody else keeps them between two
 steps. So callers may treat the state as that of any torch optimizer: move it to the CPU and back
@@ -23,12 +23,15 @@ from torch import Tensor
 from megatron_adam_mini.piece_values import v_per_element
 from megatron_adam_mini.plan.shares import Share
 from megatron_adam_mini.plan.step_plan import Piece, StepPlan
+from megatron_adam_mini.rounding import fp8_scale, from_fp8, to_fp8
 from megatron_adam_mini.state import HOST, BufferState, RankState
 
 #: Keys of a shard's state. Megatron's precision-aware optimizer has ``master_param``, too.
 EXP_AVG, EXP_AVG_SQ, REMAINDERS = "exp_avg", "exp_avg_sq", "master_param"
 #: The shard itself, where it is not a view of the model's weights.
 _SHARD = "param"
+#: m of 8 bits, see ``rounding``.
+_CODES = torch.uint8
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,9 +293,22 @@ class MainParams(torch.optim.Optimizer):
                 continue
             if view.shape != (slot.stop - slot.start,):
                 self._refuse_shape(number, flat.key, view, slot.stop - slot.start)
-            whole[slot].copy_(view.detach())
+            values = view.detach()
+            if flat.key == EXP_AVG and (values.dtype == _CODES) != (flat.dtype == _CODES):
+                values = self._other_m(number, values, states[number].get(EXP_AVG_SQ))
+            whole[slot].copy_(values)
         self._point_at(flat, whole, states)
         return whole
+
+    def _other_m(self, number: int, m: Tensor, v: Tensor | None) -> Tensor:
+        """Return m as codes of 8 bits, or float32 if it is codes; both are relative to v."""
+        piece = self._plan.pieces[number]
+        if v is None:
+            v = m.new_zeros(m.shape, dtype=torch.float32)
+        else:
+            v = v_per_element(self._plan, piece, v.detach()).to(m.device)
+        scale = fp8_scale(v)
+        return from_fp8(m, scale) if m.dtype == _CODES else to_fp8(m.float(), scale)
 
     def _views(self, flat: _Flat, states: list[dict[str, Tensor]]) -> list[Tensor | None]:
         if flat.key == _SHARD:

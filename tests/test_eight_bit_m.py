@@ -267,3 +267,30 @@ def train(job: Job, folder: str, begin: int) -> tuple[str, list[bytes]]:
 def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path: Path) -> None:
     job = replace(BASE, steps=4, adam_mini=FP8 | {"param_remainders": True})
     assert run_ranks(2, train, job, str(tmp_path), 0) == run_ranks(2, train, job, str(tmp_path), 2)
+
+
+def state_and_m(job: Job, given: Any) -> tuple[Any, Tensor]:
+    """Return a torch-style state dict, of training or as it was given, and m of its shards."""
+    trainer = Trainer(job)
+    optimizer = trainer.optimizer.member.optimizer
+    if given is None:
+        trainer.step(0)
+        trainer.sync_params()
+    else:
+        optimizer.load_state_dict(given)
+    view = trainer.optimizer.member.state_view()
+    pieces = view.inner.plan.pieces
+    m = [view.state_of(piece).as_float32(piece.window, "exp_avg") for piece in pieces]
+    return optimizer.state_dict(), torch.cat(m)
+
+
+@pytest.mark.parametrize("other", ["fp32", "bf16"])
+def test_state_dicts_as_torchs_keep_m_under_another_storage(other: str) -> None:
+    job = replace(BASE, pp=1, bf16=True, adam_mini={"full_v": ("*fc1*",)})
+    other_job = replace(job, adam_mini=job.adam_mini | {"exp_avg_dtype": other})
+    codes_job = replace(job, adam_mini=job.adam_mini | FP8)
+    ((saved, codes),) = run_ranks(1, state_and_m, codes_job, None)
+    ((given, same),) = run_ranks(1, state_and_m, other_job, saved)
+    assert torch.equal(same, codes)  # all codes times their scales are bfloat16 numbers
+    ((_, again),) = run_ranks(1, state_and_m, codes_job, given)
+    assert torch.equal(again, codes)
