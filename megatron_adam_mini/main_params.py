@@ -140,11 +140,14 @@ class MainParams(torch.optim.Optimizer):
         for group in self.param_groups:
             group["step"] = steps
 
-    def attach(self) -> RankState:
+    def attach(self, *, where_it_is: bool = False) -> RankState:
         """Return the state as flat tensors, after taking over what callers have replaced.
 
         Nothing is copied unless a tensor was replaced. Keep the result no longer than a step, save
         or load takes: it holds the memory that callers may want to free.
+
+        Args:
+            where_it_is: leave all of it on the CPU if it was moved there, for a save.
 
         Raises:
             ValueError: a replaced tensor has another shape, or a group other shards.
@@ -154,7 +157,14 @@ class MainParams(torch.optim.Optimizer):
         for number, is_weight in enumerate(self._is_weight):
             if is_weight:
                 self._write_weight(number)
-        return self._rank_state([self._whole(flat, states) for flat in self._flats])
+        stays = where_it_is and all(
+            view is not None and view.device == HOST
+            for flat in self._flats
+            for view in self._views(flat, states)
+        )
+        return self._rank_state(
+            [self._whole(flat, states, HOST if stays else flat.device) for flat in self._flats]
+        )
 
     @contextmanager
     def left_where_it_is(self) -> Iterator[None]:
@@ -265,13 +275,13 @@ class MainParams(torch.optim.Optimizer):
             return list(self.state.values())
         return [self.state.setdefault(shard, {}) for shard in self.shards]
 
-    def _whole(self, flat: _Flat, states: list[dict[str, Tensor]]) -> Tensor:
+    def _whole(self, flat: _Flat, states: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """Return a flat tensor: as it is if all views are in place, else put together anew."""
         views = self._views(flat, states)
         if not views:
-            return torch.zeros(flat.numel, dtype=flat.dtype, device=flat.device)
+            return torch.zeros(flat.numel, dtype=flat.dtype, device=device)
         first, size = views[0], flat.dtype.itemsize
-        if first is not None and first.device == flat.device and first.dtype == flat.dtype:
+        if first is not None and first.device == device and first.dtype == flat.dtype:
             storage = first.untyped_storage()
             base = storage.data_ptr()
             # Addresses within one living storage belong to it.
@@ -280,7 +290,7 @@ class MainParams(torch.optim.Optimizer):
                 for view, slot in zip(views, flat.slots, strict=True)
             ):
                 return first.as_strided((flat.numel,), (1,), 0)
-        return self._gather(flat, states, flat.device)
+        return self._gather(flat, states, device)
 
     @torch.no_grad()
     def _gather(self, flat: _Flat, states: list[dict[str, Tensor]], device: torch.device) -> Tensor:

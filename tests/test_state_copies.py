@@ -17,12 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_adam_mini import piece_values
+from megatron_adam_mini.main_params import MainParams
 from megatron_adam_mini.mcore import checkpoint, parameter_state
 from megatron_adam_mini.mcore.entries import SHARDS
 from megatron_adam_mini.mcore.model_space import ModelEntries
 from megatron_adam_mini.mcore.slices import ShardedBuffer
 from megatron_adam_mini.plan import buffer_plan
-from megatron_adam_mini.plan.step_plan import ColumnRun, RowRun
+from megatron_adam_mini.plan.step_plan import ColumnRun, RowRun, StepPlan
 from megatron_adam_mini.state import BufferState, RankState
 from tests.megatron_job import Job, Trainer
 from tests.ranks import run_ranks
@@ -46,6 +47,10 @@ JOBS = {
 }
 
 
+#: Its constants cannot be made on a GPU that is not there.
+EIGHT_BITS = {"8 bits": replace(JOB, tp=1, adam_mini=SMALL | {"exp_avg_dtype": "fp8"})}
+
+
 class DeviceMemory(TorchDispatchMode):
     """Records the bytes of each storage that an operator makes in device memory."""
 
@@ -66,7 +71,7 @@ def storage_of(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def on_gpu(mode: FakeTensorMode, state: RankState) -> RankState:
+def on_gpu(mode: FakeTensorMode, plan: StepPlan, state: RankState) -> RankState:
     """Return the state on a GPU that is not there: tensors that compute nothing."""
 
     def moved(tensor: Tensor) -> Tensor:
@@ -79,7 +84,7 @@ def on_gpu(mode: FakeTensorMode, state: RankState) -> RankState:
         fields = {**vars(held.buffer.buffer), "param_data": weight}
         return ShardedBuffer(SimpleNamespace(**fields), held.buffer.number)
 
-    return RankState(
+    found = RankState(
         [
             BufferState(
                 buffer_of(held),
@@ -93,6 +98,7 @@ def on_gpu(mode: FakeTensorMode, state: RankState) -> RankState:
         moved(state.exp_avg_sq_S),
         {},
     )
+    return found.with_scales(plan)
 
 
 def not_redirected() -> Any:
@@ -118,7 +124,7 @@ def saved_and_loaded_on_gpu(jobs: dict[str, Job]) -> dict[str, Any]:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         torch._C._ensureCUDADeviceGuardSet()  # which the mode calls where there is no GPU
         with not_redirected():
-            view = replace(view, state=on_gpu(mode, view.state))
+            view = replace(view, state=on_gpu(mode, view.inner.plan, view.state))
         kept = {storage_of(flat) for flat in view.state.flat_tensors()}
         kept |= {storage_of(held.buffer.weight) for held in view.state.on_device}
         with not_redirected(), mode, DeviceMemory() as saving:
@@ -156,6 +162,32 @@ def test_saving_and_loading_make_no_copy_of_state_on_the_device() -> None:
             assert where["v_row"] == {"host"}
 
 
+def saved_after_a_move(job: Job) -> tuple[int, set[str], set[str]]:
+    """Return the largest storage that the save makes on the device, and where the state is."""
+    trainer = Trainer(job)
+    view = trainer.optimizer.member.state_view()
+    entries = ModelEntries(model_state(trainer, metadata_of(None)))
+    plan, groups = view.inner.plan, [{"lr": 0.1}]
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    torch._C._ensureCUDADeviceGuardSet()
+    with not_redirected(), mode:
+        gpu, owners = torch.device("cuda", 0), [0] * len(plan.parameters)
+        state = on_gpu(mode, plan, view.state)
+        main_params = MainParams(plan, state, groups, owners, device=gpu)
+        main_params.move_to("cpu")
+        with DeviceMemory() as memory:
+            held = main_params.attach(where_it_is=True)
+            checkpoint.state_to_save(replace(view, state=held), entries)
+        there = {flat.device.type for flat in held.flat_tensors()}
+        back = {flat.device.type for flat in main_params.attach().flat_tensors()}
+    return max(memory.made), there, back
+
+
+def test_state_that_was_moved_to_the_cpu_is_saved_from_there() -> None:
+    (found,) = run_ranks(1, saved_after_a_move, JOBS["small"])
+    assert found == (0, {"cpu"}, {"cuda"})
+
+
 def comes_back(jobs: dict[str, Job], folder: str) -> dict[str, bool]:
     """Save and load in both formats, in many parts; return whether all bits came back."""
     found = {}
@@ -180,9 +212,10 @@ def comes_back(jobs: dict[str, Job], folder: str) -> dict[str, bool]:
 
 
 def test_state_in_many_parts_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    for found in run_ranks(2, comes_back, JOBS, str(tmp_path)):
+    jobs = JOBS | EIGHT_BITS
+    for found in run_ranks(2, comes_back, jobs, str(tmp_path)):
         assert found == dict.fromkeys(found, True)
-        assert len(found) == 2 * len(JOBS) - 1
+        assert len(found) == 2 * len(jobs) - 1
 
 
 def test_sums_of_segments_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

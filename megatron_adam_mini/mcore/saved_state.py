@@ -92,17 +92,20 @@ class SavedState(DistributedNames):
         if self._saved_groups:
             take_bounds(self.param_groups, self._saved_groups)
 
-    def state_view(self) -> StateView:
+    def state_view(self, *, to_save: bool = False) -> StateView:
         """Return the parts that saving and loading use, with the state as it is now.
 
         Gathers of weights that began within the step are over then: a load changes weights.
+
+        Args:
+            to_save: leave state that was moved to the CPU there.
         """
         for chunk in self.model_chunks:
             for group in compat.bucket_groups(chunk):
                 compat.finish_gather(group)
         return StateView(
             inner=self.inner,
-            state=self.optimizer.attach(),
+            state=self.optimizer.attach(where_it_is=to_save),
             parameters=self.model_params,
             param_groups=self.param_groups,
             saved_groups=self._saved_groups,
@@ -165,7 +168,7 @@ class SavedState(DistributedNames):
         if self.grad_scaler is not None:
             found["grad_scaler"] = self.grad_scaler.state_dict()
         with self.optimizer.left_where_it_is():
-            view = self.state_view()
+            view = self.state_view(to_save=True)
             found["adam_mini"] = parameter_state.identity(view)
             if not self.ddp_config.use_distributed_optimizer and not is_loading:
                 found["parameter_state"] = parameter_state.gather(view, self._no_groups())
@@ -201,8 +204,9 @@ class SavedState(DistributedNames):
         """
         groups = self._groups_to_gather(use_gloo=use_gloo_comm)
         with self.optimizer.left_where_it_is():
+            view = self.state_view(to_save=True)
             return parameter_state.gather(
-                self.state_view(), groups, everywhere=return_on_all_ranks, empty=empty_data
+                view, groups, everywhere=return_on_all_ranks, empty=empty_data
             )
 
     def _groups_to_gather(self, *, use_gloo: bool) -> list[ProcessGroup | None]:

@@ -37,8 +37,8 @@ class Owner(Protocol):
 
     inner: AdamMini
 
-    def state_view(self) -> StateView:
-        """Return the state as it is now."""
+    def state_view(self, *, to_save: bool = False) -> StateView:
+        """Return the state as it is now; to save it, also where it was moved to."""
         ...
 
 
@@ -75,7 +75,8 @@ class StatePart:
         """Return the optimizer's state as it is now, to be saved."""
         part = StatePart(self.owner, self.entries, saved_step=self.steps)
         with self.owner.inner.main_params.left_where_it_is():
-            return part._with(checkpoint.state_to_save(self.owner.state_view(), self.entries))
+            view = self.owner.state_view(to_save=True)
+            return part._with(checkpoint.state_to_save(view, self.entries))
 
     def to_load(self, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return a request for the state that content metadata describe, else an open request.
