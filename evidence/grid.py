@@ -27,8 +27,13 @@ Results = Mapping[Run, dict[str, Any]]
 _COMPARED = tuple(name for name in OPTIMIZERS if name not in ("first", "tensor"))
 
 #: Storage that gives another training than float32 state, and that which does not.
-STORED_OTHERWISE = tuple(name for name in STORAGES if name not in ("remainders", "lean"))
-SAME_BITS = ("float32", "remainders", "bf16 m, stochastic", "lean")
+_PAIRS = {
+    "float32": "remainders",
+    "bf16 m, stochastic": "lean",
+    "fp8 m": "fp8 m, remainders",
+}
+STORED_OTHERWISE = tuple(name for name in STORAGES if name not in _PAIRS.values())
+SAME_BITS = tuple(name for pair in _PAIRS.items() for name in pair)
 
 #: Kind of parameter -> patterns of its names in ``model.Llama``.
 KINDS = {
@@ -186,7 +191,6 @@ _CPU = Plan(
         Storage("0.04M", 200, 4e-3, SAME_BITS, (0,)),
         Storage("0.13M", 2000, 4e-3, seeds=(0,)),
         Storage("0.04M", 800, 16e-3, seeds=tuple(range(8))),
-        Storage("0.38M", 800, 2e-3),
     ),
 )
 _RATES_LARGE = (2.5e-4, 5e-4, 1e-3, 2e-3)

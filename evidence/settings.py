@@ -20,8 +20,10 @@ STORAGES: dict[str, dict[str, Any]] = {
     "float32, nudged": {"nudged": True},
     "bf16 m, nearest": {"exp_avg_dtype": "bf16"},
     "bf16 m, stochastic": {"exp_avg_dtype": "bf16", "stochastic_rounding": True},
+    "fp8 m": {"exp_avg_dtype": "fp8"},
     "remainders": {"param_remainders": True},
     "lean": {"lean": True},
+    "fp8 m, remainders": {"exp_avg_dtype": "fp8", "param_remainders": True},
 }
 
 CORPORA = ("source", "docstrings")

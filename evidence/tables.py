@@ -225,7 +225,7 @@ def same_bits(plan: Plan, results: Results) -> str:
     for test in plan.storage:
         if test in _of_losses(plan):
             continue
-        for base, way in (test.ways[:2], test.ways[2:]):
+        for base, way in zip(test.ways[::2], test.ways[1::2], strict=True):
             pair = replace(test, ways=(base, way))
             for entry in stored(plan, pair, results)[1:]:
                 same = "the same bits" if entry.same_bits else "DIFFERENT"

@@ -43,7 +43,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adam_mini": {},
     "adam_mini_remainders": {"param_remainders": True},
     "adam_mini_bf16_m": {"exp_avg_dtype": "bf16"},
+    "adam_mini_fp8_m": {"exp_avg_dtype": "fp8"},
     "adam_mini_remainders_bf16_m": {"lean": True},
+    "adam_mini_remainders_fp8_m": {"param_remainders": True, "exp_avg_dtype": "fp8"},
 }
 RUNS = {
     "tp2-pp2-dp2, overlap, small buckets": (
@@ -97,7 +99,7 @@ RUNS = {
     "FP8 weights, experts, ep2-dp4": (
         replace(LLAMA, ep=2, experts=4, fp8="current", overlap=True, bucket_size=3000, layers=1),
         4,
-        "adam_mini_bf16_m",
+        "adam_mini_fp8_m",
     ),
     "latent attention, tp2-dp2": (
         replace(LLAMA, tp=2, sequence_parallel=True, family="latent", config_args=LATENT),
@@ -114,7 +116,7 @@ RUNS = {
             ddp_args={"pad_buckets_for_high_nccl_busbw": True},
         ),
         6,
-        "adam_mini_remainders_bf16_m",
+        "adam_mini_remainders_fp8_m",
     ),
 }
 
@@ -250,7 +252,9 @@ def test_every_byte_of_state_in_host_memory(capsys: Any) -> None:
 
 def test_what_fp8_weights_exclude_is_left_out_or_refused(capsys: Any) -> None:
     flags = [*LLAMA_FLAGS.split(), "--fp8-param-gather"]
-    assert [*run_cli(capsys, *flags)["every_rank"]] == ["adam", "adam_mini", "adam_mini_bf16_m"]
+    assert [*run_cli(capsys, *flags)["every_rank"]] == [
+        *("adam", "adam_mini", "adam_mini_bf16_m", "adam_mini_fp8_m")
+    ]
     assert cli.main(["memory", *flags, "--optimizer-cpu-offload"]) == 2
     assert "drop one of the two" in capsys.readouterr().err
 

@@ -66,9 +66,11 @@ FORMATS = {
     "adam_mini": StateFormat("Adam-mini", 4, 4, 4, True),
     "adam_mini_remainders": StateFormat("Adam-mini, 16-bit remainders", 2, 4, 4, True),
     "adam_mini_bf16_m": StateFormat("Adam-mini, bf16 m", 4, 2, 4, True),
+    "adam_mini_fp8_m": StateFormat("Adam-mini, fp8 m", 4, 1, 4, True),
     "adam_mini_remainders_bf16_m": StateFormat(
         "Adam-mini, lean: remainders, bf16 m", 2, 2, 4, True
     ),
+    "adam_mini_remainders_fp8_m": StateFormat("Adam-mini, remainders, fp8 m", 2, 1, 4, True),
 }
 
 
