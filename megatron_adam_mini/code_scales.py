@@ -47,7 +47,7 @@ class CodeScales:
 
     def of(self, window: Window) -> Tensor:
         """Return the scale of each element of a window, float32, 1 in gaps between parameters."""
-        found = torch.ones(window.numel, device=self.exp_avg_sq_E.device)
+        found = torch.ones(window.numel, dtype=torch.float32, device=self.exp_avg_sq_E.device)
         starts, pieces = self._pieces
         begin, end = window.in_state.start, window.in_state.stop
         for piece in pieces[max(bisect_right(starts, begin) - 1, 0) :]:

@@ -94,8 +94,12 @@ class HostUpdate:
         on_gpu = device.type == "cuda"
         # Step sizes, then the scales of codes of m, and at last the factor of the gradients.
         self._num = num = len(planned.segments.source)
-        self._sent = torch.zeros((3 if has_codes else 1) * num + 1, device=device)
-        self._received = torch.zeros(len(self._sent), device=HOST, pin_memory=on_gpu)
+        self._sent = torch.zeros(
+            (3 if has_codes else 1) * num + 1, dtype=torch.float32, device=device
+        )
+        self._received = torch.zeros(
+            len(self._sent), dtype=torch.float32, device=HOST, pin_memory=on_gpu
+        )
         self._source = torch.from_numpy(planned.segments.source).to(device)
         self._vectors_S = _vectors(planned.segments, group_SR, origin_SR, self._received[:num])
         self._vectors_R = _vectors(planned.ranges, group_SR, origin_SR, self._received[:0])

@@ -188,7 +188,11 @@ class ChunkReader:
                     data = bytearray(stream.read(size))
                     if len(data) != size:
                         raise EOFError("it ends too early")
-                    tensor = torch.frombuffer(data, dtype=header.dtype) if size else torch.empty(0)
+                    tensor = (
+                        torch.frombuffer(data, dtype=header.dtype)
+                        if size
+                        else torch.empty(0, dtype=header.dtype)
+                    )
                     yield self._shift(offset), tensor.view(shape)
                 stream.read(1)  # reaches the end, where the checksum is compared
         except (zipfile.BadZipFile, EOFError) as error:

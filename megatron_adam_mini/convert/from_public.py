@@ -83,8 +83,8 @@ def _write(
 ) -> None:
     """Write weights, main parameters, m and v of one parameter."""
     tensors = {
-        "param": torch.zeros(parameter.shape),
-        "exp_avg": torch.zeros(parameter.shape),
+        "param": torch.zeros(parameter.shape, dtype=torch.float32),
+        "exp_avg": torch.zeros(parameter.shape, dtype=torch.float32),
     }
     v = torch.zeros(parameter.shape[0], dtype=torch.float64)
     labels = np.full(parameter.shape[0], -1, dtype=np.int64)

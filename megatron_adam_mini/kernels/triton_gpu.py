@@ -329,7 +329,10 @@ class _Plan:
             first_S = np.searchsorted(segment_T, np.arange(len(index_S)))
             count_S = np.bincount(segment_T, minlength=len(index_S))
             owners = self._to(np.stack([index_S, first_S, count_S], axis=1))
-            self._parts[vec] = owners, torch.zeros(len(start), device=self.device)
+            self._parts[vec] = (
+                owners,
+                torch.zeros(len(start), dtype=torch.float32, device=self.device),
+            )
         return self._parts[vec]
 
     def _to(self, table: IntArray) -> Tensor:
@@ -349,7 +352,7 @@ class _ColumnSums:
             (size, _on_device(tiles, device)) for size, tiles in by_vec(found, suits, vec).items()
         ]
         self.blocks = _on_device(sums(table, bounds, SEGMENTS), device)
-        self.partials = torch.zeros(int(bounds[-1]), device=device)
+        self.partials = torch.zeros(int(bounds[-1]), dtype=torch.float32, device=device)
         tables = [tiles for _, tiles in self.tiles]
         self.nbytes = sum(tensor.nbytes for tensor in (*tables, self.blocks, self.partials))
 

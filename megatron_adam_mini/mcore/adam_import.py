@@ -114,7 +114,7 @@ def prepare_load(view: StateView, entries: ModelEntries, adam_format: str) -> Pe
         flats["exp_avg_sq"] = view.state.v_of_elements(piece)
         if not piece.is_elementwise:
             flats["exp_avg_sq"] = pending.elements[number] = torch.empty(
-                piece.end - piece.begin, device=HOST
+                piece.end - piece.begin, dtype=torch.float32, device=HOST
             )
         for kind, flat in flats.items():
             if adam_format == DP_RESHARDABLE:

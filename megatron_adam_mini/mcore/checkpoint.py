@@ -160,20 +160,20 @@ def prepare_load(
             values = view.state.v_of_elements(piece)
             if not piece.is_elementwise:
                 values = pending.elements[number] = torch.empty(
-                    piece.end - piece.begin, device=HOST
+                    piece.end - piece.begin, dtype=torch.float32, device=HOST
                 )
             boxes = entry.elements(state_key("v_element", ""), values, *span)
             add_entries(pending.asked, f"v_element.{number}", boxes)
             continue
         if source.pattern.num_column_sets:
             shape = source.pattern.num_column_sets, source.info.row_numel
-            columns = pending.columns[number] = torch.zeros(shape, device=HOST)
+            columns = pending.columns[number] = torch.zeros(shape, dtype=torch.float32, device=HOST)
             boxes = entry.columns(state_key("v_column", ""), columns, shape[0], 0, 0)
             add_entries(pending.asked, f"v_column.{number}", boxes)
         if source.pattern.num_row_blocks:
             width = view.blocks_of(piece).info.row_numel
             touched = -(-piece.end // width) - piece.begin // width
-            rows = pending.rows[number] = torch.empty(touched, device=HOST)
+            rows = pending.rows[number] = torch.empty(touched, dtype=torch.float32, device=HOST)
             boxes = entry.rows(
                 state_key("v_row", ""),
                 rows,

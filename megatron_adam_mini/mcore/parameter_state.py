@@ -89,7 +89,9 @@ def gather(
         group, receives = groups[domain], received[domain]
         slice_plan = view.inner.plan.buffers[number].slices[bucket]
         if empty:
-            whole = {kind: torch.zeros(slice_plan.bucket.numel) for kind in KINDS}
+            whole = {
+                kind: torch.zeros(slice_plan.bucket.numel, dtype=torch.float32) for kind in KINDS
+            }
         else:
             mine = _slice_values(view, number, bucket)
             whole = {
@@ -218,7 +220,7 @@ def _in_slice(piece: Piece, start: int) -> slice:
 def _slice_values(view: StateView, number: int, bucket: int) -> dict[str, Tensor]:
     """Return this rank's slice of a bucket: float32, on the CPU, gaps between parameters zero."""
     window = view.inner.plan.buffers[number].slices[bucket].window
-    values = {kind: torch.zeros(window.numel, device=HOST) for kind in KINDS}
+    values = {kind: torch.zeros(window.numel, dtype=torch.float32, device=HOST) for kind in KINDS}
     for _, piece in _pieces(view, number, bucket):
         here, state = _in_slice(piece, window.in_buffer.start), view.state_of(piece)
         for where, part in piece.window.parts():
@@ -239,7 +241,7 @@ def _bucket_of_parameters(
 ) -> BucketValues:
     """Lay stored parameters out as a bucket of this run."""
     layout = view.inner.plan.buffers[number].slices[bucket].bucket
-    whole = {kind: torch.zeros(layout.numel) for kind in KINDS}
+    whole = {kind: torch.zeros(layout.numel, dtype=torch.float32) for kind in KINDS}
     for placement in layout.placements:
         source = sources[placement.parameter]
         if source is None:
@@ -292,7 +294,7 @@ def _bucket_of_adam(
     """Lay a buffer of Megatron's Adam out as a bucket: there, buckets lack their padding."""
     found, sizes = _buffer_of_adam(view, stored, number)
     begin, numel = sum(sizes[:bucket]), view.inner.plan.buffers[number].slices[bucket].bucket.numel
-    whole = {kind: torch.zeros(numel) for kind in KINDS}
+    whole = {kind: torch.zeros(numel, dtype=torch.float32) for kind in KINDS}
     for kind, flat in whole.items():
         flat[: sizes[bucket]] = found[kind][begin : begin + sizes[bucket]]
     return whole
@@ -333,7 +335,7 @@ def _gathered(
     if group is None:
         return values
     receives = everywhere or group.rank() == 0
-    whole = torch.empty(group.size() if receives else 0, len(values))
+    whole = torch.empty(group.size() if receives else 0, len(values), dtype=torch.float32)
     for part in _parts(len(values), group):
         mine = values[part].to(_device_of(group, device))
         slices = [torch.empty_like(mine) for _ in range(group.size() if receives else 0)]
@@ -354,13 +356,15 @@ def _scattered(
     if group is None:
         assert whole is not None
         return whole
-    mine, first = torch.empty(numel), distributed.get_global_rank(group, 0)
+    mine, first = torch.empty(numel, dtype=torch.float32), distributed.get_global_rank(group, 0)
     for part in _parts(numel, group):
         slices = None
         if whole is not None:
             rows = whole.view(group.size(), numel)
             slices = [row[part].to(_device_of(group, device)) for row in rows]
-        received = torch.empty(len(mine[part]), device=_device_of(group, device))
+        received = torch.empty(
+            len(mine[part]), dtype=torch.float32, device=_device_of(group, device)
+        )
         distributed.scatter(received, slices, src=first, group=group)
         mine[part] = received
     return mine

@@ -47,8 +47,8 @@ class BlockSums:
 
         block_S, num_rows = rows.block_S, len(rows.block_S)
         self.groups = rows.groups
-        self.sum_sq_S = torch.zeros(num_rows, device=device)
-        self.cut_C = torch.zeros(0, device=device)
+        self.sum_sq_S = torch.zeros(num_rows, dtype=torch.float32, device=device)
+        self.cut_C = torch.zeros(0, dtype=torch.float32, device=device)
         first_S = np.flatnonzero(np.diff(block_S, prepend=-1))
         self._table = SegmentTable(
             first_S * row_numel, np.append(first_S[1:], num_rows) * row_numel
@@ -60,13 +60,13 @@ class BlockSums:
                 self.cut_C = self.sum_sq_S
             return
         # The last entry stays zero: blocks without rows here, and blocks of fewer runs, read it.
-        self._runs = torch.zeros(len(first_S) + 1, device=device)
-        self._block_sums = torch.zeros(blocks.num_blocks, device=device)
+        self._runs = torch.zeros(len(first_S) + 1, dtype=torch.float32, device=device)
+        self._block_sums = torch.zeros(blocks.num_blocks, dtype=torch.float32, device=device)
         self._runs_of_block = to_device(_runs_of_blocks(block_S[first_S], blocks.num_blocks))
         self._block_S = to_device(block_S)
         if rows.cut is not None and len(rows.cut):
             self._cut = to_device(rows.cut)
-            self.cut_C = torch.zeros(len(rows.cut), device=device)
+            self.cut_C = torch.zeros(len(rows.cut), dtype=torch.float32, device=device)
 
     def sum_squares_(self, grad_N: Tensor | None, kernels: ModuleType) -> None:
         """Sum up what this rank holds; a gradient that is missing counts as zero.

@@ -50,7 +50,7 @@ class LocalShard:
         numel = local(param).numel()
         if blocks.block_of_row is None:
             self._table = SegmentTable(np.zeros(1, np.int64), np.full(1, numel, np.int64))
-            self._vectors = _vectors(torch.zeros(1, device=self._device))
+            self._vectors = _vectors(torch.zeros(1, dtype=torch.float32, device=self._device))
             return
         self.v_key = "column_exp_avg_sq" if blocks.rule == "column" else "row_exp_avg_sq"
         rows, width = self.rows, numel // max(len(self.rows.block_S), 1)
@@ -74,7 +74,7 @@ class LocalShard:
         """
         param = self.param
         exp_avg = torch.zeros_like(param, dtype=_m_dtype(param))
-        state = {"step": torch.tensor(0.0), "exp_avg": exp_avg}
+        state = {"step": torch.tensor(0.0, dtype=torch.float32), "exp_avg": exp_avg}
         if self.sums is None:
             return {**state, self.v_key: torch.zeros_like(param, dtype=torch.float32)}
         zeros = zeros_of_rows(param, self.blocks)

@@ -116,11 +116,11 @@ def zeros_of_rows(param: Tensor, blocks: Blocks) -> Tensor:
     shape = local(param).shape
     rows = tuple(shape[dim] for dim in blocks.row_dims) if shape else (1,)
     if not isinstance(param, DTensor):
-        return torch.zeros(rows, device=param.device)
+        return torch.zeros(rows, dtype=torch.float32, device=param.device)
     # From a meta tensor, since others would be moved to the mesh's kind of device, and the
     # parameter may lie in host memory (CPUOffloadPolicy).
     layout = DTensor.from_local(
-        torch.empty(rows, device="meta"),
+        torch.empty(rows, dtype=torch.float32, device="meta"),
         param.device_mesh,
         row_placements(param, blocks.row_dims),
         run_check=False,
