@@ -126,7 +126,8 @@ def to_fp8(value: Tensor, scale: Tensor) -> Tensor:
 def to_fp8_stochastic(value: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
     """Return the codes next to float32 values, so that the mean over the noise is the value.
 
-    The values must not exceed 448 scales for that; where they do, the result is 448 scales.
+    The values must not exceed 448 scales for that; where they do, the result is 448 scales. It is
+    NaN, without a sign, where they are not finite.
 
     Args:
         value: float32.
@@ -139,5 +140,5 @@ def to_fp8_stochastic(value: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
     # In units of the last place of the code: from 8 to 16, below 8 if it is subnormal.
     units = ratio * ((130 << 23) - (power - (127 << 23))).view(torch.float32)
     code = (units + noise.float() * 2.0**-16).to(torch.int32) + (power >> 20) - 968
-    code = torch.where(value.isfinite(), code, _FP8_NAN)
-    return (code | ((value.view(torch.int32) >> 24) & 0x80)).to(torch.uint8)
+    code = code | ((value.view(torch.int32) >> 24) & 0x80)
+    return torch.where(value.isfinite(), code, _FP8_NAN).to(torch.uint8)

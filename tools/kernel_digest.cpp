@@ -35,7 +35,9 @@ void print_digest(int grad_kind, int exp_avg_kind, int param_kind, bool stochast
   constexpr int NUMEL = 100000, SEGMENTS = 300;
   std::vector<float> grad(NUMEL), exp_avg(NUMEL), param(NUMEL), exp_avg_sq_E(NUMEL);
   std::vector<uint16_t> grad16(NUMEL), exp_avg16(NUMEL), remainder(NUMEL), weight(NUMEL);
+  std::vector<uint8_t> exp_avg8(NUMEL);
   std::vector<float> exp_avg_sq(SEGMENTS), step_size(SEGMENTS), sum_sq(SEGMENTS);
+  std::vector<float> scale(2 * SEGMENTS);
   std::vector<float> inv_numel(SEGMENTS);
   std::vector<int32_t> group(SEGMENTS), origin(SEGMENTS);
   std::vector<int8_t> domain(SEGMENTS);
@@ -48,6 +50,7 @@ void print_digest(int grad_kind, int exp_avg_kind, int param_kind, bool stochast
     // As float16, a pattern that is finite: bfloat16's exponents would not be.
     grad16[i] = grad_kind == 2 ? (state >> 16) & 0xbbffu : upper_half(grad[i]);
     exp_avg16[i] = upper_half(exp_avg[i]);
+    exp_avg8[i] = static_cast<uint8_t>((state >> 9) & 0xf7u);  // no NaN
     weight[i] = upper_half(param[i]);
     remainder[i] = static_cast<uint16_t>(state >> 12);
   }
@@ -63,14 +66,16 @@ void print_digest(int grad_kind, int exp_avg_kind, int param_kind, bool stochast
   const int64_t noise_key = 3000000000ll;
   const Buffer buffer = {
       param_kind ? static_cast<void*>(remainder.data()) : param.data(),
-      exp_avg_kind ? static_cast<void*>(exp_avg16.data()) : exp_avg.data(),
+      exp_avg_kind == 4   ? static_cast<void*>(exp_avg8.data())
+      : exp_avg_kind == 1 ? static_cast<void*>(exp_avg16.data())
+                          : exp_avg.data(),
       weight.data(),
       grad_kind ? static_cast<const void*>(grad16.data()) : grad.data(),
       param_kind, exp_avg_kind, 1, grad_kind, stochastic ? origin.data() : nullptr};
   const Scalars scalars = {&grad_scale, bias_corrections, hyper, &noise_key,
                            0.9f,        0.1f,             0.95f, 0.05f};
   const Segments segments = {exp_avg_sq.data(), step_size.data(), sum_sq.data(), inv_numel.data(),
-                             group.data()};
+                             group.data(), exp_avg_kind == 4 ? scale.data() : nullptr};
   // Odd and even numbers of rows, with and without tails, and one long row; state where the
   // buffer's elements are, before and behind.
   const std::vector<Tile> tiles = {{0, 100, 101, 0, 0, 0, -1, 0},
@@ -87,8 +92,10 @@ void print_digest(int grad_kind, int exp_avg_kind, int param_kind, bool stochast
   adam_mini_update_elementwise(&buffer, exp_avg_sq_E.data(), tiles.data(), num, group.data(),
                                &scalars, 1);
   uint64_t digest = 14695981039346656037ull;
-  for (const auto* vector : {&exp_avg, &param, &exp_avg_sq_E, &exp_avg_sq, &step_size, &sum_sq})
+  for (const auto* vector :
+       {&exp_avg, &param, &exp_avg_sq_E, &exp_avg_sq, &step_size, &sum_sq, &scale})
     add_digest(&digest, *vector);
+  add_digest(&digest, exp_avg8);
   for (const auto* vector : {&exp_avg16, &remainder, &weight}) add_digest(&digest, *vector);
   std::printf("grad %d exp_avg %d param %d stochastic %d: %016llx norm %a %a\n", grad_kind,
               exp_avg_kind, param_kind, stochastic, static_cast<unsigned long long>(digest),
@@ -103,5 +110,6 @@ int main() {
       print_digest(grad_kind, 0, param_kind, false);
       print_digest(grad_kind, 1, param_kind, false);
       print_digest(grad_kind, 1, param_kind, true);
+      print_digest(grad_kind, 4, param_kind, true);
     }
 }

@@ -35,10 +35,13 @@ from megatron_adam_mini.kernels import BufferTensors, SegmentVectors, StepScalar
 from megatron_adam_mini.plan.column_table import ColumnTable
 from megatron_adam_mini.plan.ordered_sums import OrderedSums
 from megatron_adam_mini.plan.segment_table import SegmentTable
+from megatron_adam_mini.rounding import fp8_scale
 
 GRADS = (torch.float32, torch.bfloat16, torch.float16)
 #: exp_avg's dtype, and whether it is rounded stochastically.
-MOMENTS = ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True))
+MOMENTS = (
+    (torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True), (torch.uint8, True),
+)  # fmt: skip
 #: Dtypes of main parameters and of model weights; int16: remainders.
 STORAGE = (
     (torch.float32, None),
@@ -56,7 +59,10 @@ SUM_RTOL = 3e-6
 #: Orders of adding up to 400,000 float64 numbers, all positive.
 NORM_RTOL = 1e-13
 #: What kernels may write.
-STATE = ("exp_avg", "weight", "param", "sum_sq", "exp_avg_sq", "step_size", "exp_avg_sq_E")
+STATE = (
+    "exp_avg", "weight", "param", "sum_sq", "exp_avg_sq", "step_size", "exp_avg_sq_E",
+    "exp_avg_scale",
+)  # fmt: skip
 
 State = dict[str, Tensor | None]
 
@@ -109,6 +115,10 @@ class Case:
         )
         self.step_size = self._noise(entries).abs() * 0.01
         self.exp_avg_sq_E = self._noise(self.table.numel).abs()
+        self.exp_avg_scale = None
+        if moment == torch.uint8:
+            scales = [fp8_scale(self._noise(entries).abs().contiguous()) for _ in range(2)]
+            self.exp_avg_scale = torch.stack(scales, dim=1)
         numbers = torch.arange(entries, device=device)
         self.group = (numbers % 3).to(torch.int32)
         self.origin = (numbers * 100003 - 7).to(torch.int32) if stochastic else None
@@ -165,6 +175,8 @@ class Case:
     def _noise(self, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
         numel += self._skipped
         found = torch.randn(numel, generator=self._generator, device=self._device)
+        if dtype == torch.uint8:  # any codes, NaN among them
+            found = (found * 1e4) % 256
         return (found * 1e4 if dtype == torch.int16 else found).to(dtype)[self._skipped :]
 
     @property
@@ -176,8 +188,9 @@ class Case:
     def vectors(self) -> SegmentVectors:
         """Vectors with one entry per segment."""
         return SegmentVectors(
-            self.exp_avg_sq, self.step_size, self.sum_sq, self.inv_numel, self.group, self.origin
-        )
+            self.exp_avg_sq, self.step_size, self.sum_sq, self.inv_numel, self.group, self.origin,
+            self.exp_avg_scale,
+        )  # fmt: skip
 
     def after(self, call: Callable[[Case], object], *poisoned: str) -> State:
         """Return copies of all state after a call, which leaves the case's own as it was.
@@ -190,8 +203,8 @@ class Case:
         for name, value in kept.items():
             if value is not None:  # a copy that is aligned alike
                 offset = value.storage_offset()
-                moved = torch.empty(offset + len(value), dtype=value.dtype, device=value.device)
-                setattr(self, name, moved[offset:].copy_(value))
+                moved = torch.empty(offset + value.numel(), dtype=value.dtype, device=value.device)
+                setattr(self, name, moved[offset:].view(value.shape).copy_(value))
                 if name in poisoned:
                     getattr(self, name).fill_(torch.nan)
         call(self)

@@ -120,8 +120,8 @@ def _to_code(m, scale, number):
     units = ratio * (0x41000000 - (power - 0x3F800000)).to(tl.float32, bitcast=True)
     moved = units + _noise16(number).to(tl.float32) * 1.52587890625e-05  # 2**-16
     code = moved.to(tl.int32) + (power >> 20) - 968
-    code = tl.where(size >= 0x7F800000, 0x7F, code)
-    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+    code = code | ((bits >> 24) & 0x80)
+    return tl.where(size >= 0x7F800000, 0x7F, code).to(tl.uint8)
 
 
 @triton.jit
@@ -154,9 +154,10 @@ def _update(
     """Update elements with the step sizes, and scales of codes of m, of their blocks."""
     m = _load_moment(exp_avg, offset, mask, scale_before) * beta1 + g * factor
     p = _load_param(param, weight, offset, mask)
+    # m first: what it needs then takes no registers any more.
+    _store_moment(exp_avg, offset, mask, m, number, scale_after, STOCHASTIC)
     p = p * decay - m * step
     _store_param(param, weight, offset, mask, p)
-    _store_moment(exp_avg, offset, mask, m, number, scale_after, STOCHASTIC)
 
 
 @triton.jit
@@ -289,11 +290,12 @@ def update_elementwise_kernel(
         p = _load_param(param, weight, offset, mask)
         g = g * scale
         v = v * beta2 + g * g * one_minus_beta2
+        tl.store(exp_avg_sq + offset_sq, v, mask=mask)
+        # m first, as in _update.
+        _store_moment(exp_avg, offset, mask, m, number, _scale(v), STOCHASTIC)
         root = tl.sqrt_rn(tl.div_rn(v, tl.broadcast_to(correction2, v.shape))) + eps_NV
         p = p * decay_NV - tl.div_rn(m * rate_NV, root)
-        tl.store(exp_avg_sq + offset_sq, v, mask=mask)
         _store_param(param, weight, offset, mask, p)
-        _store_moment(exp_avg, offset, mask, m, number, _scale(v), STOCHASTIC)
 
 
 @triton.jit
