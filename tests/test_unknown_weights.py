@@ -58,6 +58,16 @@ def test_many_names_are_counted() -> None:
     assert "decoder.f" not in text
 
 
+def test_no_row_is_advised_where_it_may_be_a_whole_matrix() -> None:
+    """As of adapters of grouped experts, which Megatron-Bridge keeps in one weight."""
+    name = "decoder.layers.3.mlp.experts.linear_fc1.adapter.linear_in.weight"
+    text = str(problem({name: (8, 4, 16)}))
+    assert "Remedy: accept it, with --adam-mini-full-v 'decoder.layers.*" in text
+    assert "only if each index of dimension 0 is one output neuron" in text
+    both = str(problem({name: (8, 4, 16), KERNEL.format(0): (9, 9)}))
+    assert f'{{"{KERNEL.format("*")}": "row"}}; or accept it' in both
+
+
 @pytest.mark.parametrize(
     "options",
     [

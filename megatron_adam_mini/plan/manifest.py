@@ -129,17 +129,24 @@ def unknown_problem(manifest: Mapping[str, Any]) -> str | None:
     share = sum(entry["elements"] for entry in found) / max(1, manifest["elements"])
     if share <= MAX_UNKNOWN_SHARE:
         return None
-    # One pattern for the same weight of all layers and experts.
-    patterns = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", e["name"]) for e in found))
-    shown = [repr(pattern) for pattern in patterns[:_SHOWN]]
+    # One pattern for the same weight of all layers and experts, with its number of dimensions.
+    patterns = {re.sub(r"(?<=\.)\d+(?=\.)", "*", e["name"]): len(e["shape"]) for e in found}
+    shown = [repr(pattern) for pattern in list(patterns)[:_SHOWN]]
     more = f" and {len(patterns) - _SHOWN} more" if len(patterns) > _SHOWN else ""
+    accept = f"accept it, with --adam-mini-full-v {' '.join(shown)}{more}"
+    matrix = next((pattern for pattern, dimensions in patterns.items() if dimensions == 2), None)
+    if matrix is not None:
+        rule = f'a JSON object such as {{{json.dumps(matrix)}: "row"}}'
+        remedy = f"give them a rule, with --adam-mini-rules FILE, {rule}; or {accept}"
+    else:  # such as those of several experts in one
+        remedy = (
+            f"{accept}; or, only if each index of dimension 0 is one output neuron, give them the "
+            'rule "row", with --adam-mini-rules FILE'
+        )
     return (
         f"Weights that Adam-mini does not know have {100 * share:.1f} % of the trained elements "
         f"(allowed: {100 * MAX_UNKNOWN_SHARE:.0f} %) and would keep Adam's whole state: "
-        f"{', '.join(shown)}{more}. Remedy: give them a rule, with --adam-mini-rules FILE, a JSON "
-        f'object such as {{{json.dumps(patterns[0])}: "row"}}; or accept it, with '
-        f"--adam-mini-full-v {' '.join(shown)}"
-        f"{more} (AdamMiniConfig: rules, full_v)."
+        f"{', '.join(shown)}{more}. Remedy: {remedy} (AdamMiniConfig: rules, full_v)."
     )
 
 
