@@ -190,7 +190,7 @@ _CPU = Plan(
         Storage("0.13M", 800, 4e-3),
         Storage("0.04M", 200, 4e-3, SAME_BITS, (0,)),
         Storage("0.13M", 2000, 4e-3, seeds=(0,)),
-        Storage("0.04M", 800, 16e-3, seeds=tuple(range(8))),
+        Storage("0.04M", 800, 16e-3, seeds=tuple(range(6))),
     ),
 )
 _RATES_LARGE = (2.5e-4, 5e-4, 1e-3, 2e-3)

@@ -164,14 +164,19 @@ def _not_covered(plan: Plan, results: Results) -> str:
         if names := [label(name) for name in plan.optimizers if name not in found]:
             missing.append(f"{setting.name} ({', '.join(names)})")
     largest = max((result.get("parameters", 0) for result in results.values()), default=0)
+    seeds = max((len(test.seeds) for test in plan.storage), default=len(plan.seeds))
     lines = [
         "## What nothing is known of",
         "",
         f"* Models of more than {largest:,} parameters, other texts, tokenizers and batch sizes, "
-        "models without rotary embeddings, low precision.",
-        f"* More than {len(plan.seeds)} seeds: intervals are wide, and small gaps are not seen.",
+        "models without rotary embeddings, products in low precision.",
+        f"* More than {seeds} seeds: intervals are wide, and small gaps are not seen.",
         "* Rates beside those of the grid; a warm-up, betas or weight decay tuned for each.",
     ]
+    if plan.storage:
+        lines.append(
+            "* State in fewer bits with other presets than `row`, in longer runs, on GPUs."
+        )
     if plan.map and not tables.stability(plan, results):
         missing.append("the map of rate and warm-up")
     if plan.ablation and not tables.ablations(plan, results):

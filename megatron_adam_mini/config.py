@@ -27,7 +27,7 @@ _NEAREST = {
     "int8": "fp8, which has as many bits, and needs no scales in memory",
 }
 
-#: What ``lean`` stands for: the fewest bytes that trained as well as float32 (docs/memory.md).
+#: What ``lean`` stands for: the fewest bytes that are recommended; docs/memory.md says why.
 LEAN: dict[str, Any] = {
     "exp_avg_dtype": "bf16",
     "stochastic_rounding": True,
@@ -67,8 +67,8 @@ class AdamMiniConfig:
         stochastic_rounding: round a bfloat16 m stochastically instead of to the nearest.
         param_remainders: store only the lower 16 bits of the float32 main parameters; the upper
             ones are the bfloat16 model weights. Training is the same, bit for bit.
-        lean: the smallest state that trains like float32 state; sets the three options above to
-            ``bf16``, ``True`` and ``True``. Needs bfloat16 weights.
+        lean: the smallest state that is recommended; sets the three options above to ``bf16``,
+            ``True`` and ``True``. Needs bfloat16 weights.
         single_phase: read each gradient once per step instead of twice. Possible if nothing needs
             the gradient norm (no clipping, no loss scale); the norm is then not reported, and a
             non-finite gradient does not skip the step, nor do squares that overflow float32.

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--adam-mini-lean",
         action="store_true",
-        help="the smallest state that trains like float32 state: --adam-mini-param-remainders "
+        help="the smallest state that is recommended: --adam-mini-param-remainders "
         "--exp-avg-dtype bf16 --adam-mini-stochastic-rounding; needs --bf16",
     )
     group.add_argument(
