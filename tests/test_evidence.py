@@ -77,7 +77,7 @@ def test_a_log_resumes_after_a_line_that_was_cut_off(tmp_path: Path) -> None:
 
 
 def test_all_have_the_same_trials_and_seeds_at_their_best_rate() -> None:
-    plan = replace(TOY, map=None, ablation=None, settings=TOY.settings[:1])
+    plan = replace(TOY, map=None, ablation=None, storage=(), settings=TOY.settings[:1])
     setting = plan.settings[0]
     best = {"adamw": 1e-3, "paper": 1e-2}
     results: dict[Run, dict[str, Any]] = {}
@@ -151,7 +151,7 @@ def test_megatron_trains_the_same_run(tmp_path: Path) -> None:
     plan = replace(TOY, twin=grid.Twin("toy", 8, 1e-2, ("row",)))
     (pair,) = comparison.twin_runs(plan, results)
     assert pair.torch == pytest.approx(pair.megatron, abs=1e-4)
-    assert not pending(replace(plan, settings=(), map=None, ablation=None), results)
+    assert not pending(replace(plan, settings=(), map=None, ablation=None, storage=()), results)
 
 
 def test_state_in_fewer_bits_is_that_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
