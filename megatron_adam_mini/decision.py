@@ -115,7 +115,9 @@ class Decisions:
         self._kernels = kernels
         self.values_3 = torch.zeros(3, dtype=torch.float64, device=device)
         self.grad_scale = torch.zeros((), dtype=torch.float32, device=device)
-        self._on_host = torch.zeros(3, dtype=torch.float64, pin_memory=True) if on_gpu else None
+        self._on_host: Tensor | None = None
+        if on_gpu:
+            self._on_host = torch.zeros(3, dtype=torch.float64, device="cpu", pin_memory=True)
         # External: in a CUDA graph, too, it comes before the updates.
         self._copied: Any = torch.cuda.Event(external=True) if on_gpu else None  # type: ignore[no-untyped-call]
         self._last: Decision | None = None

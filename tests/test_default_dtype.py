@@ -1,4 +1,4 @@
-"""A program's default dtype (``torch.set_default_dtype``) is no dtype of ours."""
+"""A program's default dtype and device (``torch.set_default_...``) are not those of our tensors."""
 
 from __future__ import annotations
 
@@ -32,16 +32,18 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def test_each_tensor_of_floats_is_made_with_a_dtype() -> None:
+def test_tensors_are_made_with_a_dtype_and_a_device() -> None:
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
+        on_cpus_only = path.parent.name in ("checkpoint", "convert")
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):
                 continue
             name = ast.unparse(node.func)
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             makes = name in {f"torch.{kind}" for kind in ("zeros", "ones", "empty", "full")}
-            if makes and "dtype" not in given and given.get("device") != "'meta'":
+            is_complete = "dtype" in given and ("device" in given or on_cpus_only)
+            if makes and not is_complete and given.get("device") != "'meta'":
                 found.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
     assert not found
 
@@ -75,20 +77,21 @@ def test_megatron_trains_the_same(fraction: float) -> None:
     assert lower == plain
 
 
-def test_a_model_without_megatron_trains_the_same() -> None:
-    def weights(dtype: torch.dtype) -> list[Tensor]:
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_model_without_megatron_trains_the_same(device: str) -> None:
+    def weights(dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 4))
         data = torch.randn(16, 8)
-        with default_dtype(dtype):
+        with default_dtype(dtype), torch.device(device):
             rules = {"*weight": "row", "*bias": "tensor"}
             optimizer = AdamMini(model.named_parameters(), lr=1e-2, rules=rules)
         for _ in range(3):
             model(data).square().mean().backward()
-            with default_dtype(dtype):
+            with default_dtype(dtype), torch.device(device):
                 optimizer.step()
             optimizer.zero_grad()
         return list(model.parameters())
 
-    for plain, lower in zip(weights(torch.float32), weights(torch.bfloat16), strict=True):
+    for plain, lower in zip(weights(torch.float32), weights(torch.bfloat16, device), strict=True):
         assert torch.equal(plain, lower)

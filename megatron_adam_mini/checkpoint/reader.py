@@ -113,7 +113,7 @@ class Checkpoint:
             CorruptError: a part of it is missing or damaged.
         """
         tensor = self.tensors[key]
-        found = torch.empty(shape, dtype=tensor.dtype)
+        found = torch.empty(shape, dtype=tensor.dtype, device="cpu")
         count = 0
         for chunk in tensor.chunks:
             low = [max(a, b) for a, b in zip(offset, chunk.offset, strict=True)]
@@ -142,7 +142,7 @@ class Checkpoint:
         problem = tiling_problem(tensor)
         if problem:
             raise CorruptError(problem)
-        found = torch.empty(tensor.shape, dtype=tensor.dtype)
+        found = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         for offset, window in self.windows(tensor):
             found[tuple(slice(o, o + s) for o, s in zip(offset, window.shape, strict=True))] = (
                 window

@@ -43,7 +43,9 @@ class StepScalars:
     def __init__(self, num_groups: int, device: torch.device, *, seed: int = 0) -> None:
         floats, on_gpu = 3 + 3 * num_groups, device.type == "cuda"
         # One tensor, so one copy: 8 bytes for the key of the noise, then float32.
-        self._host = torch.zeros(1 + -(-floats // 2), dtype=torch.int64, pin_memory=on_gpu)
+        self._host = torch.zeros(
+            1 + -(-floats // 2), dtype=torch.int64, device="cpu", pin_memory=on_gpu
+        )
         self._device = self._host if device.type == "cpu" else self._host.to(device)
         self._host_key = self._host.numpy()[:1]
         self._host_floats: np.ndarray[Any, Any] = self._host[1:].numpy().view(np.float32)

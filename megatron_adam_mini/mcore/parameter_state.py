@@ -90,7 +90,8 @@ def gather(
         slice_plan = view.inner.plan.buffers[number].slices[bucket]
         if empty:
             whole = {
-                kind: torch.zeros(slice_plan.bucket.numel, dtype=torch.float32) for kind in KINDS
+                kind: torch.zeros(slice_plan.bucket.numel, dtype=torch.float32, device=HOST)
+                for kind in KINDS
             }
         else:
             mine = _slice_values(view, number, bucket)
@@ -241,7 +242,7 @@ def _bucket_of_parameters(
 ) -> BucketValues:
     """Lay stored parameters out as a bucket of this run."""
     layout = view.inner.plan.buffers[number].slices[bucket].bucket
-    whole = {kind: torch.zeros(layout.numel, dtype=torch.float32) for kind in KINDS}
+    whole = {kind: torch.zeros(layout.numel, dtype=torch.float32, device=HOST) for kind in KINDS}
     for placement in layout.placements:
         source = sources[placement.parameter]
         if source is None:
@@ -294,7 +295,7 @@ def _bucket_of_adam(
     """Lay a buffer of Megatron's Adam out as a bucket: there, buckets lack their padding."""
     found, sizes = _buffer_of_adam(view, stored, number)
     begin, numel = sum(sizes[:bucket]), view.inner.plan.buffers[number].slices[bucket].bucket.numel
-    whole = {kind: torch.zeros(numel, dtype=torch.float32) for kind in KINDS}
+    whole = {kind: torch.zeros(numel, dtype=torch.float32, device=HOST) for kind in KINDS}
     for kind, flat in whole.items():
         flat[: sizes[bucket]] = found[kind][begin : begin + sizes[bucket]]
     return whole
@@ -335,7 +336,9 @@ def _gathered(
     if group is None:
         return values
     receives = everywhere or group.rank() == 0
-    whole = torch.empty(group.size() if receives else 0, len(values), dtype=torch.float32)
+    whole = torch.empty(
+        group.size() if receives else 0, len(values), dtype=torch.float32, device=HOST
+    )
     for part in _parts(len(values), group):
         mine = values[part].to(_device_of(group, device))
         slices = [torch.empty_like(mine) for _ in range(group.size() if receives else 0)]
@@ -356,7 +359,8 @@ def _scattered(
     if group is None:
         assert whole is not None
         return whole
-    mine, first = torch.empty(numel, dtype=torch.float32), distributed.get_global_rank(group, 0)
+    mine = torch.empty(numel, dtype=torch.float32, device=HOST)
+    first = distributed.get_global_rank(group, 0)
     for part in _parts(numel, group):
         slices = None
         if whole is not None:

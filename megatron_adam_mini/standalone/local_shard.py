@@ -74,7 +74,7 @@ class LocalShard:
         """
         param = self.param
         exp_avg = torch.zeros_like(param, dtype=_m_dtype(param))
-        state = {"step": torch.tensor(0.0, dtype=torch.float32), "exp_avg": exp_avg}
+        state = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu"), "exp_avg": exp_avg}
         if self.sums is None:
             return {**state, self.v_key: torch.zeros_like(param, dtype=torch.float32)}
         zeros = zeros_of_rows(param, self.blocks)
