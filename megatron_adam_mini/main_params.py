@@ -12,7 +12,7 @@ load begins is the state.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -218,10 +218,16 @@ class MainParams(torch.optim.Optimizer):
 
     # What torch's own optimizers offer.
 
-    def exp_avg_sq_per_element(self, shard: Tensor) -> Tensor:
-        """Return v of every element of a shard, float32, shape ``(n,)``."""
+    def exp_avg_sq_per_element(self, shard: Tensor, v: Tensor | None = None) -> Tensor:
+        """Return v of every element of a shard, float32, shape ``(n,)``.
+
+        Args:
+            shard: one of the shards.
+            v: as it is stored; default: that of the shard's state.
+        """
         number = next(i for i, own in enumerate(self.shards) if own is shard)
-        return v_per_element(self._plan, self._plan.pieces[number], self.state[shard][EXP_AVG_SQ])
+        stored = self.state[shard][EXP_AVG_SQ] if v is None else v
+        return v_per_element(self._plan, self._plan.pieces[number], stored)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse new groups: shards, blocks and buffers are planned together at the start."""
@@ -244,7 +250,8 @@ class MainParams(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take state and groups of :meth:`state_dict`, made by the same rank of the same layout.
 
-        Unlike torch's, it casts nothing to the shard's own type, which would lose bits.
+        Unlike torch's, it casts nothing to the shard's own type, which would lose bits. An m of 8
+        bits may become one of floats, or one of floats codes.
 
         Raises:
             ValueError: groups, shards or shapes differ.
@@ -259,9 +266,18 @@ class MainParams(torch.optim.Optimizer):
             )
         for group, other in zip(self.param_groups, saved, strict=True):
             for shard, number in zip(group["params"], other["params"], strict=True):
-                self.state[shard] = dict(state_dict["state"].get(number, {}))
+                self.state[shard] = self._as_stored(shard, state_dict["state"].get(number, {}))
             group.update({key: value for key, value in other.items() if key != "params"})
         self.attach()
+
+    def _as_stored(self, shard: Tensor, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a saved state of a shard, m as codes of 8 bits if it is stored so, else floats."""
+        has_codes = any(flat.dtype == _CODES for flat in self._flats)
+        m, v = saved.get(EXP_AVG), saved.get(EXP_AVG_SQ)
+        if m is None or v is None or (m.dtype == _CODES) == has_codes:
+            return dict(saved)
+        scale = fp8_scale(self.exp_avg_sq_per_element(shard, v)).to(m.device)
+        return {**saved, EXP_AVG: to_fp8(m.float(), scale) if has_codes else from_fp8(m, scale)}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs: groups, state and integers, but none of Megatron's buffers."""
@@ -303,22 +319,9 @@ class MainParams(torch.optim.Optimizer):
                 continue
             if view.shape != (slot.stop - slot.start,):
                 self._refuse_shape(number, flat.key, view, slot.stop - slot.start)
-            values = view.detach()
-            if flat.key == EXP_AVG and (values.dtype == _CODES) != (flat.dtype == _CODES):
-                values = self._other_m(number, values, states[number].get(EXP_AVG_SQ))
-            whole[slot].copy_(values)
+            whole[slot].copy_(view.detach())
         self._point_at(flat, whole, states)
         return whole
-
-    def _other_m(self, number: int, m: Tensor, v: Tensor | None) -> Tensor:
-        """Return m as codes of 8 bits, or float32 if it is codes; both are relative to v."""
-        piece = self._plan.pieces[number]
-        if v is None:
-            v = m.new_zeros(m.shape, dtype=torch.float32)
-        else:
-            v = v_per_element(self._plan, piece, v.detach()).to(m.device)
-        scale = fp8_scale(v)
-        return from_fp8(m, scale) if m.dtype == _CODES else to_fp8(m.float(), scale)
 
     def _views(self, flat: _Flat, states: list[dict[str, Tensor]]) -> list[Tensor | None]:
         if flat.key == _SHARD:

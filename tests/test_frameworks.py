@@ -35,8 +35,9 @@ MODES = {
     "remainders": replace(BASE, adam_mini={"param_remainders": True, "exp_avg_dtype": "bf16"}),
     "float32": replace(BASE, bf16=False, float32_modules=()),
     "replicated": replace(BASE, distributed_optimizer=False),
+    "8 bits": replace(BASE, adam_mini={"exp_avg_dtype": "fp8"}),
 }
-SHARDED = [mode for mode in MODES if mode != "replicated"]  # others have no buffer of weights
+SHARDED = ["masters", "remainders", "float32"]  # others have no buffer of weights
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ALL = (*MOMENTS, "master_param")
 
@@ -256,7 +257,8 @@ SEQUENCES: dict[str, tuple[Callable[[Trainer], Phases], tuple[str, ...], set[str
     "NeMo-RL": (nemo_rl, ("masters", "remainders"), {"main"}),
     "Megatron RL": (megatron_rl, tuple(MODES), set()),
     "AReaL 2": (areal_v2, ("remainders",), set()),
-    "ROLL": (roll, ("masters", "float32"), set()),
+    # In one tensor with v, codes of 8 bits are floats for a while.
+    "ROLL": (roll, ("masters", "float32", "8 bits"), set()),
     "some": (some, ("masters",), {"main", *ALL}),
     "twice": (twice, ("masters",), set()),
     "not brought back": (not_brought_back, ("remainders",), set()),
@@ -347,7 +349,7 @@ def excursion(job: Job, name: str) -> tuple[str, set[str], bool]:
 
 #: Kinds of state tensors that have memory of their own.
 KINDS = {"masters": {"main", *MOMENTS}, "remainders": {*ALL}, "float32": {*MOMENTS}}
-KINDS["replicated"] = KINDS["masters"]
+KINDS["replicated"] = KINDS["8 bits"] = KINDS["masters"]
 CASES = [(name, mode) for name, (_, modes, _) in SEQUENCES.items() for mode in modes]
 
 
