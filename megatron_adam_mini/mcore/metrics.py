@@ -167,15 +167,16 @@ def wrap_state_memory(original: Callable[..., Any]) -> Callable[..., Any]:
 def _saved_bytes(optimizer: AdamMiniOptimizer) -> int:
     """Return how many bytes less this rank's state takes than Adam's, which is all float32.
 
-    On the device: what lies in host memory takes nothing there.
+    On the device: what lies in host memory takes nothing there. Launch tables are not state.
     """
     adam = sum(
         piece.window.numel * (8 if param.dtype == torch.float32 else 12)
         for piece in optimizer.inner.plan.pieces
         for param in (optimizer.model_params[piece.parameter],)
     )
-    own = optimizer.state_bytes().items()
-    return adam - sum(num_bytes for kind, num_bytes in own if not kind.startswith("host_"))
+    own = optimizer.state_bytes()
+    own.pop("launch_tables", None)
+    return adam - sum(num for kind, num in own.items() if not kind.startswith("host_"))
 
 
 def write_metrics(
