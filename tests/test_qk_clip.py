@@ -201,13 +201,14 @@ def latent_attention(job: Job, q_lora_rank: int | None) -> dict[str, Any]:
             part = whole.chunk(job.tp)[rank] if split else whole[: param.numel()]
             param.copy_(part.view_as(param))
     megatron_adam_mini.register()
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer=job.optimizer, lr=1e-3, bf16=True, params_dtype=torch.bfloat16,
-            use_distributed_optimizer=distributed_optimizer,
-        ),
-        [chunk],
+    optimizer_config = OptimizerConfig(
+        optimizer=job.optimizer, lr=1e-3, bf16=True, params_dtype=torch.bfloat16,
+        use_distributed_optimizer=distributed_optimizer,
     )  # fmt: skip
+    # Without a layer around it, the module is not in "self_attention", and its projection unknown.
+    rules = (("linear_proj.weight", "row"),)
+    optimizer_config.adam_mini = megatron_adam_mini.AdamMiniConfig(rules=rules)
+    optimizer = get_megatron_optimizer(optimizer_config, [chunk])
     names = {param: name for name, param in module.named_parameters()}
     before = {name: param.detach().float().view(-1) for param, name in names.items()}
     logits = torch.linspace(20.0, 300.0, 4).chunk(job.tp)
