@@ -16,7 +16,7 @@ import pytest
 from tests.megatron_job import Job, Trainer
 from tests.ranks import RankError, run_ranks
 from tests.test_step import digest, state_bits
-from tests.training_run import Run, assert_same_state, make_dataset, train
+from tests.training_run import OVERLAPPING_STAGES, Run, assert_same_state, make_dataset, train
 
 EARLY = {"overlap_param_gather_with_optimizer_step": True}
 JOB = Job(layers=4, pp=2, vpp=2, overlap=True, bucket_size=3000)
@@ -101,11 +101,7 @@ def test_an_early_gather_changes_no_bit(case: str) -> None:
 
 @pytest.mark.support("parameter gather within the step", "overlap")
 def test_the_flag_changes_no_bit_of_a_training_loop(tmp_path: Path) -> None:
-    flags = (
-        f"{make_dataset(tmp_path / 'text')} --num-layers 4 --global-batch-size 4 "
-        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
-        "--overlap-grad-reduce --overlap-param-gather --ckpt-format torch"
-    )
+    flags = f"{make_dataset(tmp_path / 'text')} {OVERLAPPING_STAGES}"
     plain = run_ranks(4, train, Run(flags))
     early = run_ranks(4, train, Run(f"{flags} --overlap-param-gather-with-optimizer-step"))
     for one, other in zip(plain, early, strict=True):

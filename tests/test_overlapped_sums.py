@@ -19,7 +19,7 @@ import torch
 from tests.megatron_job import Job, Trainer
 from tests.ranks import RankError, run_ranks
 from tests.test_step import state_bits
-from tests.training_run import Run, assert_same_state, make_dataset, train
+from tests.training_run import OVERLAPPING_STAGES, Run, assert_same_state, make_dataset, train
 
 OVERLAPPED = {"overlap_block_sums": True}
 #: Two micro-batches, the last of which is reduced; several buckets where nothing stands against it.
@@ -90,11 +90,7 @@ def test_sums_behind_the_backward_pass_change_no_bit(case: str) -> None:
 
 def test_the_flag_changes_no_bit_of_a_training_loop(tmp_path: Path) -> None:
     """Its schedule starts reductions itself, at the same time on all stages."""
-    flags = (
-        f"{make_dataset(tmp_path / 'text')} --num-layers 4 --global-batch-size 4 "
-        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
-        "--overlap-grad-reduce --overlap-param-gather --ckpt-format torch"
-    )
+    flags = f"{make_dataset(tmp_path / 'text')} {OVERLAPPING_STAGES}"
     plain = run_ranks(4, train, Run(flags))
     early = run_ranks(4, train, Run(f"{flags} --adam-mini-overlap-block-sums"))
     for one, other in zip(plain, early, strict=True):

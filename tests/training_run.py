@@ -37,6 +37,12 @@ SCHEDULE = """
     --global-batch-size 2 --train-iters 8 --lr 1e-2 --min-lr 1e-3 --lr-warmup-iters 2
     --lr-decay-style linear --weight-decay 0.1
 """
+#: Two stages of two virtual ones each, whose schedule starts reductions and gathers by itself.
+OVERLAPPING_STAGES = """
+    --num-layers 4 --global-batch-size 4 --pipeline-model-parallel-size 2
+    --num-layers-per-virtual-pipeline-stage 1 --overlap-grad-reduce --overlap-param-gather
+    --ckpt-format torch
+"""
 
 
 OPTIMIZERS = {
