@@ -65,7 +65,7 @@ class Collectives:
     ) -> None:
         self._plan = plan
         self._groups = groups
-        self.kernels = kernels
+        self._kernels = kernels
         self._values = torch.zeros(plan.num_values, dtype=torch.float32, device=device)
         self.sum_sq_SR = self._values[: len(plan.parameter_SR)]
         rows, columns = plan.reductions, plan.columns
@@ -132,7 +132,7 @@ class Collectives:
 
     def _sum_(self, table: OrderedSums) -> None:
         if len(table):
-            self.kernels.ordered_sum_(self._values, table)
+            self._kernels.ordered_sum_(self._values, table)
 
     def _wait(self) -> None:
         for work in self._in_flight:

@@ -34,6 +34,7 @@ from megatron_adam_mini.kernels import (
     SegmentVectors,
     StepScalars,
     select_backend,
+    sum_squares_,
 )
 from megatron_adam_mini.main_params import MainParams
 from megatron_adam_mini.overlapped_sums import OverlappedSums
@@ -248,8 +249,7 @@ class AdamMini:
         # s <- sum(g * g), for each segment
         for buffer, parts in zip(self.buffers, self._left_to_sum(), strict=True):
             for part in parts:
-                self._sum(buffer, part.segments, part.columns)
-                self._sum(buffer, part.ranges)
+                self._sum(buffer, part.segments, part.columns, part.ranges)
         # norm^2 <- sum(s) over partial sums: complete ones would count a cut block once per rank
         self.kernels.norm_partials_(
             self._stats_D2, self._sum_sq_SR, self._norm_domain_SR, self._norm_scratch
@@ -487,11 +487,8 @@ class AdamMini:
             return [[plan] for plan in self.plan.buffers]
         return self.overlapped_sums.use_(self._sum_sq_SR)
 
-    def _sum(self, buffer: Buffer, table: SegmentTable, columns: ColumnTable | None = None) -> None:
-        if len(table):
-            self.kernels.segment_sum_sq_(self._sum_sq_SR, buffer.grad, table)
-        if columns is not None and len(columns):
-            self.kernels.column_sum_sq_(self._sum_sq_SR, buffer.grad, columns)
+    def _sum(self, buffer: Buffer, *tables: SegmentTable | ColumnTable) -> None:
+        sum_squares_(self.kernels, self._sum_sq_SR, buffer.grad, *tables)
 
     def _vectors(self, state: RankState) -> SegmentVectors:
         return SegmentVectors(

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from megatron_adam_mini.gradient_samples import GradientSamples
+from megatron_adam_mini.kernels import sum_squares_
 from megatron_adam_mini.plan.bucket_tables import BucketTables, tables_by_bucket, tables_of
 from megatron_adam_mini.plan.buffer_plan import Window
 from megatron_adam_mini.plan.layout import BoolArray
@@ -103,9 +104,9 @@ class OverlappedSums:
         with torch.no_grad(), torch.cuda.stream(self._stream):
             wait()
             for bucket in buckets:
-                self._sum(
-                    self._buffers[bucket.buffer].grad, self._early[bucket.buffer][bucket.number]
-                )
+                grad = self._buffers[bucket.buffer].grad
+                tables = self._early[bucket.buffer][bucket.number]
+                sum_squares_(self._kernels, self._sum_sq_SR, grad, *tables)
                 self._samples[bucket.buffer].keep(bucket.number)
                 self._taken.add(bucket)
                 self._complete.pop(bucket.buffer, None)
@@ -156,14 +157,6 @@ class OverlappedSums:
                 "sums of squares again; --adam-mini-overlap-block-sums is off from now on on this "
                 "rank."
             )
-
-    def _sum(self, grad_N: Tensor, tables: BucketTables) -> None:
-        if len(tables.segments):
-            self._kernels.segment_sum_sq_(self._sum_sq_SR, grad_N, tables.segments)
-        if len(tables.columns):
-            self._kernels.column_sum_sq_(self._sum_sq_SR, grad_N, tables.columns)
-        if len(tables.ranges):
-            self._kernels.segment_sum_sq_(self._sum_sq_SR, grad_N, tables.ranges)
 
     def _note_changes(self, buffers: int) -> None:
         if not buffers or self._warned:

@@ -18,12 +18,15 @@ from functools import lru_cache
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from megatron_adam_mini.config import BACKENDS
 from megatron_adam_mini.kernels.arguments import BufferTensors, SegmentVectors
 from megatron_adam_mini.kernels.scalars import StepScalars
+from megatron_adam_mini.plan.column_table import ColumnTable
+from megatron_adam_mini.plan.segment_table import SegmentTable
 
-__all__ = ["BufferTensors", "SegmentVectors", "StepScalars", "select_backend"]
+__all__ = ["BufferTensors", "SegmentVectors", "StepScalars", "select_backend", "sum_squares_"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +68,26 @@ def select_backend(name: str, device: torch.device) -> ModuleType:
             f"gradients are on {device}. Remedy: backend='auto' picks what fits."
         )
     return _load(name)
+
+
+def sum_squares_(
+    kernels: ModuleType, sum_sq_SR: Tensor, grad_N: Tensor, *tables: SegmentTable | ColumnTable
+) -> None:
+    """Write the sums of squares of the segments of tables, one after the other.
+
+    Args:
+        kernels: a backend.
+        sum_sq_SR: float32; the entries of the tables are overwritten.
+        grad_N: gradients of the buffer.
+        tables: of that buffer; those without segments are left out.
+    """
+    for table in tables:
+        if not len(table):
+            continue
+        if isinstance(table, ColumnTable):
+            kernels.column_sum_sq_(sum_sq_SR, grad_N, table)
+        else:
+            kernels.segment_sum_sq_(sum_sq_SR, grad_N, table)
 
 
 def _load(name: str) -> ModuleType:

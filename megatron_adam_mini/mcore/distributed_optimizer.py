@@ -8,7 +8,7 @@ classes below it: ``saved_state``, ``distributed_names``, ``rank_optimizer``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,10 +71,7 @@ class AdamMiniOptimizer(SavedState):
         num_zeros = self._num_zeros()  # before the update: decay that is not decoupled enters them
         self._update(decision)
         if decision.in_doubt:
-            for stats, wide in self._sums_again():
-                decision = self._decide(stats, wide)
-                if not decision.in_doubt:
-                    break
+            decision = self._decide_again(self._decide)
             if decision.read().updated:
                 self._update(decision)
         outcome = self.inner.finish(decision)
@@ -113,8 +110,8 @@ class AdamMiniOptimizer(SavedState):
         with self._timer("optimizer-count-zeros"):
             return self.count_zeros()
 
-    def _sums_again(self) -> Iterator[tuple[Tensor, WideSums | None]]:
-        """Yield new sums to decide by where the first were in doubt; all ranks must call it.
+    def _decide_again(self, decide: Callable[[Tensor, WideSums | None], Decision]) -> Decision:
+        """Decide by new sums, where the first were in doubt; all ranks must call it.
 
         Those that were taken before the step may be of gradients that have changed since: then
         float32 comes first, and float64 if that is in doubt, too.
@@ -124,8 +121,10 @@ class AdamMiniOptimizer(SavedState):
             overlapped.look_for_changes()
             with self._timer(_SUMS_TIMER):
                 stats = self.inner.sum_squares()
-            yield stats, None
-        yield self._wide_sums()
+            decision = decide(stats, None)
+            if not decision.in_doubt:
+                return decision
+        return decide(*self._wide_sums())
 
     def _wide_sums(self) -> tuple[Tensor, WideSums]:
         with self._timer(_SUMS_TIMER):
@@ -222,15 +221,15 @@ class AdamMiniOptimizer(SavedState):
 
     def _decide_phase(self) -> Decision:
         assert self._sums is not None
-        stats, wide, inv_scale = self._sums
-        decision = self.inner.decide(stats, wide, inv_scale=inv_scale, clip_grad=self._clip_grad)
-        for again in self._sums_again() if decision.in_doubt else ():
-            self._sums = (*again, inv_scale)
-            decision = self.inner.decide(*again, inv_scale=inv_scale, clip_grad=self._clip_grad)
-            if not decision.in_doubt:
-                break
-        self._decision = decision
-        return decision
+        first, first_wide, inv_scale = self._sums
+
+        def decide(stats: Tensor, wide: WideSums | None) -> Decision:
+            self._sums = stats, wide, inv_scale
+            return self.inner.decide(stats, wide, inv_scale=inv_scale, clip_grad=self._clip_grad)
+
+        decision = decide(first, first_wide)
+        self._decision = self._decide_again(decide) if decision.in_doubt else decision
+        return self._decision
 
     def _lend_gradients(self) -> None:
         """Let ``.grad`` of the main shards be their gradients, still with the loss scale.
