@@ -81,7 +81,7 @@ def noise16(number: Tensor, key: Tensor) -> Tensor:
         number: int64 element numbers; only their lower 32 bits count.
         key: int64 scalar, different in each step.
     """
-    return mix32(number + key) & 0xFFFF
+    return mix32(number + key) >> 16
 
 
 def to_bfloat16_stochastic(value: Tensor, noise: Tensor) -> Tensor:
@@ -135,10 +135,10 @@ def to_fp8_stochastic(value: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
         noise: 16 bits per element, see :func:`noise16`.
     """
     ratio = (value.abs() / scale).clamp(max=FP8_MAX)
-    # The bits of the power of two below, but of no less than that of the smallest normal code.
-    power = (ratio.view(torch.int32) & 0x7F800000).clamp(min=121 << 23)
-    # In units of the last place of the code: from 8 to 16, below 8 if it is subnormal.
-    units = ratio * ((130 << 23) - (power - (127 << 23))).view(torch.float32)
-    code = (units + noise.float() * 2.0**-16).to(torch.int32) + (power >> 20) - 968
+    # A code is the upper bits of a float32, and a carry leads to the next. Subnormal codes, below
+    # 2**-6, lie as close as those above: 2**-6 is added, and what it stands for taken off.
+    subnormal = ratio < 2.0**-6
+    bits = torch.where(subnormal, ratio + 2.0**-6, ratio).view(torch.int32)
+    code = ((bits + (noise.to(torch.int32) << 4)) >> 20) - torch.where(subnormal, 968, 960)
     code = code | ((value.view(torch.int32) >> 24) & 0x80)
     return torch.where(value.isfinite(), code, _FP8_NAN).to(torch.uint8)

@@ -124,6 +124,29 @@ def test_the_cpp_kernels_read_and_write_every_code() -> None:
             assert_equal_bits(*found)
 
 
+def test_small_numbers_survive_where_processors_flush_subnormal_ones() -> None:
+    """Neither small codes nor small float16 gradients may pass through subnormal float32."""
+    halves = torch.arange(0x7C00, dtype=torch.int16).view(torch.float16)
+    scalars, n = scalars_of(grad_scale=1.0), len(halves)
+    vectors = vectors_of(
+        1,
+        step_size_S=torch.ones(1),
+        origin_SR=torch.zeros(1, dtype=torch.int32),
+        exp_avg_scale_S2=torch.ones(1, 2),
+    )
+    found = []
+    for flush in (False, True):
+        tensors = BufferTensors(torch.zeros(n), CODES[:127].repeat(n)[:n].clone(), None, halves)
+        if not torch.set_flush_denormal(flush):
+            pytest.skip("this processor cannot flush subnormal numbers")
+        try:
+            cpu.update_(tensors, one_segment(n), vectors, scalars)
+        finally:
+            torch.set_flush_denormal(False)
+        found.append((tensors.param, tensors.exp_avg))
+    assert_equal_bits(*found)
+
+
 def test_options_that_name_8_bits() -> None:
     assert AdamMiniConfig(exp_avg_dtype="fp8").stochastic_rounding
     with pytest.raises(ValueError, match=r"Nearest to int8 \(--exp-avg-dtype\) is fp8"):

@@ -130,8 +130,8 @@ int level = best_level();
 
 extern "C" {
 
-// Changes with every signature, so that a stale library is noticed.
-EXPORT int adam_mini_abi() { return 6; }
+// Changes with every signature and rounding, so that a stale library is noticed.
+EXPORT int adam_mini_abi() { return 7; }
 
 EXPORT int adam_mini_level() { return level; }
 

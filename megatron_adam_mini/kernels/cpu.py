@@ -29,7 +29,7 @@ __all__ = ["decide_", "norm_scratch"]  # the reference's: next to nothing to com
 NAME = "cpu"
 
 #: What cpu.cpp's adam_mini_abi returns.
-_ABI = 6
+_ABI = 7
 
 #: Elements of one tile: enough to hide its overhead, few enough to balance threads.
 _TILE_NUMEL = 65536

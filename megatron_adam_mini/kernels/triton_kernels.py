@@ -49,7 +49,7 @@ def _noise16(number):
     """Return 16 random bits per uint32 number; see ``rounding.noise16``."""
     bits = (number ^ (number >> 16)) * tl.full((), 0x85EBCA6B, tl.uint32)
     bits = (bits ^ (bits >> 13)) * tl.full((), 0xC2B2AE35, tl.uint32)
-    return ((bits ^ (bits >> 16)) & 0xFFFF).to(tl.int32)
+    return (bits >> 16).to(tl.int32)  # the hash's last step leaves this half as it is
 
 
 @triton.jit
@@ -116,10 +116,9 @@ def _to_code(m, scale, number):
     inverse = (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
     ratio = size.to(tl.float32, bitcast=True) * inverse
     ratio = tl.where(ratio < 448.0, ratio, 448.0)
-    power = tl.maximum(ratio.to(tl.int32, bitcast=True) & 0x7F800000, 0x3C800000)
-    units = ratio * (0x41000000 - (power - 0x3F800000)).to(tl.float32, bitcast=True)
-    moved = units + _noise16(number).to(tl.float32) * 1.52587890625e-05  # 2**-16
-    code = moved.to(tl.int32) + (power >> 20) - 968
+    subnormal = ratio < 0.015625  # 2**-6
+    moved = tl.where(subnormal, ratio + 0.015625, ratio).to(tl.int32, bitcast=True)
+    code = ((moved + (_noise16(number) << 4)) >> 20) - tl.where(subnormal, 968, 960)
     code = code | ((bits >> 24) & 0x80)
     return tl.where(size >= 0x7F800000, 0x7F, code).to(tl.uint8)
 
