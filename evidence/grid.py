@@ -187,7 +187,7 @@ _CPU = Plan(
     ablation=Ablation("0.13M", 800, 2e-3),
     twin=Twin("0.13M", 800, 4e-3),
     storage=(
-        Storage("0.13M", 800, 4e-3),
+        Storage("0.13M", 800, 4e-3, seeds=tuple(range(6))),
         Storage("0.04M", 200, 4e-3, SAME_BITS, (0,)),
         Storage("0.13M", 2000, 4e-3, seeds=(0,)),
         Storage("0.04M", 800, 16e-3, seeds=tuple(range(6))),
