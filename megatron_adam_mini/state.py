@@ -51,17 +51,19 @@ class Buffer(Protocol):
         ...
 
 
-def check_remainders(dtypes: Iterable[torch.dtype]) -> None:
-    """Check that the weights can have remainders.
+def check_remainders(dtypes: Iterable[torch.dtype], *, bf16: bool = False) -> None:
+    """Check that the weights of a rank can have remainders.
 
     Args:
-        dtypes: of the weights; some may be float32, which are their own main parameters.
+        dtypes: of the weights; some may be float32, which are their own main parameters. A rank
+            whose stage is frozen has none.
+        bf16: whether the model is bfloat16, so that other ranks have such weights.
 
     Raises:
-        ValueError: no weight is bfloat16, or one is float16.
+        ValueError: a weight is float16, or all are float32 in a model that is not bfloat16.
     """
     found = set(dtypes)
-    if torch.bfloat16 not in found or torch.float16 in found:
+    if torch.float16 in found or (found == {torch.float32} and not bf16):
         raise ValueError(
             "Adam-mini param_remainders=True needs bfloat16 weights, got "
             f"{', '.join(sorted(map(str, found)))}: 16 bits complete a bfloat16 to a float32, and "

@@ -183,7 +183,9 @@ def _plan(
     _check_chunks(model_chunks)
     trained = (p for chunk in model_chunks for p in chunk.parameters() if p.requires_grad)
     fp8_weights = any(map(is_quantized, trained))
-    options = storage_options(config, options, fp8_weights=fp8_weights)
+    # On all ranks alike: the weights of a stage may be all bfloat16, or frozen.
+    gathers_fp8 = any(chunk.ddp_config.fp8_param_gather for chunk in model_chunks)
+    options = storage_options(config, options, fp8_weights=fp8_weights or gathers_fp8)
     _check_options(config, options, model_chunks)
     device = torch.device(torch.cuda.current_device())
     backend = select_backend(options.backend, device).NAME
@@ -198,7 +200,7 @@ def _plan(
             config, model_chunks[0].config, param_remainders=options.param_remainders
         )
     if options.param_remainders:
-        check_remainders(param.dtype for param in infos)
+        check_remainders((param.dtype for param in infos), bf16=config.bf16)
     blocks = [partition_parameter(info, options) for info in infos.values()]
     refuse_columns(blocks, model_chunks[0].config, select_backend(options.backend, device))
     if options.log_heterogeneity:  # what cannot be measured is an error now, not in the run
