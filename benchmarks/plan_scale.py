@@ -43,15 +43,11 @@ from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.estimate.buckets import plan_stage, stage_blocks
 from megatron_adam_mini.estimate.models import Model
 from megatron_adam_mini.estimate.parallel import Parallel
-from megatron_adam_mini.plan.layout import (
-    BucketLayout,
-    BufferLayout,
-    cut_row_segments,
-    segment_slice,
-    slice_size,
-)
+from megatron_adam_mini.plan.cut_blocks import cut_row_segments
+from megatron_adam_mini.plan.layout import BucketLayout, BufferLayout
 from megatron_adam_mini.plan.partition import ParameterBlocks
 from megatron_adam_mini.plan.reduction import plan_reduction
+from megatron_adam_mini.plan.segments import segment_slice, slice_size
 
 #: Ranks of a data-parallel group whose traffic is counted.
 _RANKS = 64

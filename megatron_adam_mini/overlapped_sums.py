@@ -28,7 +28,7 @@ from megatron_adam_mini.gradient_samples import GradientSamples
 from megatron_adam_mini.kernels import sum_squares_
 from megatron_adam_mini.plan.bucket_tables import BucketTables, tables_by_bucket, tables_of
 from megatron_adam_mini.plan.buffer_plan import Window
-from megatron_adam_mini.plan.layout import BoolArray
+from megatron_adam_mini.plan.partition import BoolArray
 from megatron_adam_mini.plan.step_plan import StepPlan
 from megatron_adam_mini.state import Buffer
 

@@ -202,8 +202,7 @@ class _Sums:
         self._num_rows, self._num_parts = len(candidates.part_of_row), len(candidates.parts)
         self._num_columns = candidates.num_columns
         self._part_of_row = torch.from_numpy(candidates.part_of_row)
-        split = info.tp_dim is not None and info.tp_dim > 0
-        self._first_column = info.tp_rank * info.row_numel if split else 0
+        self._first_column = info.part_of_rows[1] * info.row_numel
 
     def blocks(self) -> tuple[_Blocks, _Blocks]:
         """Return the sums over rows and over columns, complete."""

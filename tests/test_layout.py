@@ -13,20 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_adam_mini.config import AdamMiniConfig
-from megatron_adam_mini.plan.layout import (
-    BucketLayout,
-    Placement,
-    SliceSize,
-    crosses_tp,
-    cut_row_segments,
-    row_parallel,
-    segment_slice,
-    slice_size,
-    spread_blocks,
-    spread_elements,
-)
+from megatron_adam_mini.plan.cut_blocks import cut_row_segments, spread_blocks, spread_elements
+from megatron_adam_mini.plan.layout import BucketLayout, Placement
 from megatron_adam_mini.plan.parameter_info import HeadGeometry, ParameterInfo
 from megatron_adam_mini.plan.partition import ParameterBlocks, partition_parameter
+from megatron_adam_mini.plan.segments import SliceSize, segment_slice, slice_size
 
 
 @dataclass(frozen=True)
@@ -209,8 +200,8 @@ def check(case: Case) -> None:
             here = np.flatnonzero(np.asarray(block_at) == block)
             assert (first, end) == ((here[0], here[-1] + 1) if len(here) else (0, 0))
         split = kind.tp_dim is not None and case.tp_size > 1
-        assert crosses_tp(blocks[parameter]) == (split and kind.tp_dim == 0)
-        assert row_parallel(blocks[parameter]) == (split and kind.tp_dim == 1)
+        assert blocks[parameter].info.rows_are_split == (split and kind.tp_dim == 0)
+        assert blocks[parameter].info.row_parallel == (split and kind.tp_dim == 1)
 
     run = np.cumsum(~joins)  # number of the row segment that an element is of
     cut: list[int] = []

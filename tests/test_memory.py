@@ -27,8 +27,9 @@ from megatron_adam_mini.estimate.memory import FORMATS, KINDS, Planner, Sharing,
 from megatron_adam_mini.estimate.models import MODELS, Model
 from megatron_adam_mini.estimate.parallel import Parallel, flag, stage_layers
 from megatron_adam_mini.optimizer import AdamMini
-from megatron_adam_mini.plan.layout import slice_size, state_starts
+from megatron_adam_mini.plan.layout import state_starts
 from megatron_adam_mini.plan.parameter_info import ParameterInfo
+from megatron_adam_mini.plan.segments import slice_size
 from megatron_adam_mini.plan.step_plan import DomainLayout, plan_step
 from tests.megatron_job import MOE, Job, Trainer
 from tests.meta_megatron import ranks_of

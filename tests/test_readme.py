@@ -369,7 +369,7 @@ def test_the_checks_see_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> Non
     [
         ("make demo", "make dome"),
         ("`tests/test_oracle.py`", "`tests/test_oracles.py`"),
-        ("`plan/layout.py`", "`layout.py`"),
+        ("`plan/segments.py`", "`segments.py`"),
         ("](docs/memory.md)", "](memory.md)"),
         ("megatron_adam_mini.register()", "megatron_adam_mini.registered()"),
         ("-m megatron_adam_mini.launch", "-m megatron_adam_mini.launcher"),

@@ -22,7 +22,8 @@ from megatron_adam_mini.collectives import Collectives, DomainGroups
 from megatron_adam_mini.config import AdamMiniConfig
 from megatron_adam_mini.estimate.models import MODELS
 from megatron_adam_mini.kernels import select_backend
-from megatron_adam_mini.plan.layout import BucketLayout, BufferLayout, Placement, spread_elements
+from megatron_adam_mini.plan.cut_blocks import spread_elements
+from megatron_adam_mini.plan.layout import BucketLayout, BufferLayout, Placement
 from megatron_adam_mini.plan.ordered_sums import OrderedSums
 from megatron_adam_mini.plan.reduction import ReductionPlan
 from megatron_adam_mini.plan.step_plan import DomainLayout, StepPlan, plan_step

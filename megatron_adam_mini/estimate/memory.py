@@ -1,7 +1,7 @@
 """Buckets -> bytes that each rank allocates for weights, gradients and optimizer state.
 
 Imports numpy, ``layout`` and the modules before it. Numbers of segments come from
-``layout.slice_size``, which walks slices as the optimizer does, not from a formula.
+``segments.slice_size``, which walks slices as the optimizer does, not from a formula.
 
 Counted are Megatron's parameter and gradient buffers with their padding, and the tensors of the
 optimizer's state. Adam's state has no padding; Adam-mini's main parameters and m mirror the slices,
@@ -23,8 +23,9 @@ from megatron_adam_mini.estimate.models import Model
 from megatron_adam_mini.estimate.offload import host_size
 from megatron_adam_mini.estimate.parallel import Parallel, stage_layers
 from megatron_adam_mini.estimate.stages import stage_parameters
-from megatron_adam_mini.plan.layout import BufferLayout, slice_size, state_starts
+from megatron_adam_mini.plan.layout import BufferLayout, state_starts
 from megatron_adam_mini.plan.partition import IntArray, ParameterBlocks, unmatched_patterns
+from megatron_adam_mini.plan.segments import slice_size
 
 KINDS = ("weights", "gradients", "main_param", "exp_avg", "exp_avg_sq")
 #: The same in host memory, as ``state_bytes()`` of the optimizer names it.

@@ -24,7 +24,6 @@ from megatron_adam_mini.mcore.slices import ShardedBuffer
 from megatron_adam_mini.optimizer import AdamMini
 from megatron_adam_mini.piece_values import sum_over_segments
 from megatron_adam_mini.plan.buffer_plan import Window
-from megatron_adam_mini.plan.layout import row_parallel
 from megatron_adam_mini.plan.manifest import STATE_PREFIX
 from megatron_adam_mini.plan.partition import ParameterBlocks
 from megatron_adam_mini.plan.step_plan import DENSE, ColumnRun, Piece, RowRun
@@ -207,7 +206,7 @@ def add_entries(shards: Shards, name: str, found: list[ShardedTensor]) -> None:
 def tp_rank_of_rows(view: StateView, piece: Piece) -> int | None:
     """Return the tensor-parallel rank if every rank of its group holds a part of each row."""
     blocks = view.blocks_of(piece)
-    return blocks.info.tp_rank if row_parallel(blocks) else None
+    return blocks.info.tp_rank if blocks.info.row_parallel else None
 
 
 @dataclass(frozen=True)

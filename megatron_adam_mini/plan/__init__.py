@@ -4,8 +4,9 @@ May import numpy, the standard library and ``config``.
 
 Data flow: ``roles`` (name -> what it is) -> ``parameter_info`` (facts about a parameter) ->
 ``partition`` (blocks of one second moment) -> ``manifest`` (the same for users and checkpoints);
-``partition`` -> ``layout`` (where blocks lie in a rank's slices; ``column_runs``) -> ``reduction``
-and ``column_sums`` (which sums cross ranks; ``ordered_sums``) -> ``segment_table`` and
+``partition``, ``layout`` (buckets and their slices) -> ``segments`` (where blocks lie in a rank's
+slices; ``column_runs``), ``cut_blocks`` -> ``reduction`` and ``column_sums`` (which sums cross
+ranks; ``ordered_sums``) -> ``segment_table`` and
 ``column_table`` (what kernels walk) -> ``buffer_plan`` (slices, state and tables of one buffer) ->
 ``bucket_tables`` (what is summed before the step) -> ``step_plan`` (all of it for one rank) ->
 ``shares`` (what lies in which memory) -> ``chunks`` (what the host updates at once). Kernels keep
@@ -46,7 +47,7 @@ Shape suffixes, here and in the whole package:
 ======  ============================================================================================
 ``_N``  elements of a buffer
 ``_L``  elements of this rank's state of a buffer: its slices, one after the other
-``_S``  segments of the rank (in ``layout``: of one slice; in tables: of one table)
+``_S``  segments of the rank (in ``segments``: of one slice; in tables: of one table)
 ``_R``  element ranges, likewise
 ``_SR`` segments, then element ranges
 ``_C``  runs of rows of column sets

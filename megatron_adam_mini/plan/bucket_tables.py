@@ -13,8 +13,7 @@ import numpy as np
 
 from megatron_adam_mini.plan.buffer_plan import BufferPlan, Window
 from megatron_adam_mini.plan.column_table import ColumnTable
-from megatron_adam_mini.plan.layout import BoolArray
-from megatron_adam_mini.plan.partition import IntArray
+from megatron_adam_mini.plan.partition import BoolArray, IntArray
 from megatron_adam_mini.plan.segment_table import SegmentTable
 
 

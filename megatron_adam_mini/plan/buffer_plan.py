@@ -13,15 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_adam_mini.plan.column_table import ColumnTable
-from megatron_adam_mini.plan.layout import (
-    BoolArray,
-    BucketLayout,
-    BufferLayout,
-    SliceSegments,
-    state_starts,
-)
-from megatron_adam_mini.plan.partition import IntArray
+from megatron_adam_mini.plan.layout import BucketLayout, BufferLayout, state_starts
+from megatron_adam_mini.plan.partition import BoolArray, IntArray
 from megatron_adam_mini.plan.segment_table import SegmentTable
+from megatron_adam_mini.plan.segments import SliceSegments
 
 #: Number of elements that are rounded, added or moved between memories at a time, outside of steps:
 #: that takes several temporaries of this length.

@@ -1,6 +1,6 @@
 """The columns of a slice as segments: runs of rows of one column set.
 
-Imports numpy and ``partition``. Data flow: ``layout`` -> **ColumnRuns** -> ``column_sums`` (which
+Imports numpy and ``partition``. Data flow: ``segments`` -> **ColumnRuns** -> ``column_sums`` (which
 sums cross ranks), ``buffer_plan`` (tables for the kernels), ``step_plan`` (elements of a piece).
 
 A run is what a slice holds of one row segment of a column set. Its segments have elements that are

@@ -26,9 +26,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_adam_mini.plan.column_runs import ColumnRuns, numbers_within
-from megatron_adam_mini.plan.layout import BoolArray, BucketLayout, SliceSegments, crosses_tp
+from megatron_adam_mini.plan.layout import BucketLayout
 from megatron_adam_mini.plan.ordered_sums import OrderedSums, vector_after
-from megatron_adam_mini.plan.partition import IntArray, ParameterBlocks
+from megatron_adam_mini.plan.partition import BoolArray, IntArray, ParameterBlocks
+from megatron_adam_mini.plan.segments import SliceSegments
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def _places(
         if blocks.num_column_sets:
             count = blocks.num_column_sets * blocks.info.row_numel
             first_of[placement.parameter] = numel
-            crosses.append(np.full(count, crosses_tp(blocks)))
+            crosses.append(np.full(count, blocks.info.rows_are_split))
             numel += count
     return first_of, np.concatenate(crosses)
 

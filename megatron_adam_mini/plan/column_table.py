@@ -19,11 +19,10 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_adam_mini.plan.column_runs import numbers_within
 from megatron_adam_mini.plan.derived_tables import DerivedTables
-from megatron_adam_mini.plan.partition import IntArray
+from megatron_adam_mini.plan.partition import BoolArray, IntArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +56,7 @@ class ColumnTable(DerivedTables):
         """Return the number of runs."""
         return len(self.start_C)
 
-    def subset(self, chosen_C: NDArray[np.bool_]) -> ColumnTable:
+    def subset(self, chosen_C: BoolArray) -> ColumnTable:
         """Return the table of the chosen runs; entries and positions stay the same."""
         return ColumnTable(*(getattr(self, field.name)[chosen_C] for field in fields(self)))
 

@@ -246,3 +246,18 @@ class ParameterInfo:
     def row_offset(self) -> int:
         """Row of the whole tensor at which this rank's rows start."""
         return self.tp_rank * self.shape[0] if self.tp_dim == 0 else 0
+
+    @property
+    def rows_are_split(self) -> bool:
+        """Whether each tensor-parallel rank has rows of its own, so a block may span ranks."""
+        return self.tp_dim == 0 and self.tp_size > 1
+
+    @property
+    def row_parallel(self) -> bool:
+        """Whether every tensor-parallel rank holds a part of each row."""
+        return (self.tp_dim or 0) > 0 and self.tp_size > 1
+
+    @property
+    def part_of_rows(self) -> tuple[int, int]:
+        """Into how many parts tensor parallelism splits each row, and which one is here."""
+        return (self.tp_size, self.tp_rank) if self.row_parallel else (1, 0)

@@ -3,7 +3,7 @@
 Imports numpy, ``config`` and ``parameter_info``; no torch, no Megatron, so the partition of a
 400-billion-parameter model can be planned on a laptop.
 
-Data flow: facts about each parameter (``parameter_info``) -> **partition** -> layout, manifest.
+Data flow: facts about each parameter (``parameter_info``) -> **partition** -> segments, manifest.
 
 Vocabulary: a *row* is an index of dimension 0 of the whole parameter; if dimension 0 is split, the
 tensor-parallel shards are stacked in rank order. A *row segment* is a run of consecutive rows of
@@ -29,6 +29,7 @@ from megatron_adam_mini.config import BY_COLUMNS, AdamMiniConfig
 from megatron_adam_mini.plan.parameter_info import HeadGeometry, ParameterInfo
 
 IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
 
 #: Increment whenever a rule would give the same parameter other blocks than before. Checkpoints
 #: name the rule of each parameter, so another rule for a role needs no new version: v is converted.
@@ -161,7 +162,7 @@ class RowPattern:
         return np.where(private, np.cumsum(private) - 1, -1)
 
     @cached_property
-    def _is_private(self) -> NDArray[np.bool_]:
+    def _is_private(self) -> BoolArray:
         return (self._shared < 0) & (self._column_set < 0)
 
     @cached_property
@@ -240,7 +241,7 @@ class RowPattern:
         found = common_rows[common[index]] * self.num_periods
         return np.where(common[index] >= 0, found, rows[index])
 
-    def is_of_several(self, segments: IntArray) -> NDArray[np.bool_]:
+    def is_of_several(self, segments: IntArray) -> BoolArray:
         """Return, for each row segment, whether its block has several row segments."""
         counts = np.bincount(self._shared[self._shared >= 0], minlength=max(self.num_shared, 1))
         shared = self._shared[segments % len(self.segment_rows)]

@@ -1,7 +1,7 @@
 """Which sums of squares cross ranks, as positions in vectors.
 
-Imports numpy and ``layout``. Data flow: segments of all slices of a rank -> **ReductionPlan** ->
-``collectives``, which computes them.
+Imports numpy, ``segments`` and ``cut_blocks``. Data flow: segments of all slices of a rank ->
+**ReductionPlan** -> ``collectives``, which computes them.
 
 A *domain* is a pair of process groups: dense parameters use the data-parallel and the
 tensor-parallel group, experts use their own two. Per step and domain there is at most one
@@ -19,9 +19,9 @@ A block can be cut in three ways:
 
 * at an *edge*, a boundary between two slices that cuts a row segment. Every slice with elements of
   it, usually two, has a place.
-* into a *slot*: the block is spread (see ``layout.spread_blocks``): several row segments, or rows
-  on several tensor-parallel ranks. Every slice from the one with its first to the one with its last
-  element on this tensor-parallel rank has a place.
+* into a *slot*: the block is spread (see ``cut_blocks.spread_blocks``): several row segments, or
+  rows on several tensor-parallel ranks. Every slice from the one with its first to the one with its
+  last element on this tensor-parallel rank has a place.
 * by *columns*: tensor parallelism splits the columns of the weight, and each row with them.
 
 So places in the data-parallel group are as many as slices with parts of cut blocks: at most two for
@@ -63,18 +63,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from megatron_adam_mini.plan.layout import (
-    BoolArray,
-    BucketLayout,
-    SliceSegments,
-    crosses_tp,
-    cut_row_segments,
-    row_parallel,
-    spread_blocks,
-    spread_elements,
-)
+from megatron_adam_mini.plan.cut_blocks import cut_row_segments, spread_blocks, spread_elements
+from megatron_adam_mini.plan.layout import BucketLayout
 from megatron_adam_mini.plan.ordered_sums import OrderedSums, numel_of, vector_after
-from megatron_adam_mini.plan.partition import IntArray, ParameterBlocks
+from megatron_adam_mini.plan.partition import BoolArray, IntArray, ParameterBlocks
+from megatron_adam_mini.plan.segments import SliceSegments
 
 
 @dataclass(frozen=True)
@@ -339,7 +332,7 @@ def _plan_slots(
                 continue
             first_slot[placement.parameter] = num_slots
             num_slots += len(first)
-            in_tp.append(np.full(len(first), crosses_tp(blocks)))
+            in_tp.append(np.full(len(first), blocks.info.rows_are_split))
             first_slice.append((placement.start + first) // bucket.slice_numel)
             last_slice = (placement.start + end - 1) // bucket.slice_numel
             counts.append(np.where(first < end, last_slice + 1 - first_slice[-1], 0))
@@ -356,7 +349,7 @@ def _segments_of_split_rows(
     slices: Sequence[SliceSegments], parameters: Sequence[ParameterBlocks]
 ) -> IntArray:
     """Return the segments of rows of which every tensor-parallel rank has a part."""
-    is_split = np.asarray([row_parallel(blocks) for blocks in parameters], dtype=np.bool_)
+    is_split = np.asarray([blocks.info.row_parallel for blocks in parameters], dtype=np.bool_)
     parameter_S = np.concatenate(
         [np.empty(0, dtype=np.int64), *(held.parameter_S for held in slices)]
     )

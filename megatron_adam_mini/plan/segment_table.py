@@ -11,10 +11,9 @@ from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_adam_mini.plan.derived_tables import DerivedTables
-from megatron_adam_mini.plan.partition import IntArray
+from megatron_adam_mini.plan.partition import BoolArray, IntArray
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class SegmentTable(DerivedTables):
         """Return the number of segments."""
         return len(self.start_S)
 
-    def subset(self, chosen_S: NDArray[np.bool_]) -> SegmentTable:
+    def subset(self, chosen_S: BoolArray) -> SegmentTable:
         """Return the table of the chosen segments; entries and positions stay the same."""
         return SegmentTable(
             self.start_S[chosen_S],

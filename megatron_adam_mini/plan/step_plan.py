@@ -25,15 +25,10 @@ from megatron_adam_mini.plan.buffer_plan import (
     plan_buffer,
 )
 from megatron_adam_mini.plan.column_sums import ColumnPlan, plan_columns
-from megatron_adam_mini.plan.layout import (
-    BoolArray,
-    BucketLayout,
-    BufferLayout,
-    element_numbers,
-    segment_slice,
-)
-from megatron_adam_mini.plan.partition import IntArray, ParameterBlocks
+from megatron_adam_mini.plan.layout import BucketLayout, BufferLayout
+from megatron_adam_mini.plan.partition import BoolArray, IntArray, ParameterBlocks
 from megatron_adam_mini.plan.reduction import ReductionPlan, plan_reduction
+from megatron_adam_mini.plan.segments import element_numbers, segment_slice
 
 #: Names of domains.
 DENSE, EXPERT = "dense", "expert"
