@@ -54,6 +54,11 @@ class _Flat:
     members: tuple[int, ...]
     slots: tuple[slice, ...]
 
+    @property
+    def has_floats(self) -> bool:
+        """Whether it holds numbers, which may be rounded, and neither codes nor remainders."""
+        return self.dtype.is_floating_point
+
 
 class MainParams(torch.optim.Optimizer):
     """Main shards of one rank in parameter groups, with their moments; steps are not taken here.
@@ -319,6 +324,8 @@ class MainParams(torch.optim.Optimizer):
                 continue
             if view.shape != (slot.stop - slot.start,):
                 self._refuse_shape(number, flat.key, view, slot.stop - slot.start)
+            if view.dtype != whole.dtype and not (view.is_floating_point() and flat.has_floats):
+                self._refuse_dtype(number, flat.key, view, whole.dtype)
             whole[slot].copy_(view.detach())
         self._point_at(flat, whole, states)
         return whole
@@ -382,11 +389,21 @@ class MainParams(torch.optim.Optimizer):
                     "Shards are fixed; to replace their values, assign to shard.data."
                 )
 
-    def _refuse_shape(self, number: int, key: str, found: Tensor, numel: int) -> NoReturn:
-        name = self._plan.parameters[self._plan.pieces[number].parameter].info.name
+    def _name_of(self, number: int) -> str:
+        return self._plan.parameters[self._plan.pieces[number].parameter].info.name
+
+    def _refuse_dtype(self, number: int, key: str, found: Tensor, dtype: torch.dtype) -> NoReturn:
         raise ValueError(
-            f"{key!r} of {name!r} was replaced by a tensor of shape {tuple(found.shape)}; "
-            f"Adam-mini's has shape ({numel},) on this rank. Assign a tensor of this shape."
+            f"{key!r} of {self._name_of(number)!r} was replaced by a tensor of {found.dtype}; "
+            f"Adam-mini's has {dtype} here. Assign a tensor of this dtype; load_state_dict turns "
+            "an m of floats into one of 8 bits, and back."
+        )
+
+    def _refuse_shape(self, number: int, key: str, found: Tensor, numel: int) -> NoReturn:
+        raise ValueError(
+            f"{key!r} of {self._name_of(number)!r} was replaced by a tensor of shape "
+            f"{tuple(found.shape)}; Adam-mini's has shape ({numel},) on this rank. Assign a tensor "
+            "of this shape."
         )
 
 

@@ -315,3 +315,36 @@ def test_state_dicts_as_torchs_keep_m_under_another_storage(other: str) -> None:
     assert torch.equal(same, codes)  # all codes times their scales are bfloat16 numbers
     ((_, again),) = run_ranks(1, state_and_m, codes_job, given)
     assert torch.equal(again, codes)
+
+
+def errors_of_assignments(job: Job) -> list[str]:
+    """Return what steps say to state of another kind."""
+    trainer, found = Trainer(job), []
+    trainer.backward(0)
+    state = next(iter(trainer.optimizer.member.optimizer.state.values()))
+    numel, kept = len(state["exp_avg"]), dict(state)
+    for change in (
+        {"exp_avg": torch.zeros(numel)},
+        {"exp_avg": torch.zeros(numel, dtype=torch.int8)},
+        {"master_param": torch.zeros(numel)},
+    ):
+        state.update(change)
+        with pytest.raises(ValueError, match="was replaced by a tensor of") as caught:
+            trainer.optimizer.step()
+        found.append(str(caught.value))
+        state.update(kept)
+    assert trainer.optimizer.step()[0]
+    return found
+
+
+def test_state_of_another_kind_is_an_error_and_not_cut_to_integers() -> None:
+    job = replace(BASE, layers=1, adam_mini=FP8 | {"param_remainders": True})
+    (found,) = run_ranks(1, errors_of_assignments, job)
+    kinds = [
+        ("'exp_avg'", "torch.float32", "torch.uint8"),
+        ("'exp_avg'", "torch.int8", "torch.uint8"),
+        ("'master_param'", "torch.float32", "torch.int16"),
+    ]
+    for text, (key, given, own) in zip(found, kinds, strict=True):
+        assert text.startswith(key)
+        assert f"of {given}; Adam-mini's has {own} here" in text

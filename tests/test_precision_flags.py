@@ -7,9 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_adam_mini.config import EXP_AVG_DTYPES, AdamMiniConfig
-from megatron_adam_mini.mcore.low_precision import storage_options
+from megatron_adam_mini.mcore.low_precision import dtype_name, storage_options
 from tests.ranks import run_ranks
 from tests.training_run import Run, Seen, make_dataset, train
 
@@ -56,6 +57,23 @@ def test_without_the_flag_only_m_may_have_another_dtype(name: str, value: str) -
     elif value in EXP_AVG_DTYPES:
         found = options_of(**{name: value})
         assert (found["exp_avg_dtype"], found["param_remainders"]) == (value, False)
+
+
+@pytest.mark.parametrize("own", [dtype for dtype in EXP_AVG_DTYPES if dtype != "fp32"])
+@pytest.mark.parametrize("megatrons", [*EXP_AVG_DTYPES, torch.float32, torch.bfloat16, torch.uint8])
+def test_options_and_config_may_not_want_different_m(
+    own: str, megatrons: str | torch.dtype
+) -> None:
+    """As a recipe's dtype beside options that were attached to the config, or ADAM_MINI_FLAGS."""
+    source = SimpleNamespace(bf16=True, use_precision_aware_optimizer=True, exp_avg_dtype=megatrons)
+    options = AdamMiniConfig(exp_avg_dtype=own)
+    if dtype_name(megatrons) in ("fp32", own):
+        assert storage_options(source, options).exp_avg_dtype == own
+    else:
+        with pytest.raises(
+            ValueError, match=rf"exp_avg_dtype='{own}', but the config has .* for m"
+        ):
+            storage_options(source, options)
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ def storage_options(
     Raises:
         NotImplementedError: main parameters would be of another type than float32; or another
             dtype is given without the flag that Megatron wants for it.
-        ValueError: m cannot be stored like that, or the config says the opposite of ``lean``.
+        ValueError: m cannot be stored like that, or the config says other than the options.
     """
     aware = bool(getattr(source, FLAG, False))
     for name in ("main_params_dtype", *(() if aware else ("main_grads_dtype", "exp_avg_sq_dtype"))):
@@ -72,6 +72,12 @@ def storage_options(
     asked: dict[str, Any] = {}
     exp_avg_dtype = dtype_name(getattr(source, "exp_avg_dtype", "fp32"))
     if exp_avg_dtype != "fp32":
+        if not options.lean and options.exp_avg_dtype not in ("fp32", exp_avg_dtype):
+            raise ValueError(
+                f"Adam-mini exp_avg_dtype={options.exp_avg_dtype!r}, but the config has "
+                f"exp_avg_dtype {exp_avg_dtype} for m. Remedy: give both the same, or leave one of "
+                "them at float32."
+            )
         asked["exp_avg_dtype"] = exp_avg_dtype
     # With the state in host memory, Megatron wants the flag for other reasons, and keeps float32.
     host = bool(getattr(source, "optimizer_cpu_offload", False))
