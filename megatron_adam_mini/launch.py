@@ -45,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not script.is_file():
         parser.error(f"script {options.script!r} does not exist; name a Megatron training script")
 
+    # As with `python SCRIPT`: modules are found in its own folder first. If that is a checkout of
+    # Megatron-LM, its Megatron-Core is what must be registered with, not an installed one.
+    sys.path.insert(0, str(script.resolve().parent))
     script_arguments = list(options.args)
     if options.cpu_host:
         from megatron_adam_mini import cpu_host
@@ -56,8 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(str(error))
     megatron_adam_mini.register()
     sys.argv = [str(script), *script_arguments]
-    # As with `python SCRIPT`: modules are found in the script's own folder.
-    sys.path.insert(0, str(script.resolve().parent))
     runpy.run_path(str(script), run_name="__main__")
 
 

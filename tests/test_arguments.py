@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -651,12 +652,16 @@ import megatron_adam_mini
 from megatron.training import arguments
 
 print("RESULT", __name__, neighbour.VALUE, hasattr(arguments.validate_args, "__wrapped__"))
+print("MEGATRON", arguments.__file__)
 print("ARGV", *sys.argv)
 """
 
 
 def write_script(folder: Path) -> Path:
     (folder / "neighbour.py").write_text("VALUE = 'found'\n")
+    # Of a checkout of Megatron-LM, the wheel of Megatron-Core is installed beside it.
+    (installed,) = importlib.util.find_spec("megatron").submodule_search_locations
+    (folder / "megatron").symlink_to(installed)
     script = folder / "train.py"
     script.write_text(SCRIPT)
     return script
@@ -669,6 +674,7 @@ def test_launcher_runs_a_script_as_main_with_its_arguments_and_its_folder(tmp_pa
     assert result.returncode == 0, result.stderr
     lines = dict(line.split(" ", 1) for line in result.stdout.splitlines() if " " in line)
     assert lines["RESULT"] == "__main__ found True"
+    assert lines["MEGATRON"] == str(tmp_path / "megatron" / "training" / "arguments.py")
     assert lines["ARGV"].startswith(" ".join([str(script), *given]) + " --distributed-backend gloo")
 
 

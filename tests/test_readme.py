@@ -43,9 +43,9 @@ OTHERS = {"verl"}
 #: Of programs whose flags documents may name.
 FOLDERS = ("examples", "benchmarks", "tools", "evidence")
 #: Flags of programs whose parsers are not asked: setup.py, git, torchrun, frameworks, train.sh,
-#: Slurm, Docker.
+#: Slurm, Docker, pip.
 OTHER_FLAGS = {"--inplace", "--nproc-per-node", "--help", "--reset-optimizer-states", "--plan"}
-OTHER_FLAGS |= {"--nodes", "--build-arg"}
+OTHER_FLAGS |= {"--nodes", "--build-arg", "--no-deps"}
 OTHER_FLAGS |= {"--config-name", "--external_plugins", "--custom-megatron-init-path"}
 
 
