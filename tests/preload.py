@@ -13,11 +13,14 @@ from megatron_adam_mini import cpu_host
 
 cpu_host.enable()
 
+import argparse
 import contextlib
+import functools
 import gc
 import multiprocessing.managers
 import multiprocessing.popen_fork
 
+import megatron.core.datasets.blended_megatron_dataset_builder
 import megatron.core.datasets.gpt_dataset
 import megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader
 import megatron.core.dist_checkpointing.strategies.fully_parallel
@@ -37,6 +40,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 with contextlib.suppress(ModuleNotFoundError):  # since 0.17
     import megatron.core.models.mimo.optimizer
+    import megatron.core.tokenizers.text
     import megatron.core.tokenizers.utils.build_tokenizer
 
 import megatron_adam_mini.kernels.cpu
@@ -54,6 +58,15 @@ tests.older_torch.install()
 # The writers of a checkpoint report through a process that Megatron would spawn on every rank, with
 # all imports of the main module; here it is forked, as the ranks are.
 filesystem_async.get_write_results_queue.__wrapped__.__defaults__ = ("fork",)
+
+# Megatron reads the help of flags from its source, which took each rank as long as eight steps.
+with contextlib.suppress(ImportError):  # since 0.17
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
+    _read_help = ArgumentGroupFactory._get_field_docstrings
+    _help_of = functools.cache(lambda kind: _read_help(ArgumentGroupFactory, kind))
+    ArgumentGroupFactory._get_field_docstrings = classmethod(lambda _, kind: dict(_help_of(kind)))
+    megatron.training.arguments.add_megatron_arguments(argparse.ArgumentParser())
 
 # Ranks share these objects with the server for as long as nobody touches them.
 gc.collect()
