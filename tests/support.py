@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from megatron_adam_mini.mcore import preflight
+from megatron_adam_mini.mcore import preflight, preflight_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -354,7 +354,7 @@ one of six runs of that of experts ended in a segmentation fault of a rank, whos
 known; 2.6 and 2.7 lack a function that AdamMini for plain PyTorch needs. torch 2.9, 2.10, 2.15,
 Python 3.10 and 3.14 were not tried."""
 
-#: Flag, reason and remedy: the table of preflight.py, and what arguments.py checks besides.
+#: Flag, reason and remedy: the tables of ``preflight``, and what other modules check besides.
 REFUSALS = (
     *preflight._REFUSED.values(),
     (
@@ -376,8 +376,8 @@ REFUSALS = (
         "they are gathered in bfloat16 through the memory of the gradients",
         "another --fp8-recipe, or no --fp8-param-gather",
     ),
-    preflight.UNKNOWN_WEIGHTS,
-    preflight.MIMO,
+    preflight_model.UNKNOWN_WEIGHTS,
+    preflight_model.MIMO,
     ("--non-persistent-ckpt-type", "it is not supported yet", "drop the flag"),
     (
         "decoupled_weight_decay=False with 16-bit gradients",

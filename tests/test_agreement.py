@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -251,16 +251,16 @@ def test_a_model_with_experts_on_one_stage_whose_config_lacks_them_on_the_other(
 
 
 def build_with_failure(layout: dict[str, int], kind: type[Exception], culprits: list[int]) -> None:
-    from megatron_adam_mini.mcore import factory
+    from megatron_adam_mini.mcore import rank_plan
 
-    original = factory.collect_parameters
+    original = rank_plan.collect_parameters
 
     def collect_parameters(*args: Any, **kwargs: Any) -> Any:
         if rank() in culprits:
             raise kind("6 attention heads are not divisible by 4 query groups")
         return original(*args, **kwargs)
 
-    factory.collect_parameters = collect_parameters
+    rank_plan.collect_parameters = collect_parameters
     build(Job(**(TINY | {"layers": 2}), **layout))
 
 
@@ -379,6 +379,37 @@ def test_manifest_that_cannot_be_written(tmp_path):
     path = str(tmp_path / "no such folder" / "manifest.json")
     found = errors_of(2, build, Job(tp=2, adam_mini={"manifest": path}, **TINY))
     assert all(path in text for _, text in found), found
+
+
+def test_manifest_that_cannot_be_written_in_the_end():
+    """A file system may be full only when there is something to write."""
+    found = errors_of(2, build, Job(tp=2, adam_mini={"manifest": "/dev/full"}, **TINY))
+    assert all("'/dev/full' cannot be written: No space left" in text for _, text in found), found
+
+
+def build_with_overrides(values: Sequence[dict[str, Any]]) -> None:
+    from megatron.core.optimizer import get_megatron_optimizer
+    from megatron.core.optimizer.optimizer_config import ParamKey
+
+    trainer = Trainer(Job(pp=2, **TINY | {"layers": 2}))
+    names = ("*word_embeddings*", "embedding.*", "module.*embedding*")
+    overrides = {ParamKey(name=name): one for name, one in zip(names, values, strict=False)}
+    get_megatron_optimizer(trainer.optimizer.config, trainer.chunks, overrides)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ([{"max_lr": 1e-3}, {}, {"max_lr": 2e-3}], "Conflicting overrides for max_lr"),
+        ([{"betas": [0.9, 0.95]}], "unhashable type: 'list'"),
+    ],
+)
+def test_overrides_of_a_parameter_that_one_pipeline_stage_has(values, reason):
+    """Megatron gathers all groups, and the other stages would wait for the first one's."""
+    for kind, text in errors_of(2, build_with_overrides, values):
+        assert kind in ("ValueError", "RuntimeError")
+        assert "embedding.word_embeddings.weight' cannot be used: " + reason in text
+        assert "Remedy: give all that match a parameter the same value" in text
 
 
 # Models that are not supported.

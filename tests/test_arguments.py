@@ -16,7 +16,7 @@ import pytest
 import megatron_adam_mini
 from megatron_adam_mini import AdamMiniConfig
 from megatron_adam_mini.config import BACKENDS
-from megatron_adam_mini.mcore import preflight
+from megatron_adam_mini.mcore import preflight, preflight_model
 from megatron_adam_mini.mcore.arguments import add_arguments
 from tests.ranks import run_ranks
 
@@ -452,7 +452,7 @@ def test_mimo_models_are_refused():
     for error in refused:
         kind, text = error
         assert kind == "NotImplementedError"
-        assert all(part in text for part in preflight.MIMO)
+        assert all(part in text for part in preflight_model.MIMO)
     assert other is None
 
 

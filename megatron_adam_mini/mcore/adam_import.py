@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor, distributed
 
@@ -31,17 +30,12 @@ from megatron_adam_mini.adam_rules import (
     steps_problem,
 )
 from megatron_adam_mini.mcore import parameter_state
-from megatron_adam_mini.mcore.entries import (
-    OBJECTS,
-    PendingLoad,
-    StateView,
-    add_entries,
-    need_buckets,
-)
+from megatron_adam_mini.mcore.entries import OBJECTS, add_entries
+from megatron_adam_mini.mcore.flat_buckets import in_adams_bucket, need_buckets
 from megatron_adam_mini.mcore.model_space import ModelEntries
-from megatron_adam_mini.mcore.slices import ShardedBuffer
+from megatron_adam_mini.mcore.pending_load import PendingLoad
+from megatron_adam_mini.mcore.state_view import StateView
 from megatron_adam_mini.plan.buffer_plan import Window
-from megatron_adam_mini.plan.step_plan import Piece
 from megatron_adam_mini.rounding import is_rounded
 from megatron_adam_mini.state import HOST, BufferState
 
@@ -118,7 +112,7 @@ def prepare_load(view: StateView, entries: ModelEntries, adam_format: str) -> Pe
             )
         for kind, flat in flats.items():
             if adam_format == DP_RESHARDABLE:
-                found = [_in_bucket(view, piece, kind, flat)]
+                found = [in_adams_bucket(view, piece, kind, flat)]
             else:
                 is_plain_param = (adam_format, kind) == (PLAIN, MAIN_PARAM)
                 prefix = adam_key(PLAIN_MAIN_PARAM if is_plain_param else kind, "")
@@ -227,20 +221,3 @@ def common_of(source: Mapping[str, Any]) -> dict[str, Any]:
     found = {"step": steps[0], "param_groups": groups}
     scalers = [member["grad_scaler"] for member in members if "grad_scaler" in member]
     return found | ({"grad_scaler": scalers[0]} if scalers else {})
-
-
-def _in_bucket(view: StateView, piece: Piece, kind: str, flat: Tensor) -> ShardedTensor:
-    """Request a piece from its flat bucket, where Megatron's ``dp_reshardable`` format has it."""
-    state = view.state_of(piece)
-    assert isinstance(state.buffer, ShardedBuffer)
-    bucket = state.plan.slices[piece.bucket].bucket
-    return ShardedTensor(
-        key=view.domain_of(piece).adam_key + state.buffer.bucket_key_suffix(piece.bucket, kind),
-        data=flat,
-        dtype=flat.dtype,
-        local_shape=tuple(flat.shape),
-        global_shape=(state.buffer.unpadded_numel(piece.bucket),),
-        global_offset=(piece.window.in_buffer.start - bucket.offset,),
-        axis_fragmentations=None,
-        replica_id=(0, 0, view.replica or 0),
-    )

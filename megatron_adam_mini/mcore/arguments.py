@@ -1,7 +1,7 @@
 """Adam-mini's launch flags, next to Megatron's own.
 
-Imports ``config``, ``partition_flags``, ``low_precision`` and ``preflight``; Megatron's parser is
-passed in.
+Imports ``config``, ``partition_flags``, ``low_precision``, ``preflight`` and ``preflight_step``;
+Megatron's parser is passed in.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from megatron_adam_mini.mcore.low_precision import dtype_name, storage_options
 from megatron_adam_mini.mcore.preflight import (
     refuse_buckets,
     refuse_experts_in_format_torch,
-    refuse_overlapped_sums,
-    refuse_single_phase,
     refuse_unsupported,
     refuse_with_fp8_weights,
 )
+from megatron_adam_mini.mcore.preflight_step import refuse_overlapped_sums, refuse_single_phase
 from megatron_adam_mini.partition_flags import RUN_PREFIX, add_partition_flags, partition_config
 
 OPTIMIZER = "adam_mini"

@@ -1,8 +1,9 @@
 """Optimizer state in Megatron's ``torch_dist`` checkpoints: what is written, read and refused.
 
-Imports ``entries`` (state as entries of a checkpoint) and ``adam_import``. Used by ``state_part``,
-which decides which checkpoint is meant. State takes part in no collective, neither on save nor on
-load, except that converting v to other blocks adds block sums.
+Imports what describes the state as entries (``entries``, ``model_space``, ``flat_buckets``,
+``stored_v``) and ``adam_import``. Used by ``state_part``, which decides which checkpoint is meant.
+State takes part in no collective, neither on save nor on load, except that converting v to other
+blocks adds block sums.
 
 Format ``model_space``, used unless the options ask for ``buckets``: float32 tensors in the
 model's coordinates, keys ``optimizer.adam_mini.{kind}.{parameter}`` with the layer number in the
@@ -27,29 +28,30 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_adam_mini.mcore import adam_import
 from megatron_adam_mini.mcore.entries import (
     SHARDS,
-    PendingLoad,
     Shards,
-    StateView,
     add_entries,
-    bucket_shards,
-    columns_from_v,
-    need_buckets,
-    rows_from_v,
-    sums_over_segments,
     to_save,
-    tp_rank_of_rows,
-    v_from_columns,
-    v_from_rows,
     view_to_save,
 )
+from megatron_adam_mini.mcore.flat_buckets import bucket_shards, refuse_other_buckets
 from megatron_adam_mini.mcore.frozen import note_new_pieces, start_new_pieces
 from megatron_adam_mini.mcore.low_precision import report_other_storage
-from megatron_adam_mini.mcore.model_space import ModelEntries, copy_back
+from megatron_adam_mini.mcore.model_space import ModelEntries, ModelEntry, Values, copy_back
 from megatron_adam_mini.mcore.param_groups import load_groups
+from megatron_adam_mini.mcore.pending_load import PendingLoad
+from megatron_adam_mini.mcore.state_view import StateView
+from megatron_adam_mini.mcore.stored_v import (
+    columns_from_v,
+    rows_from_v,
+    sums_over_segments,
+    v_from_columns,
+    v_from_rows,
+)
 from megatron_adam_mini.plan.manifest import (
     BUCKETS,
     MODEL_SPACE,
@@ -59,58 +61,30 @@ from megatron_adam_mini.plan.manifest import (
     partition_of_checkpoint,
     state_key,
 )
+from megatron_adam_mini.plan.partition import ParameterBlocks
+from megatron_adam_mini.plan.step_plan import Piece
 from megatron_adam_mini.state import HOST
-
-#: Sizes of the layout that must be equal for a checkpoint of flat buckets.
-_FIXED_BY_BUCKETS = ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor")
 
 
 def state_to_save(view: StateView, entries: ModelEntries) -> dict[str, Any]:
     """Return this rank's part of the optimizer state: views where that is safe, or on the host."""
     checkpoint_format = view.inner.config.checkpoint_format
-    identity = identity_of(
-        view.manifest,
-        view.inner.config,
-        checkpoint_format=checkpoint_format,
-        saved_from=view.sizes(),
-    )
     shards: Shards = {}
     v_S = view.state.exp_avg_sq_S.to(HOST)
     for number, piece in enumerate(view.inner.plan.pieces):
-        entry, span = view.entry_of(piece, entries), (piece.begin, piece.end)
+        entry = view.entry_of(piece, entries)
         if checkpoint_format == MODEL_SPACE:
-            for kind, flat in to_save(view.state_of(piece), piece.window).items():
-                boxes = entry.elements(state_key(kind, ""), flat, *span)
-                add_entries(shards, f"{kind}.{number}", boxes)
-        if piece.is_elementwise:
-            values = view_to_save(view.state.v_of_elements(piece))
-            boxes = entry.elements(state_key("v_element", ""), values, *span)
-            add_entries(shards, f"v_element.{number}", boxes)
-            continue
-        pattern = view.blocks_of(piece).pattern
-        assert pattern is not None
-        if pattern.num_row_blocks:
-            boxes = entry.rows(
-                state_key("v_row", ""),
-                rows_from_v(view, piece, v_S[piece.segments]),
-                *span,
-                loading=False,
-                tp_rank=tp_rank_of_rows(view, piece),
-            )
-            add_entries(shards, f"v_row.{number}", boxes)
-        for column_set, first, values in columns_from_v(view, piece, v_S[piece.segments]):
-            boxes = entry.columns(
-                state_key("v_column", ""),
-                values[None],
-                pattern.num_column_sets,
-                column_set,
-                first,
-            )
-            add_entries(shards, f"v_column.{number}.{column_set}", boxes)
+            _add_floats(shards, number, piece, entry, to_save(view.state_of(piece), piece.window))
+        _add_v(shards, number, piece, entry, view, v_S[piece.segments])
     if checkpoint_format == BUCKETS:
         shards |= bucket_shards(view, None)
     state: dict[str, Any] = {
-        "adam_mini": identity,
+        "adam_mini": identity_of(
+            view.manifest,
+            view.inner.config,
+            checkpoint_format=checkpoint_format,
+            saved_from=view.sizes(),
+        ),
         "step": view.inner.main_params.step_count,
         "param_groups": [
             {key: value for key, value in group.items() if key != "params"}
@@ -122,6 +96,52 @@ def state_to_save(view: StateView, entries: ModelEntries) -> dict[str, Any]:
     if view.grad_scaler is not None:
         state["grad_scaler"] = view.grad_scaler.state_dict()
     return state
+
+
+def _add_floats(
+    shards: Shards, number: int, piece: Piece, entry: ModelEntry, floats: Mapping[str, Values]
+) -> None:
+    """Add ``param`` and ``exp_avg`` of a piece, to be saved or to be read."""
+    for kind, flat in floats.items():
+        boxes = entry.elements(state_key(kind, ""), flat, piece.begin, piece.end)
+        add_entries(shards, f"{kind}.{number}", boxes)
+
+
+def _add_v(
+    shards: Shards, number: int, piece: Piece, entry: ModelEntry, view: StateView, v_S: Tensor
+) -> None:
+    """Add v of a piece, to be saved.
+
+    Args:
+        shards: modified in place.
+        number: of the piece.
+        piece: the piece.
+        entry: where its parameter lies in the whole model.
+        view: the optimizer.
+        v_S: of the piece's segments, in host memory.
+    """
+    if piece.is_elementwise:
+        values = view_to_save(view.state.v_of_elements(piece))
+        boxes = entry.elements(state_key("v_element", ""), values, piece.begin, piece.end)
+        add_entries(shards, f"v_element.{number}", boxes)
+        return
+    pattern = view.blocks_of(piece).pattern
+    assert pattern is not None
+    if pattern.num_row_blocks:
+        boxes = entry.rows(
+            state_key("v_row", ""),
+            rows_from_v(view, piece, v_S),
+            piece.begin,
+            piece.end,
+            loading=False,
+            tp_rank=view.tp_rank_of_rows(piece),
+        )
+        add_entries(shards, f"v_row.{number}", boxes)
+    for column_set, first, values in columns_from_v(view, piece, v_S):
+        boxes = entry.columns(
+            state_key("v_column", ""), values[None], pattern.num_column_sets, column_set, first
+        )
+        add_entries(shards, f"v_column.{number}.{column_set}", boxes)
 
 
 def prepare_load(
@@ -141,50 +161,68 @@ def prepare_load(
     sources = partition_of_checkpoint(identity, view.manifest, view.inner.config, blocks)
     checkpoint_format = format_of(identity)
     if checkpoint_format == BUCKETS:
-        _refuse_other_buckets(view, identity)
+        refuse_other_buckets(view, identity)
     pending = PendingLoad(view.state, average=changes_blocks(sources, blocks), sources=sources)
     note_new_pieces(view, identity, sources, pending)
     for number, piece in enumerate(view.inner.plan.pieces):
         source = sources[piece.parameter]
         if source is None:
             continue
-        entry, span = view.entry_of(piece, entries), (piece.begin, piece.end)
+        entry = view.entry_of(piece, entries)
         if checkpoint_format == MODEL_SPACE:
-            for kind, flat in pending.floats_of(view.state_of(piece), piece.window).items():
-                add_entries(
-                    pending.asked,
-                    f"{kind}.{number}",
-                    entry.elements(state_key(kind, ""), flat, *span),
-                )
-        if source.pattern is None:
-            values = view.state.v_of_elements(piece)
-            if not piece.is_elementwise:
-                values = pending.elements[number] = torch.empty(
-                    piece.end - piece.begin, dtype=torch.float32, device=HOST
-                )
-            boxes = entry.elements(state_key("v_element", ""), values, *span)
-            add_entries(pending.asked, f"v_element.{number}", boxes)
-            continue
-        if source.pattern.num_column_sets:
-            shape = source.pattern.num_column_sets, source.info.row_numel
-            columns = pending.columns[number] = torch.zeros(shape, dtype=torch.float32, device=HOST)
-            boxes = entry.columns(state_key("v_column", ""), columns, shape[0], 0, 0)
-            add_entries(pending.asked, f"v_column.{number}", boxes)
-        if source.pattern.num_row_blocks:
-            width = view.blocks_of(piece).info.row_numel
-            touched = -(-piece.end // width) - piece.begin // width
-            rows = pending.rows[number] = torch.empty(touched, dtype=torch.float32, device=HOST)
-            boxes = entry.rows(
-                state_key("v_row", ""),
-                rows,
-                *span,
-                loading=True,
-                tp_rank=tp_rank_of_rows(view, piece),
-            )
-            add_entries(pending.asked, f"v_row.{number}", boxes)
+            floats = pending.floats_of(view.state_of(piece), piece.window)
+            _add_floats(pending.asked, number, piece, entry, floats)
+        _ask_for_v(pending, number, piece, entry, view, source)
     if checkpoint_format == BUCKETS:
         pending.asked |= bucket_shards(view, pending)
     return pending
+
+
+def _ask_for_v(
+    pending: PendingLoad,
+    number: int,
+    piece: Piece,
+    entry: ModelEntry,
+    view: StateView,
+    source: ParameterBlocks,
+) -> None:
+    """Request v of a piece: into the state if it keeps one per element, else into host memory.
+
+    Args:
+        pending: modified in place.
+        number: of the piece.
+        piece: the piece.
+        entry: where its parameter lies in the whole model.
+        view: the optimizer.
+        source: the parameter's blocks in the checkpoint.
+    """
+    if source.pattern is None:
+        values = view.state.v_of_elements(piece)
+        if not piece.is_elementwise:
+            values = pending.elements[number] = torch.empty(
+                piece.end - piece.begin, dtype=torch.float32, device=HOST
+            )
+        boxes = entry.elements(state_key("v_element", ""), values, piece.begin, piece.end)
+        add_entries(pending.asked, f"v_element.{number}", boxes)
+        return
+    if source.pattern.num_column_sets:
+        shape = source.pattern.num_column_sets, source.info.row_numel
+        columns = pending.columns[number] = torch.zeros(shape, dtype=torch.float32, device=HOST)
+        boxes = entry.columns(state_key("v_column", ""), columns, shape[0], 0, 0)
+        add_entries(pending.asked, f"v_column.{number}", boxes)
+    if source.pattern.num_row_blocks:
+        width = view.blocks_of(piece).info.row_numel
+        touched = -(-piece.end // width) - piece.begin // width
+        rows = pending.rows[number] = torch.empty(touched, dtype=torch.float32, device=HOST)
+        boxes = entry.rows(
+            state_key("v_row", ""),
+            rows,
+            piece.begin,
+            piece.end,
+            loading=True,
+            tp_rank=view.tp_rank_of_rows(piece),
+        )
+        add_entries(pending.asked, f"v_row.{number}", boxes)
 
 
 def finish_load(view: StateView, pending: PendingLoad, loaded: Mapping[str, Any]) -> None:
@@ -235,23 +273,3 @@ def _take_common(view: StateView, common: Mapping[str, Any]) -> None:
     view.inner.main_params.step_count = int(common["step"])
     if view.grad_scaler is not None and "grad_scaler" in common:
         view.grad_scaler.load_state_dict(common["grad_scaler"])
-
-
-def _refuse_other_buckets(view: StateView, identity: Mapping[str, Any]) -> None:
-    """Refuse flat buckets of another layout than this run's.
-
-    Raises:
-        ValueError: names the sizes that differ.
-    """
-    need_buckets(view, "buckets")
-    saved, own = identity["saved_from"], view.sizes()
-    # Without experts there are no sizes of theirs.
-    other = [name for name in _FIXED_BY_BUCKETS if saved.get(name, 1) != own.get(name, 1)]
-    if other:
-        raise ValueError(
-            "The checkpoint's Adam-mini state consists of flat buckets, which load under another "
-            "data-parallel size only, but of the parallel sizes differ "
-            + ", ".join(f"{name} ({saved.get(name, 1)}, here {own.get(name, 1)})" for name in other)
-            + ". Load it with those sizes and save it again without --adam-mini-checkpoint-format "
-            "buckets: model_space loads under any layout."
-        )

@@ -270,6 +270,19 @@ def param_groups_of(
     return groups
 
 
+def check_overrides(name: str, param: Parameter, overrides: Mapping[Any, Any]) -> None:
+    """Check that :func:`param_groups_of` can combine the overrides of a parameter.
+
+    ``ParamKey.matches`` and ``combine_param_group_overrides``; all.
+
+    Raises:
+        ValueError: two of them contradict each other.
+        TypeError: a value cannot tell groups apart, as it has no hash.
+    """
+    found = [values for key, values in overrides.items() if key.matches(param, name)]
+    hash(tuple(mcore_optimizer.combine_param_group_overrides(found).items()))
+
+
 def expert_tp_group(groups: Any) -> ProcessGroup:
     """Return the tensor-parallel group of experts.
 

@@ -1,8 +1,8 @@
 """Parameters that are frozen in one of two runs: the one that saved a checkpoint, or this one.
 
-Imports ``entries`` and ``plan``. A parameter that was frozen has no state in the checkpoint. If it
-is trained now, its main parameter starts from the weight, and m and v from zero. State of one that
-is frozen now is not read.
+Imports ``state_view``, ``pending_load`` and ``plan``. A parameter that was frozen has no state in
+the checkpoint. If it is trained now, its main parameter starts from the weight, and m and v from
+zero. State of one that is frozen now is not read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import distributed
 
-from megatron_adam_mini.mcore.entries import PendingLoad, StateView
+from megatron_adam_mini.mcore.pending_load import PendingLoad
+from megatron_adam_mini.mcore.state_view import StateView
 from megatron_adam_mini.plan.manifest import BUCKETS, format_of, trained_otherwise
 from megatron_adam_mini.plan.partition import ParameterBlocks
 

@@ -24,23 +24,6 @@ _KIND_OF_TENSOR = re.compile(r"(layer_norm_)?(weight|bias)\d*")
 _WIDTH = 25
 
 
-def refuse_unmeasurable(manifest: Mapping[str, Any]) -> None:
-    """Check that there is a parameter whose second moments can be compared.
-
-    Args:
-        manifest: partition of the whole model.
-
-    Raises:
-        ValueError: all parameters have blocks.
-    """
-    if all(entry["rule"] != "element" for entry in manifest["parameters"]):
-        raise ValueError(
-            "--adam-mini-log-heterogeneity compares second moments within blocks, but no parameter "
-            "of the model keeps one per element. Remedy: add --adam-mini-full-v '*', which trains "
-            "as AdamW does, or a pattern for the parameters to compare."
-        )
-
-
 def noise_of_model(optimizer: AdamMiniOptimizer) -> list[PartNoise]:
     """Return the noise of all parts of the model, on every rank; all ranks must call it.
 

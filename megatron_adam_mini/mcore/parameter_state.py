@@ -1,6 +1,6 @@
 """State in Megatron's older checkpoint format, ``torch``: gathered on, or scattered from, one rank.
 
-Imports torch.distributed, ``entries`` and ``plan``. Used for ``--ckpt-format torch`` and its
+Imports torch.distributed, ``stored_v`` and ``plan``. Used for ``--ckpt-format torch`` and its
 conversion, and by tools that ask a distributed optimizer for its state on the first data-parallel
 rank. Nothing is gathered in ``torch_dist`` checkpoints, see ``checkpoint``.
 
@@ -20,20 +20,20 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
 from megatron_adam_mini.agreement import on_all_ranks
-from megatron_adam_mini.mcore.entries import (
-    PendingLoad,
-    StateView,
+from megatron_adam_mini.mcore.frozen import note_new_pieces, start_new_pieces
+from megatron_adam_mini.mcore.pending_load import PendingLoad
+from megatron_adam_mini.mcore.slices import ShardedBuffer
+from megatron_adam_mini.mcore.state_view import StateView
+from megatron_adam_mini.mcore.stored_v import (
     elements_of,
+    rows_and_columns_of,
     sums_over_segments,
 )
-from megatron_adam_mini.mcore.frozen import note_new_pieces, start_new_pieces
-from megatron_adam_mini.mcore.slices import ShardedBuffer
 from megatron_adam_mini.piece_values import first_of_segments, v_per_element
 from megatron_adam_mini.plan.buffer_plan import PART_NUMEL
 from megatron_adam_mini.plan.layout import Placement
@@ -259,18 +259,8 @@ def _bucket_of_parameters(
 
 def _v_of_blocks(blocks: ParameterBlocks, elements: Tensor) -> dict[str, Tensor]:
     """Return v of rows, and of columns if there are any, from v of all elements of a shard."""
-    assert blocks.pattern is not None
-    values = elements.view(-1, blocks.info.row_numel)
-    found = {"exp_avg_sq": values[:, 0].clone()}
-    sets = blocks.pattern.num_column_sets
-    if sets:
-        offset = blocks.info.row_offset
-        of_set = blocks.pattern.column_set_of_rows()[offset : offset + len(values)]
-        columns = found[COLUMNS] = values.new_zeros(sets, values.shape[1])
-        for number in np.unique(of_set[of_set >= 0]).tolist():
-            columns[number] = values[int(np.argmax(of_set == number))]
-        found["exp_avg_sq"][torch.from_numpy(of_set >= 0)] = 0
-    return found
+    rows, columns = rows_and_columns_of(blocks, elements)
+    return {"exp_avg_sq": rows} | ({} if columns is None else {COLUMNS: columns})
 
 
 def _stored_parameter(

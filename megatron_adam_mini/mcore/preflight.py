@@ -1,18 +1,16 @@
-"""Refuse combinations that Adam-mini does not support, at start-up and with the reason.
+"""Refuse flags and configs that Adam-mini does not support, at start-up and with the reason.
 
-Imports ``partition`` and ``manifest``. The same table is applied to command-line arguments,
-to ``OptimizerConfig`` and to the DDP config, whichever has the attribute.
+Imports ``config``. The same tables are applied to command-line arguments, to ``OptimizerConfig``
+and to the DDP config, whichever has the attribute. ``preflight_step`` refuses ways of taking a step
+that exclude each other, ``preflight_model`` models, ``preflight_groups`` process groups.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_adam_mini.config import LEAN_WITHOUT_REMAINDERS
-from megatron_adam_mini.plan.manifest import MAX_UNKNOWN_SHARE
-from megatron_adam_mini.plan.partition import ParameterBlocks, has_columns
 
 #: attribute -> (flag, why it is refused, what to do instead)
 _REFUSED = {
@@ -131,55 +129,6 @@ def refuse_with_fp8_weights(*sources: Any, param_remainders: bool) -> None:
         )
 
 
-#: What is refused, why, and what to do instead; ``plan.manifest.unknown_problem`` finds it.
-UNKNOWN_WEIGHTS = (
-    f"weights of unknown names above {100 * MAX_UNKNOWN_SHARE:.0f} % of the trained elements",
-    "they would keep one second moment per element, Adam's whole state",
-    "a rule for them (--adam-mini-rules), or --adam-mini-full-v with their names to accept it",
-)
-
-#: The same for one kind of model.
-MIMO = (
-    "MIMO models (megatron.core.models.mimo)",
-    "each of their modules has an optimizer of its own, on ranks of its own, while Adam-mini's "
-    "ranks all agree on one plan and save one state",
-    "train a LLaVAModel, or use --optimizer adam",
-)
-
-
-def refuse_mimo() -> None:
-    """Refuse a model whose modules have an optimizer each.
-
-    Raises:
-        NotImplementedError: always.
-    """
-    what, reason, remedy = MIMO
-    raise NotImplementedError(
-        f"--optimizer adam_mini does not support {what}: {reason}. Remedy: {remedy}."
-    )
-
-
-def refuse_qk_clip(config: Any) -> None:
-    """Check that a model's Query and Key rows can be clipped where they are.
-
-    Args:
-        config: of the model.
-
-    Raises:
-        NotImplementedError: a Key row serves heads of several tensor-parallel ranks.
-    """
-    if not getattr(config, "qk_clip", False) or getattr(config, "multi_latent_attention", False):
-        return
-    groups, tp_size = config.num_query_groups, config.tensor_model_parallel_size
-    if groups < tp_size:
-        raise NotImplementedError(
-            f"--optimizer adam_mini does not support --qk-clip with --num-query-groups {groups} "
-            f"and --tensor-model-parallel-size {tp_size}: several ranks share the rows of a Key, "
-            "and would scale them differently. Remedy: a tensor-parallel size of at most "
-            f"{groups}, or drop --qk-clip."
-        )
-
-
 def refuse_keywords(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Check keyword arguments that this package does not read.
 
@@ -200,134 +149,6 @@ def refuse_keywords(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
             f"--optimizer adam_mini does not support {', '.join(ignored)}, which it was given and "
             "does not know. Remedy: leave it out, or use a release of Megatron-Core that Adam-mini "
             "was tested with."
-        )
-
-
-def refuse_columns(parameters: Sequence[ParameterBlocks], config: Any, backend: Any) -> None:
-    """Refuse one v per column where it has no meaning, or where this release cannot have it.
-
-    Args:
-        parameters: of the rank.
-        config: of the model.
-        backend: module of the kernels.
-
-    Raises:
-        NotImplementedError: names the parameter, or the setting.
-    """
-    found = [blocks for blocks in parameters if blocks.num_column_sets]
-    if not found:
-        return
-    if not hasattr(backend, "update_columns_"):
-        raise NotImplementedError(
-            f"Parameter {found[0].info.name!r} has one v per column, which the kernels "
-            f"{backend.NAME!r} do not have. Remedy: --adam-mini-backend reference (plain torch), "
-            "or --adam-mini-preset row."
-        )
-    for blocks in found:
-        info = blocks.info
-        if not has_columns(info):
-            raise NotImplementedError(
-                f"Parameter {info.name!r} of shape {info.global_shape} (role {info.role!r}) cannot "
-                "have one v per column: columns are those of one matrix of two dimensions. Give it "
-                "the rule 'row'."
-            )
-        if info.num_stacked > 1 and _is_interleaved(config):
-            raise NotImplementedError(
-                f"Parameter {info.name!r} cannot have one v per column: with "
-                "--moe-mlp-glu-interleave-size, rows of gate and up alternate in it. Drop that "
-                "flag, or give the parameter the rule 'row'."
-            )
-
-
-def refuse_measuring(parameters: Sequence[ParameterBlocks], config: Any) -> None:
-    """Refuse to compare second moments within parts of a weight that are not where they should be.
-
-    Args:
-        parameters: of the rank.
-        config: of the model.
-
-    Raises:
-        NotImplementedError: names the parameter.
-    """
-    for blocks in parameters:
-        if blocks.pattern is None and blocks.info.num_stacked > 1 and _is_interleaved(config):
-            raise NotImplementedError(
-                "--adam-mini-log-heterogeneity compares gate and up apart, but with "
-                "--moe-mlp-glu-interleave-size their rows alternate in parameter "
-                f"{blocks.info.name!r}. Drop one of the two flags, or measure other parameters "
-                "only (--adam-mini-full-v)."
-            )
-
-
-def _is_interleaved(config: Any) -> bool:
-    """Return whether rows of gate and up alternate in the weights of experts."""
-    return bool(
-        getattr(config, "moe_mlp_glu_interleave_size", None)
-        or getattr(config, "moe_shared_expert_glu_interleave_size", None)
-    )
-
-
-def refuse_coupled_decay(*, float32_gradients: bool, single_phase: bool) -> None:
-    """Check that weight decay can be added to gradients.
-
-    Args:
-        float32_gradients: whether all gradients of the rank are float32.
-        single_phase: whether each is read once.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    if single_phase:
-        raise ValueError(
-            "--adam-mini-single-phase reads each gradient once, but decoupled_weight_decay=False "
-            "changes it, and sums its squares again. Remedy: drop one of them."
-        )
-    if not float32_gradients:
-        raise ValueError(
-            "decoupled_weight_decay=False adds the decay to gradients in their buffer, where 16 "
-            "bits would lose it. Remedy: --accumulate-allreduce-grads-in-fp32, or keep it True."
-        )
-
-
-def refuse_missing_groups(
-    groups: Any,
-    *,
-    experts: bool,
-    expert_tp: bool,
-    distributed_optimizer: bool,
-    instances: int,
-    buckets: bool,
-) -> None:
-    """Check that a caller's process groups have those that the optimizer needs.
-
-    Args:
-        groups: Megatron's ``ProcessGroupCollection``; its fields may be missing or ``None``.
-        experts: whether the model has experts.
-        expert_tp: whether experts have another tensor-parallel size than other layers.
-        distributed_optimizer: whether data-parallel ranks share the state.
-        instances: number of distributed-optimizer instances.
-        buckets: whether checkpoints are to hold flat buckets, which have numbers of their own.
-
-    Raises:
-        ValueError: names all that are missing.
-    """
-    needed = ["tp", "pp"]
-    by_model_rank = buckets or not distributed_optimizer
-    needed += ["mp"] if by_model_rank else []
-    if experts:
-        # Without its group, DDP would not reduce the gradients of experts.
-        needed += ["ep", "expt_dp", *(["expt_tp"] if expert_tp else [])]
-        needed += ["tp_ep_pp"] if by_model_rank else []
-    if instances > 1:
-        # Over all ranks, every gradient would count once per instance in the norm.
-        needed += ["intra_dist_opt", "inter_dist_opt"]
-    missing = [name for name in needed if getattr(groups, name, None) is None]
-    if missing:
-        raise ValueError(
-            f"pg_collection lacks the process groups {', '.join(missing)}, of which Adam-mini "
-            f"needs {', '.join(needed)} here. Remedy: set these fields of the "
-            "ProcessGroupCollection that the optimizer and DistributedDataParallel get, or pass "
-            "None for Megatron's own groups."
         )
 
 
@@ -369,84 +190,4 @@ def refuse_experts_in_format_torch(*, tp_size: int, expert_tp_size: int) -> None
             "Checkpoints of format torch have a file for each tensor-parallel rank, but this "
             f"run has {tp_size} of them and {expert_tp_size} for experts. Remedy: --ckpt-format "
             f"torch_dist, or --expert-tensor-parallel-size {tp_size}."
-        )
-
-
-def refuse_overlapped_sums(
-    *,
-    distributed_optimizer: bool,
-    overlap_grad_reduce: bool,
-    per_token_loss: bool,
-    fp32_accumulation: bool,
-    single_phase: bool,
-) -> None:
-    """Check that sums of squares can be taken behind the backward pass, and will be of use.
-
-    Args:
-        distributed_optimizer: whether gradients are reduced in buckets of which this rank owns a
-            slice.
-        overlap_grad_reduce: whether that overlaps the backward pass.
-        per_token_loss: whether gradients are divided by a number of tokens after that.
-        fp32_accumulation: whether they are added up where their reduction is waited for.
-        single_phase: whether sums are taken by the pass that updates.
-
-    Raises:
-        ValueError: not; names all reasons.
-    """
-    reasons = {
-        "without --use-distributed-optimizer no rank owns a slice of a bucket": (
-            not distributed_optimizer
-        ),
-        "without --overlap-grad-reduce nothing is reduced during the backward pass": (
-            not overlap_grad_reduce
-        ),
-        "--calculate-per-token-loss divides gradients after all are reduced, so that all sums "
-        "would be taken again": per_token_loss,
-        "--ddp-reduce-scatter-with-fp32-accumulation adds gradients up where they are waited for, "
-        "after the backward pass": fp32_accumulation,
-        "--adam-mini-single-phase takes sums in the pass that updates": single_phase,
-    }
-    found = [reason for reason, applies in reasons.items() if applies]
-    if found:
-        raise ValueError(
-            f"--adam-mini-overlap-block-sums is not possible: {'; '.join(found)}. Remedy: drop "
-            "--adam-mini-overlap-block-sums, or change that."
-        )
-
-
-def refuse_single_phase(
-    clip_grad: float,
-    *,
-    loss_scaled: bool,
-    skip_threshold: float = math.inf,
-    cpu_offload: bool = False,
-) -> None:
-    """Check that nothing in the step needs sums or the gradient norm first.
-
-    Args:
-        clip_grad: norm to clip to; 0 or less: none.
-        loss_scaled: whether gradients are scaled, and non-finite ones expected.
-        skip_threshold: norm above which steps are skipped; only configs have it.
-        cpu_offload: whether state lies in host memory.
-
-    Raises:
-        ValueError: something does; names it.
-    """
-    if cpu_offload:
-        raise ValueError(
-            "--adam-mini-single-phase takes sums and updates in one pass over the gradients, but "
-            "with --optimizer-cpu-offload the device takes the sums and the host updates. Remedy: "
-            "drop one of them."
-        )
-    waits = {
-        f"--clip-grad {clip_grad}": clip_grad > 0.0,
-        "a loss scale (--fp16 or --loss-scale)": loss_scaled,
-        f"grad_norm_skip_threshold {skip_threshold}": skip_threshold < math.inf,
-    }
-    found = [name for name, applies in waits.items() if applies]
-    if found:
-        raise ValueError(
-            "--adam-mini-single-phase updates blocks before the gradient norm is known, but "
-            f"{' and '.join(found)} needs it first. Remedy: drop --adam-mini-single-phase, or "
-            "train with --clip-grad 0 in float32 or bfloat16 without a loss scale."
         )

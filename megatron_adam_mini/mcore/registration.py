@@ -47,7 +47,8 @@ from megatron_adam_mini.mcore.metrics import (
     wrap_state_memory,
     wrap_training_log,
 )
-from megatron_adam_mini.mcore.preflight import refuse_keywords, refuse_mimo
+from megatron_adam_mini.mcore.preflight import refuse_keywords
+from megatron_adam_mini.mcore.preflight_model import refuse_mimo
 from megatron_adam_mini.mcore.qk_clip import wrap_clip_qk
 
 #: What is read of a call that builds an optimizer.

@@ -16,13 +16,13 @@ from torch.distributed import ProcessGroup
 from megatron_adam_mini.agreement import on_all_ranks
 from megatron_adam_mini.mcore import checkpoint, compat, parameter_state
 from megatron_adam_mini.mcore.distributed_names import DistributedNames
-from megatron_adam_mini.mcore.entries import DomainPart, StateView
 from megatron_adam_mini.mcore.model_space import ModelEntries
 from megatron_adam_mini.mcore.model_weights import weights_by_parameter
 from megatron_adam_mini.mcore.param_groups import take_bounds
 from megatron_adam_mini.mcore.preflight import refuse_experts_in_format_torch
 from megatron_adam_mini.mcore.quantized import values_of
 from megatron_adam_mini.mcore.state_part import StatePart, part_of
+from megatron_adam_mini.mcore.state_view import DomainPart, StateView
 from megatron_adam_mini.plan.step_plan import DENSE
 
 

@@ -18,8 +18,9 @@ from typing import Any, Protocol
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 
 from megatron_adam_mini.mcore import adam_import, checkpoint
-from megatron_adam_mini.mcore.entries import PendingLoad, StateView
 from megatron_adam_mini.mcore.model_space import ModelEntries
+from megatron_adam_mini.mcore.pending_load import PendingLoad
+from megatron_adam_mini.mcore.state_view import StateView
 from megatron_adam_mini.optimizer import AdamMini
 from megatron_adam_mini.plan.manifest import MODEL_SPACE, format_of
 
