@@ -191,6 +191,27 @@ def check_against_adam(
     assert mine["params norm"] == pytest.approx(expected, rel=tolerance)
 
 
+def norms_of_the_first(job: Job) -> list[float]:
+    """Return the norm of a model before and after another one got an optimizer."""
+    from megatron.core import parallel_state
+    from megatron.training import training
+
+    first = TrainingLoop(job)
+    first.step(0)
+    norms = [training.calc_params_l2_norm(first.chunks)]
+    parallel_state.destroy_model_parallel()
+    other = TrainingLoop(replace(job, layers=job.layers + 1))
+    norms.append(training.calc_params_l2_norm(first.chunks))
+    del other  # not before: the last one that was built is looked at
+    return norms
+
+
+def test_norm_of_a_model_is_that_of_its_own_optimizer() -> None:
+    """As of an actor, after its critic got one, too."""
+    ((before, after),) = run_ranks(1, norms_of_the_first, mode(BASE, "remainders", "adam_mini"))
+    assert before == after
+
+
 def test_norm_of_joined_main_parameters_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     value = torch.randn(100, generator=torch.Generator().manual_seed(0))
     weight, remainders = rounding.split(value)

@@ -1,7 +1,7 @@
 """What Megatron's logs say of Adam-mini: own metrics, and numbers that Megatron computes for Adam.
 
-Imports ``compat`` and, when it writes, megatron.training; holds a weak reference to the optimizer
-that was built last. ``docs/logs.md`` lists all that is logged.
+Imports ``compat`` and, when it writes, megatron.training; holds weak references to the optimizers
+that were built, and logs metrics of the last one. ``docs/logs.md`` lists all that is logged.
 """
 
 from __future__ import annotations
@@ -22,13 +22,28 @@ from megatron_adam_mini.update_sizes import measure_updates
 if TYPE_CHECKING:
     from megatron_adam_mini.mcore.distributed_optimizer import AdamMiniOptimizer
 
-_observed: weakref.ref[AdamMiniOptimizer] | None = None
+#: In the order in which they were built.
+_observed: list[weakref.ref[AdamMiniOptimizer]] = []
 
 
 def observe(optimizer: AdamMiniOptimizer) -> None:
     """Log this optimizer's metrics from now on."""
-    global _observed
-    _observed = weakref.ref(optimizer)
+    _observed[:] = [one for one in _observed if one() is not None] + [weakref.ref(optimizer)]
+
+
+def _last() -> AdamMiniOptimizer | None:
+    return _observed[-1]() if _observed else None
+
+
+def _trainer_of(model: Any) -> AdamMiniOptimizer | None:
+    """Return the optimizer that was built last for parameters of one or several model chunks."""
+    chunks = model if isinstance(model, list) else [model]
+    params = {id(param) for chunk in chunks for param in chunk.parameters()}
+    for held in reversed(_observed):
+        optimizer = held()
+        if optimizer and any(id(param) in params for param in optimizer.model_params):
+            return optimizer
+    return None
 
 
 def metrics_of(
@@ -83,7 +98,7 @@ def wrap_training_log(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def training_log(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        optimizer = _observed() if _observed is not None else None
+        optimizer = _last()
         if optimizer is not None:
             _write(optimizer, int(iteration_of(*args, **kwargs)))
         return result
@@ -97,10 +112,11 @@ def wrap_params_norm(original: Callable[..., Any]) -> Callable[..., Any]:
     With remainders there are no main parameters to read, and the weights of other ranks are old
     where their gather overlaps the next forward pass. Megatron reads them in device memory only.
     """
+    model_of = argument_reader(original, "model")
 
     @functools.wraps(original)
     def calc_params_l2_norm(*args: Any, **kwargs: Any) -> Any:
-        optimizer = _observed() if _observed is not None else None
+        optimizer = _trainer_of(model_of(*args, **kwargs))
         if optimizer is None or not (
             optimizer.inner.config.param_remainders
             or optimizer.inner.on_host
@@ -157,7 +173,7 @@ def wrap_state_memory(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def compute_weight_and_optimizer_memory(*args: Any, **kwargs: Any) -> Any:
-        optimizer = _observed() if _observed is not None else None
+        optimizer = _last()
         saved = 0 if optimizer is None else _saved_bytes(optimizer)
         return original(*args, **kwargs) - saved
 
