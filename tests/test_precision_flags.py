@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_adam_mini.config import EXP_AVG_DTYPES, AdamMiniConfig
-from megatron_adam_mini.mcore.low_precision import dtype_name, storage_options
+from megatron_adam_mini.mcore.low_precision import dtype_name, report_other_storage, storage_options
 from tests.ranks import run_ranks
 from tests.training_run import Run, Seen, make_dataset, train
 
@@ -57,6 +57,32 @@ def test_without_the_flag_only_m_may_have_another_dtype(name: str, value: str) -
     elif value in EXP_AVG_DTYPES:
         found = options_of(**{name: value})
         assert (found["exp_avg_dtype"], found["param_remainders"]) == (value, False)
+
+
+def test_dtypes_may_have_torchs_names() -> None:
+    names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "uint8": "fp8"}
+    for name, megatrons in {**names, "float8_e4m3fn": "fp8"}.items():
+        dtype = getattr(torch, name)
+        assert dtype_name(name) == dtype_name(dtype) == dtype_name(str(dtype)) == megatrons
+        assert dtype_name(megatrons) == megatrons
+
+
+@pytest.mark.parametrize(
+    ("saved", "own", "said"),
+    [
+        ("fp32", "fp8", "m is rounded to fp8 once, now."),
+        ("bf16", "fp8", "m is rounded to fp8 once, now."),
+        ("fp8", "bf16", "m is that of the checkpoint."),
+        ("fp8", "fp32", "m is that of the checkpoint."),
+    ],
+)
+def test_what_another_storage_of_m_loses_is_said(
+    saved: str, own: str, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = [AdamMiniConfig(exp_avg_dtype=dtype) for dtype in (saved, own)]
+    report_other_storage(options[0].storage_fields(), options[1])
+    (text,) = caplog.messages
+    assert text.endswith(said)
 
 
 @pytest.mark.parametrize("own", [dtype for dtype in EXP_AVG_DTYPES if dtype != "fp32"])

@@ -10,6 +10,7 @@ import importlib
 import os
 import pickle
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,16 @@ def test_options_come_from_the_environment(monkeypatch: pytest.MonkeyPatch):
     assert unattached.options_of_process() == AdamMiniConfig()
     monkeypatch.setenv(unattached.VARIABLE, FLAGS)
     assert unattached.options_of_process() == OPTIONS
+
+
+def test_options_of_the_config_come_first_and_are_no_dict(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(unattached.VARIABLE, FLAGS)
+    assert unattached.options_of(SimpleNamespace(adam_mini=None)) == OPTIONS
+    row = AdamMiniConfig(preset="row")
+    assert unattached.options_of(SimpleNamespace(adam_mini=row)) == row
+    for other in ({"preset": "row"}, {}, "row"):
+        with pytest.raises(TypeError, match=r"must be an AdamMiniConfig, .*\(\*\*dict\)"):
+            unattached.options_of(SimpleNamespace(adam_mini=other))
 
 
 @pytest.mark.parametrize(

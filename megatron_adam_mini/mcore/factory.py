@@ -27,7 +27,7 @@ from megatron_adam_mini.mcore.qk_clip import follow
 from megatron_adam_mini.mcore.quantized import drop_initial_values
 from megatron_adam_mini.mcore.rank_plan import RankPlan, plan_rank
 from megatron_adam_mini.mcore.start_report import report, write_manifest
-from megatron_adam_mini.mcore.unattached import options_of_process
+from megatron_adam_mini.mcore.unattached import options_of
 from megatron_adam_mini.optimizer import AdamMini
 from megatron_adam_mini.plan.manifest import manifest_of, unknown_problem
 
@@ -54,8 +54,7 @@ def build_optimizer(
         RuntimeError: ranks disagree on the plan, or another rank failed.
     """
     given: AdamMiniConfig = on_all_ranks(
-        lambda: getattr(config, "adam_mini", None) or options_of_process(),
-        "Adam-mini could not read its options",
+        lambda: options_of(config), "Adam-mini could not read its options"
     )
     planned = agree_on_plan(
         lambda: plan_rank(config, given, model_chunks, config_overrides, pg_collection),

@@ -114,13 +114,15 @@ def report_other_storage(saved: Mapping[str, Any] | None, options: AdamMiniConfi
     own = options.storage_fields()
     if saved is None or saved == own or not _is_first_rank():
         return
-    loses = saved["exp_avg_dtype"] != own["exp_avg_dtype"] != "fp32"
+    before, now = saved["exp_avg_dtype"], own["exp_avg_dtype"]
+    # Codes times powers of two are bfloat16 numbers.
+    loses = before != now != "fp32" and (before, now) != ("fp8", "bf16")
     logger.warning(
         "The checkpoint's run stored %s; this run stores %s. Main parameters are the same, bit for "
         "bit, and so is v; m %s.",
         _described(saved),
         _described(own),
-        f"is rounded to {own['exp_avg_dtype']} once, now" if loses else "is that of the checkpoint",
+        f"is rounded to {now} once, now" if loses else "is that of the checkpoint",
     )
 
 
@@ -168,7 +170,7 @@ def wrap_config_check(original: Callable[..., Any], optimizer: str) -> Callable[
 
 
 def dtype_name(dtype: Any) -> str:
-    """Return Megatron's name of a dtype, which its arguments hold as text or as torch dtype."""
-    names = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
-    names["torch.uint8"] = "fp8"  # what Megatron's parser makes of it
-    return names.get(str(dtype), str(dtype))
+    """Return Megatron's name of a dtype: arguments hold that or torch's, configs also as text."""
+    names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "fp8"}
+    names["uint8"] = "fp8"  # what Megatron's parser makes of it
+    return names.get(str(dtype).removeprefix("torch."), str(dtype))

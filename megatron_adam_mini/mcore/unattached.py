@@ -1,6 +1,7 @@
 """Options of Adam-mini where Megatron's config comes without them: frameworks that build it.
 
-Imports ``arguments``. Data flow: ``ADAM_MINI_FLAGS``, or arguments kept -> options -> ``factory``.
+Imports ``arguments``. Data flow: config, or arguments kept, or ``ADAM_MINI_FLAGS`` -> options ->
+``factory``.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_adam_mini.config import EXP_AVG_DTYPES, AdamMiniConfig
 from megatron_adam_mini.mcore.arguments import OPTIMIZER, add_arguments, config_from_args
@@ -22,6 +23,24 @@ def keep(options: AdamMiniConfig) -> None:
     """Use these options in this process from now on."""
     global _kept
     _kept = options
+
+
+def options_of(config: Any) -> AdamMiniConfig:
+    """Return the options that come with Megatron's config, or else those of this process.
+
+    Raises:
+        TypeError: the config has something else in their place.
+        ValueError: as :func:`options_of_process`.
+    """
+    found = getattr(config, "adam_mini", None)
+    if found is None:
+        return options_of_process()
+    if not isinstance(found, AdamMiniConfig):
+        raise TypeError(
+            f"adam_mini of the optimizer's config is {found!r}; it must be an AdamMiniConfig, such "
+            "as AdamMiniConfig(preset='row'). Remedy for a dict of options: AdamMiniConfig(**dict)."
+        )
+    return found
 
 
 def options_of_process() -> AdamMiniConfig:
