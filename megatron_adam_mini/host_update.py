@@ -1,7 +1,8 @@
 """The update of what is in host memory: chunk by chunk on the CPU, while the device does the rest.
 
-Imports torch, ``plan``, ``state`` and ``kernels``. Data flow: step sizes, gradients ->
-**HostUpdate** -> main parameters and m on the host, model weights on the device.
+Imports torch, ``plan``, ``state``, ``kernels``, and the vectors and numbers of a step. Data flow:
+step sizes, gradients -> **HostUpdate** -> main parameters and m on the host, model weights on the
+device.
 
 For each chunk: gradients (and weights that are main parameters, or parts of them) are copied to the
 host, the kernels of the CPU update the state there, new weights are copied back. There are two
@@ -12,15 +13,15 @@ the device. ``docs/offload.md`` says what crosses the bus.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_adam_mini.config import OffloadConfig
+from megatron_adam_mini.hyper_parameters import HyperParameters
 from megatron_adam_mini.kernels import (
     BufferTensors,
     SegmentVectors,
@@ -31,6 +32,7 @@ from megatron_adam_mini.plan.chunks import Chunk, Parts, plan_chunks
 from megatron_adam_mini.plan.shares import Share
 from megatron_adam_mini.plan.step_plan import StepPlan
 from megatron_adam_mini.state import HOST, Buffer, BufferState, RankState
+from megatron_adam_mini.step_vectors import StepVectors
 
 #: Elements of a chunk: copying it takes a fraction of a millisecond, many times what starting does.
 CHUNK_NUMEL = 2**22
@@ -63,9 +65,7 @@ class HostUpdate:
         buffers: live tensors of the plan's buffers.
         options: which memory is pinned, and whether copies overlap.
         backend: name of the device's kernels.
-        group_SR: parameter group of each segment and range.
-        origin_SR: for stochastic rounding, see ``SegmentVectors``; or ``None``.
-        has_codes: whether m has 8 bits.
+        vectors: of all segments of the rank.
         device: where the buffers are.
         num_groups: number of parameter groups.
     """
@@ -78,9 +78,7 @@ class HostUpdate:
         options: OffloadConfig,
         backend: str,
         *,
-        group_SR: np.ndarray[Any, Any],
-        origin_SR: np.ndarray[Any, Any] | None,
-        has_codes: bool,
+        vectors: StepVectors,
         device: torch.device,
         num_groups: int,
     ) -> None:
@@ -92,6 +90,7 @@ class HostUpdate:
         self._chunks = planned.chunks
 
         on_gpu = device.type == "cuda"
+        has_codes = vectors.exp_avg_scale_S2 is not None
         # Step sizes, then the scales of codes of m, and at last the factor of the gradients.
         self._num = num = len(planned.segments.source)
         self._sent = torch.zeros(
@@ -101,8 +100,8 @@ class HostUpdate:
             len(self._sent), dtype=torch.float32, device=HOST, pin_memory=on_gpu
         )
         self._source = torch.from_numpy(planned.segments.source).to(device)
-        self._vectors_S = _vectors(planned.segments, group_SR, origin_SR, self._received[:num])
-        self._vectors_R = _vectors(planned.ranges, group_SR, origin_SR, self._received[:0])
+        self._vectors_S = _vectors(planned.segments, vectors, self._received[:num])
+        self._vectors_R = _vectors(planned.ranges, vectors, self._received[:0])
         if has_codes:
             scales = self._received[num:-1].view(num, 2)
             self._vectors_S = self._vectors_S._replace(exp_avg_scale_S2=scales)
@@ -169,30 +168,22 @@ class HostUpdate:
             self._arrived.record()
         self._fill(0, state)
 
-    def finish(
-        self,
-        state: RankState,
-        groups: Sequence[Mapping[str, Any]],
-        *,
-        betas: tuple[float, float],
-        step: int,
-    ) -> None:
+    def finish(self, state: RankState, hyper: HyperParameters) -> None:
         """Update everything on the host; waits for step sizes and gradients, not for the device.
 
         What the device does next, such as gathering weights, waits for the new ones.
 
         Args:
             state: of the rank, modified in place.
-            groups: parameter groups.
-            betas: of this step.
-            step: number of this step, counted from 1.
+            hyper: of this step.
         """
         self._arrived.synchronize()
         grad_scale = float(self._received[-1])
         if not math.isfinite(grad_scale):
             self._places[0].filled.synchronize()  # the caller may free the gradients now
             return
-        self._scalars.fill(groups, betas=betas, step=step, grad_scale=grad_scale)
+        hyper.write(self._scalars, grad_scale)
+        self._scalars.send()
         for number, chunk in enumerate(self._chunks):
             if number + 1 < len(self._chunks):
                 self._fill(number + 1, state)
@@ -220,10 +211,7 @@ class HostUpdate:
     def _update(self, chunk: Chunk, place: _Place, held: BufferState) -> None:
         buffer, kernels, scalars = held.buffer, self._kernels, self._scalars
         grad, weight = place.grad[buffer.grad.dtype], place.weight[buffer.weight.dtype]
-        if held.param is None:
-            tensors = BufferTensors(weight, held.exp_avg, None, grad)
-        else:
-            tensors = BufferTensors(held.param, held.exp_avg, weight, grad)
+        tensors = BufferTensors.of(held.param, held.exp_avg, weight, grad)
         if len(chunk.segments):
             kernels.update_(tensors, chunk.segments, self._vectors_S, scalars)
         if len(chunk.columns):
@@ -252,15 +240,11 @@ def _stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
-def _vectors(
-    parts: Parts,
-    group_SR: np.ndarray[Any, Any],
-    origin_SR: np.ndarray[Any, Any] | None,
-    step_size: Tensor,
-) -> SegmentVectors:
+def _vectors(parts: Parts, of_rank: StepVectors, step_size: Tensor) -> SegmentVectors:
     """Return what an update reads of the entries of parts; nothing reads the other vectors."""
     origin = None
-    if origin_SR is not None:
+    if of_rank.origin_SR is not None:
+        origin_SR = of_rank.origin_SR.cpu().numpy()
         numbers = (origin_SR[parts.source].astype(np.int64) + parts.offset) & 0xFFFFFFFF
         origin = torch.from_numpy(numbers.astype(np.uint32).view(np.int32))
     return SegmentVectors(
@@ -268,6 +252,6 @@ def _vectors(
         step_size_S=step_size,
         sum_sq_SR=step_size,
         inv_numel_S=step_size,
-        group_SR=torch.from_numpy(group_SR[parts.source]),
+        group_SR=torch.from_numpy(of_rank.group_SR.cpu().numpy()[parts.source]),
         origin_SR=origin,
     )

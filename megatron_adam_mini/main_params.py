@@ -85,6 +85,7 @@ class MainParams(torch.optim.Optimizer):
 
     Attributes:
         shards: in the order of ``plan.pieces``.
+        group_of_parameter: as above.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class MainParams(torch.optim.Optimizer):
         device: torch.device,
     ) -> None:
         self._plan = plan
+        self.group_of_parameter = tuple(group_of_parameter)
         self._buffers = [held.buffer for held in state.on_device]
         self._shares = [held.share for held in state.everywhere]
         self._flats = _flats_of(plan, state, device)
@@ -144,6 +146,11 @@ class MainParams(torch.optim.Optimizer):
     def step_count(self, steps: int) -> None:
         for group in self.param_groups:
             group["step"] = steps
+
+    def group_of(self, piece: Piece) -> dict[str, Any]:
+        """Return the parameter group of a piece."""
+        group: dict[str, Any] = self.param_groups[self.group_of_parameter[piece.parameter]]
+        return group
 
     def attach(self, *, where_it_is: bool = False) -> RankState:
         """Return the state as flat tensors, after taking over what callers have replaced.

@@ -1,7 +1,7 @@
 """Adam-mini on the slices of one rank: the state, and the step next to its equations.
 
-Imports everything below it (config, plan, collectives, main_params, kernels) and no Megatron. One
-gradient shard goes through a step like this::
+Imports everything below it (config, plan, collectives, main_params, kernels, and what a step needs
+besides its equations) and no Megatron. One gradient shard goes through a step like this::
 
     gradients --sum_squares--> partial sums --data, tensor parallel--> sums over whole blocks
                                     |                                          |
@@ -9,7 +9,9 @@ gradient shard goes through a step like this::
                                     | decide                                   |
     gradients ------------------ grad_scale -------- update ----> m, main parameter, model weight
 
-Where the squares of gradients overflow float32, ``wide_sums`` takes the place of the first row.
+Where the squares of gradients overflow float32, ``wide_sums`` and ``wide_means`` take the place of
+the first row; ``coupled_decay`` is an addition to it, ``host_update`` the last row for state in
+host memory.
 
 Shape suffixes: see the docstring of ``plan``.
 """
@@ -17,18 +19,20 @@ Shape suffixes: see the docstring of ``plan``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_adam_mini.collectives import Collectives, DomainGroups
-from megatron_adam_mini.config import AdamMiniConfig, OffloadConfig, check_adam_values
+from megatron_adam_mini.config import AdamMiniConfig, OffloadConfig
+from megatron_adam_mini.coupled_decay import add_decay_
 from megatron_adam_mini.decision import Decision, Decisions, Outcome
+from megatron_adam_mini.early_buffers import NO_EARLY_BUFFERS, EarlyBuffers
 from megatron_adam_mini.exchange import alone
 from megatron_adam_mini.host_update import HostUpdate
+from megatron_adam_mini.hyper_parameters import HyperParameters
 from megatron_adam_mini.kernels import (
     BufferTensors,
     SegmentVectors,
@@ -38,7 +42,6 @@ from megatron_adam_mini.kernels import (
 )
 from megatron_adam_mini.main_params import MainParams
 from megatron_adam_mini.overlapped_sums import OverlappedSums
-from megatron_adam_mini.piece_values import per_element
 from megatron_adam_mini.plan.bucket_tables import BucketTables
 from megatron_adam_mini.plan.buffer_plan import BufferPlan
 from megatron_adam_mini.plan.column_table import ColumnTable
@@ -46,24 +49,11 @@ from megatron_adam_mini.plan.segment_table import SegmentTable
 from megatron_adam_mini.plan.shares import plan_shares
 from megatron_adam_mini.plan.step_plan import Piece, StepPlan
 from megatron_adam_mini.state import Buffer, BufferState, RankState
+from megatron_adam_mini.step_vectors import StepVectors
+from megatron_adam_mini.wide_means import write_means_
 from megatron_adam_mini.wide_sums import WideSums
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
-
-#: The smallest normal number of float32.
-_MIN_SCALE = 2.0**-126
-
-
-class EarlyBuffers(NamedTuple):
-    """Buffers whose weights are wanted before those of all others.
-
-    Attributes:
-        numbers: of the buffers in the plan.
-        then: called once these are updated.
-    """
-
-    numbers: frozenset[int]
-    then: Callable[[], None]
 
 
 class AdamMini:
@@ -91,6 +81,7 @@ class AdamMini:
     Attributes:
         buffers: live tensors of the plan's buffers.
         main_params: all state, and the parameter groups; :meth:`finish` counts the steps there.
+        collectives, kernels, vectors, hyper, scalars: what a step calls and uses.
         updated: whether there was a step, and the last one was taken.
         overlapped_sums: what takes sums before the step; ``None``: nothing does.
 
@@ -113,21 +104,12 @@ class AdamMini:
     ) -> None:
         self.plan = plan
         self.config = config
-        self._decoupled = decoupled_weight_decay
-        self._group_of_parameter = tuple(group_of_parameter)
         self.buffers = tuple(buffers)
         self.device = device
         self.updated = False
         self.overlapped_sums: OverlappedSums | None = None
         self.kernels = select_backend(config.backend, device)
         self.collectives = Collectives(plan, groups, self.kernels, device=device)
-
-        def to_device(array: np.ndarray[Any, Any]) -> Tensor:
-            return torch.from_numpy(array).to(device)
-
-        def floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
         offload = offload or OffloadConfig()
         shares = plan_shares(plan, offload.fraction)
         allocated = RankState.allocate(
@@ -141,37 +123,22 @@ class AdamMini:
         self.main_params = MainParams(
             plan, allocated, param_groups, group_of_parameter, device=device
         )
-        self._state_bytes = allocated.bytes_by_kind()
-        plans = (*plan.buffers, *(share.plan for share in shares[0]))
-        tables = {id(table): table for held in plans for table in held.tables}
-        self._tables = tuple(tables.values())
-        groups_P = np.asarray(group_of_parameter, dtype=np.int32)
-        self._sum_sq_SR = self.collectives.sum_sq_SR
-        self._sum_sq_S = self._sum_sq_SR[: plan.num_segments]
-        self._step_size_S = floats(plan.num_segments)
-        has_codes = config.exp_avg_dtype == "fp8"
-        self._exp_avg_scale_S2 = floats(plan.num_segments, 2) if has_codes else None
-        inv_numel_S = (1.0 / plan.block_numel_S.astype(np.float64)).astype(np.float32)
-        self._inv_numel_S = to_device(inv_numel_S)
-        self._group_SR = to_device(groups_P[plan.parameter_SR])
-        origin_SR = plan.first_element_numbers() if config.stochastic_rounding else None
-        self._origin_SR = None if origin_SR is None else to_device(origin_SR)
-        # Segments of uncut and of cut blocks; ``None``: all segments and none.
-        self._uncut: Tensor | None = None
-        self._cut: Tensor | None = None
-        if plan.is_cut_S.any():
-            self._uncut = to_device(np.flatnonzero(~plan.is_cut_S))
-            self._cut = to_device(np.flatnonzero(plan.is_cut_S))
-        self._norm_domain_SR = to_device(plan.norm_domain_SR)
+        self._decoupled = decoupled_weight_decay
+        self.hyper = HyperParameters(self.main_params, decoupled_weight_decay=self._decoupled)
+        self.vectors = StepVectors(
+            plan,
+            self.collectives.sum_sq_SR,
+            group_of_parameter,
+            stochastic_rounding=config.stochastic_rounding,
+            has_codes=config.exp_avg_dtype == "fp8",
+            device=device,
+        )
         num_domains = len(plan.domains)
-        self._stats_D2 = floats(num_domains, 2, dtype=torch.float64)
+        self._stats_D2 = torch.zeros(num_domains, 2, dtype=torch.float64, device=device)
         self._norm_scratch = self.kernels.norm_scratch(len(plan.parameter_SR), num_domains, device)
         #: See :meth:`Decisions.decide`.
         self.decide = Decisions(self.kernels, device).decide
-        self._scalars = StepScalars(len(param_groups), device)
-        for group in self.main_params.param_groups:  # overrides may have values of their own
-            check_adam_values(**{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")})
-        self._betas()
+        self.scalars = StepScalars(len(param_groups), device)
         self._host: HostUpdate | None = None
         if shares[1]:
             self._host = HostUpdate(
@@ -180,13 +147,14 @@ class AdamMini:
                 self.buffers,
                 offload,
                 config.backend,
-                group_SR=groups_P[plan.parameter_SR],
-                origin_SR=origin_SR,
-                has_codes=has_codes,
+                vectors=self.vectors,
                 device=device,
                 num_groups=len(param_groups),
             )
-            self._state_bytes["host_staging"] = self._host.staging_bytes
+        plans = (*plan.buffers, *(share.plan for share in shares[0]))
+        tables = {id(table): table for held in plans for table in held.tables}
+        self._tables = tuple(tables.values())
+        self._allocated_bytes = allocated.bytes_by_kind()
 
     @property
     def on_host(self) -> bool:
@@ -214,7 +182,7 @@ class AdamMini:
         live = [tensor for buffer in self.buffers for tensor in (buffer.grad, buffer.weight)]
         if any(tensor.numel() and not tensor.untyped_storage().nbytes() for tensor in live):
             return False
-        state, betas = self.main_params.attach(), self._betas()
+        state, betas = self.main_params.attach(), self.hyper.betas()
         with alone():
             decision = Decision()
             grad_scale: float | Tensor = math.nan
@@ -227,8 +195,8 @@ class AdamMini:
                 )
                 grad_scale = decision.grad_scale
             # Without groups: their learning rates may not be set yet.
-            self._scalars.write([], betas=betas, step=1, grad_scale=grad_scale)
-            self._advance(state, decision, None)
+            self.scalars.write([], betas=betas, step=1, grad_scale=grad_scale)
+            self._advance(state, decision, NO_EARLY_BUFFERS)
             if self._host is not None:
                 self._host.warm_up(state, betas=betas)
         return True
@@ -252,7 +220,7 @@ class AdamMini:
                 self._sum(buffer, part.segments, part.columns, part.ranges)
         # norm^2 <- sum(s) over partial sums: complete ones would count a cut block once per rank
         self.kernels.norm_partials_(
-            self._stats_D2, self._sum_sq_SR, self._norm_domain_SR, self._norm_scratch
+            self._stats_D2, self.vectors.sum_sq_SR, self.vectors.norm_domain_SR, self._norm_scratch
         )
         # s <- sum(s over the ranks that hold segments of the block)
         self.collectives.start_()
@@ -270,7 +238,7 @@ class AdamMini:
         """
         wide = WideSums(self.plan, self.buffers, self.device)
         stats_D2 = torch.zeros_like(self._stats_D2)
-        wide.norm_partials_(stats_D2, self._norm_domain_SR)
+        wide.norm_partials_(stats_D2, self.vectors.norm_domain_SR)
         self.collectives.add_over_model_(stats_D2)
         return stats_D2, wide
 
@@ -284,7 +252,7 @@ class AdamMini:
             self._sum(buffer, plan.cut, plan.columns)
         self.collectives.start_()
 
-    def update(self, decision: Decision, early: EarlyBuffers | None = None) -> None:
+    def update(self, decision: Decision, early: EarlyBuffers = NO_EARLY_BUFFERS) -> None:
         """Advance v, m, main parameters and model weights by one step; local to the rank.
 
         Cut blocks come last: their sums may still be in flight. :meth:`finish` counts the step.
@@ -292,8 +260,7 @@ class AdamMini:
         Args:
             decision: if its scale is not finite, nothing changes; a GPU checks this itself, so
                 the host does not wait for it, unless there are early buffers.
-            early: buffers to update before all others, and what to call in between. It is called
-                only if the step is taken.
+            early: buffers to update before all others, and what to call in between.
 
         Equations, with g the scaled gradient and b its block::
 
@@ -305,48 +272,97 @@ class AdamMini:
         With weight decay that is not decoupled, ``g <- g + weight_decay * p`` comes first, and the
         third line is left out; the host then waits for the decision, and all ranks must call it.
         """
+        if decision.wide is not None and self._decoupled:
+            self._update_from_means(decision, early)
+            return
         grad_scale = decision.grad_scale
         if not self._decoupled:
             if not self._add_decay(decision):
                 return
             grad_scale = 1.0
-        elif decision.wide is not None:
-            self._update_with(decision.wide, decision)
-            self._call(early, decision)
-            return
-        self._write_scalars(grad_scale)
+        self.hyper.write(self.scalars, grad_scale)
         self._advance(self.main_params.attach(), decision, early)
 
-    def _advance(self, state: RankState, decision: Decision, early: EarlyBuffers | None) -> None:
+    def _advance(self, state: RankState, decision: Decision, early: EarlyBuffers) -> None:
         """Do the four lines of :meth:`update` with the numbers that the scalars hold.
 
         Without early buffers and state on the host it only launches, and the same in each step:
         started again with other numbers in the scalars, the launches do another step.
         """
-        scalars, kernels = self._scalars, self.kernels
-        scalars.send()
-        vectors = self._vectors(state)
-        single_phase = self.config.single_phase
-        if not single_phase:
+        self.scalars.send()
+        vectors = self.vectors.of(state)
+        if not self.config.single_phase:
             # v <- beta2 v + (1 - beta2) grad_scale^2 s / numel;  step <- lr' / (sqrt(v') + eps)
-            kernels.segment_step_size_(vectors, scalars, self._uncut)
+            self.kernels.segment_step_size_(vectors, self.scalars, self.vectors.uncut)
         if self._host is not None:
             # The host updates cut blocks with the others, so their sums are waited for first.
             self._advance_cut(vectors)
-            self._host.begin(state, vectors, scalars.grad_scale)
-        first, rest = _split(state.on_device, early)
+            self._update_all(state, vectors)
+            early.call(decision)  # the host may own a part of the early buffers
+            return
+        first, rest = early.split(state.on_device)
         self._update_uncut(first, vectors)
         # the same for cut blocks, once their sums are complete
-        if self._host is None:
-            self._advance_cut(vectors)
+        self._advance_cut(vectors)
         self._update_cut(first, vectors)
-        if self._host is None:
-            self._call(early, decision)
+        early.call(decision)
         self._update_uncut(rest, vectors)
         self._update_cut(rest, vectors)
+
+    def _advance_cut(self, vectors: SegmentVectors) -> None:
+        self.collectives.finish_()
+        if self.vectors.cut is not None:
+            self.kernels.segment_step_size_(vectors, self.scalars, self.vectors.cut)
+
+    def _update_all(self, state: RankState, vectors: SegmentVectors) -> None:
+        """Advance m and all that follows, on device and host, once all step sizes are known."""
         if self._host is not None:
-            self._finish_on_host(state)
-            self._call(early, decision)  # the host may own a part of the early buffers
+            self._host.begin(state, vectors, self.scalars.grad_scale)
+        self._update_uncut(state.on_device, vectors)
+        self._update_cut(state.on_device, vectors)
+        if self._host is not None:
+            self._host.finish(state, self.hyper)
+
+    def _update_uncut(self, buffers: Sequence[BufferState], vectors: SegmentVectors) -> None:
+        # m <- beta1 m + (1 - beta1) grad_scale g;  p <- (1 - lr weight_decay) p - step m
+        # (in one pass: s, v and step of each segment before it)
+        kernels, scalars = self.kernels, self.scalars
+        update_ = kernels.update_in_one_pass_ if self.config.single_phase else kernels.update_
+        for held in buffers:
+            tensors, plan = _tensors(held), held.plan
+            if len(plan.uncut):
+                update_(tensors, plan.uncut, vectors, scalars)
+            if len(plan.ranges):  # the same, with v per element
+                kernels.update_elementwise_(
+                    tensors, held.exp_avg_sq_E, plan.ranges, vectors, scalars
+                )
+
+    def _update_cut(self, buffers: Sequence[BufferState], vectors: SegmentVectors) -> None:
+        for held in buffers:
+            tensors, plan = _tensors(held), held.plan
+            if len(plan.cut):
+                self.kernels.update_(tensors, plan.cut, vectors, self.scalars)
+            if len(plan.columns):
+                self.kernels.update_columns_(tensors, plan.columns, vectors, self.scalars)
+
+    def _update_from_means(self, decision: Decision, early: EarlyBuffers) -> None:
+        """Take the same step from float64 sums, unless something would not fit into float32."""
+        taken = write_means_(
+            decision, self.vectors.sum_sq_S, self.collectives, len(self.plan.domains)
+        )
+        if not taken:
+            return
+        state = self.main_params.attach()
+        vectors = self.vectors.of(state)
+        # v <- beta2 v + (1 - beta2) s;  step <- lr' / (sqrt(v') + eps)
+        self.hyper.write(self.scalars, 1.0)
+        self.scalars.send()
+        means = vectors._replace(inv_numel_S=torch.ones_like(vectors.inv_numel_S))
+        self.kernels.segment_step_size_(means, self.scalars, None)
+        self.hyper.write(self.scalars, decision.grad_scale)
+        self.scalars.send()
+        self._update_all(state, vectors)
+        early.call(decision)
 
     def _add_decay(self, decision: Decision) -> bool:
         """Scale gradients and add the decay to them (in place), and sum their squares again.
@@ -362,83 +378,11 @@ class AdamMini:
         if decision.wide is not None:
             decision.skip("with weight decay in gradients, their squares must fit into float32", [])
             return False
-        groups, state = self.main_params.param_groups, self.main_params.attach()
-        for piece in self.plan.pieces:
-            # g <- grad_scale g + weight_decay p
-            grad = self.grad(piece).mul_(decision.grad_scale)
-            decay = groups[self._group_of_parameter[piece.parameter]]["weight_decay"]
-            if decay:
-                param = state.of(piece).main_param(piece.window)
-                grad.add_(param.to(grad.device), alpha=decay)
+        add_decay_(self.plan, self.buffers, self.main_params, decision.grad_scale)
         for buffer, plan in zip(self.buffers, self.plan.buffers, strict=True):
             self._sum(buffer, plan.segments, plan.columns)
         self.collectives.start_()
         return True
-
-    def _groups_for_kernels(self) -> list[dict[str, Any]]:
-        groups = self.main_params.param_groups
-        return groups if self._decoupled else [{**group, "weight_decay": 0.0} for group in groups]
-
-    def _advance_cut(self, vectors: SegmentVectors) -> None:
-        self.collectives.finish_()
-        if self._cut is not None:
-            self.kernels.segment_step_size_(vectors, self._scalars, self._cut)
-
-    def _finish_on_host(self, state: RankState) -> None:
-        if self._host is not None:
-            groups, step = self._groups_for_kernels(), self.main_params.step_count + 1
-            self._host.finish(state, groups, betas=self._betas(), step=step)
-
-    @staticmethod
-    def _call(early: EarlyBuffers | None, decision: Decision) -> None:
-        if early is not None and decision.read().updated:
-            early.then()
-
-    def _update_with(self, wide: WideSums, decision: Decision) -> None:
-        """Take the same step from float64 sums, unless v or the gradients' factor would not fit.
-
-        All ranks must call it. Collectives: those of :meth:`sum_squares`, the last for a count.
-        """
-        if not decision.read().updated:
-            return
-        grad_scale = decision.grad_scale_in_float64
-        if grad_scale < _MIN_SCALE:
-            decision.skip("the factor that clips them does not fit into float32", [])
-            return
-        # s <- mean(grad_scale^2 g * g): float32 holds each rank's part of it if it holds v
-        self._sum_sq_S.copy_(wide.shares_of_mean(grad_scale))
-        self.collectives.start_()
-        self.collectives.finish_()
-        too_large = wide.too_large(self._sum_sq_S, grad_scale)
-        count_D = torch.zeros(len(self.plan.domains), dtype=torch.int64, device=self.device)
-        count_D.fill_(too_large.sum())  # of experts and dense ones: their norm groups may differ
-        self.collectives.add_over_model_(count_D)
-        if count_D.sum() > 0:
-            decision.skip(
-                "v, a mean of their squares, does not fit into float32 (--clip-grad would help)",
-                wide.names(too_large),
-            )
-            return
-        state = self.main_params.attach()
-        vectors, scalars, kernels = self._vectors(state), self._scalars, self.kernels
-        # v <- beta2 v + (1 - beta2) s;  step <- lr' / (sqrt(v') + eps)
-        self._write_scalars(1.0)
-        scalars.send()
-        means = vectors._replace(inv_numel_S=torch.ones_like(self._inv_numel_S))
-        kernels.segment_step_size_(means, scalars, self._uncut)
-        if self._cut is not None:
-            kernels.segment_step_size_(means, scalars, self._cut)
-        self._write_scalars(decision.grad_scale)
-        scalars.send()
-        if self._host is not None:
-            self._host.begin(state, vectors, scalars.grad_scale)
-        for held in state.on_device:
-            tensors, plan = self._tensors(held), held.plan
-            if len(plan.uncut):
-                kernels.update_(tensors, plan.uncut, vectors, scalars)
-            self._update_ranges(held, vectors)
-        self._update_cut(state.on_device, vectors)
-        self._finish_on_host(state)
 
     def finish(self, decision: Decision) -> Outcome:
         """Wait for the decision, and count the step unless it was skipped."""
@@ -448,75 +392,14 @@ class AdamMini:
             self.main_params.step_count += 1
         return outcome
 
-    def _update_uncut(self, buffers: Sequence[BufferState], vectors: SegmentVectors) -> None:
-        # m <- beta1 m + (1 - beta1) grad_scale g;  p <- (1 - lr weight_decay) p - step m
-        # (in one pass: s, v and step of each segment before it)
-        in_one_pass = self.config.single_phase
-        update_ = self.kernels.update_in_one_pass_ if in_one_pass else self.kernels.update_
-        for held in buffers:
-            if len(held.plan.uncut):
-                update_(self._tensors(held), held.plan.uncut, vectors, self._scalars)
-            # the same, with v per element
-            self._update_ranges(held, vectors)
-
-    def _update_cut(self, buffers: Sequence[BufferState], vectors: SegmentVectors) -> None:
-        for held in buffers:
-            if len(held.plan.cut):
-                self.kernels.update_(self._tensors(held), held.plan.cut, vectors, self._scalars)
-            if len(held.plan.columns):
-                columns = held.plan.columns
-                self.kernels.update_columns_(self._tensors(held), columns, vectors, self._scalars)
-
-    def _update_ranges(self, held: BufferState, vectors: SegmentVectors) -> None:
-        if len(held.plan.ranges):
-            self.kernels.update_elementwise_(
-                self._tensors(held), held.exp_avg_sq_E, held.plan.ranges, vectors, self._scalars
-            )
-
-    def _write_scalars(self, grad_scale: float | Tensor) -> None:
-        self._scalars.write(
-            self._groups_for_kernels(),
-            betas=self._betas(),
-            step=self.main_params.step_count + 1,
-            grad_scale=grad_scale,
-        )
-
     def _left_to_sum(self) -> Sequence[Sequence[BufferPlan | BucketTables]]:
         """Fill in sums that were taken behind the backward pass; return what has none yet."""
         if self.overlapped_sums is None:
             return [[plan] for plan in self.plan.buffers]
-        return self.overlapped_sums.use_(self._sum_sq_SR)
+        return self.overlapped_sums.use_(self.vectors.sum_sq_SR)
 
     def _sum(self, buffer: Buffer, *tables: SegmentTable | ColumnTable) -> None:
-        sum_squares_(self.kernels, self._sum_sq_SR, buffer.grad, *tables)
-
-    def _vectors(self, state: RankState) -> SegmentVectors:
-        return SegmentVectors(
-            exp_avg_sq_S=state.exp_avg_sq_S,
-            step_size_S=self._step_size_S,
-            sum_sq_SR=self._sum_sq_SR,
-            inv_numel_S=self._inv_numel_S,
-            group_SR=self._group_SR,
-            origin_SR=self._origin_SR,
-            exp_avg_scale_S2=self._exp_avg_scale_S2,
-        )
-
-    @staticmethod
-    def _tensors(held: BufferState) -> BufferTensors:
-        buffer = held.buffer
-        if held.param is None:
-            return BufferTensors(buffer.weight, held.exp_avg, None, buffer.grad)
-        return BufferTensors(held.param, held.exp_avg, buffer.weight, buffer.grad)
-
-    def _betas(self) -> tuple[float, float]:
-        groups = self.main_params.param_groups
-        betas = {tuple(group["betas"]) for group in groups} or {(0.0, 0.0)}  # nothing to train
-        if len(betas) != 1:
-            raise NotImplementedError(
-                f"Adam-mini got parameter groups with different betas {sorted(betas)}; all groups "
-                "must share one pair. Give the groups different lr or weight_decay instead."
-            )
-        return betas.pop()
+        sum_squares_(self.kernels, self.vectors.sum_sq_SR, buffer.grad, *tables)
 
     # Piece by piece.
 
@@ -527,27 +410,6 @@ class AdamMini:
     def weight(self, piece: Piece) -> Tensor:
         """Return the model weights of a piece, a view."""
         return self.buffers[piece.buffer].weight[piece.window.in_buffer]
-
-    def last_step_sizes(self, state: RankState, piece: Piece, part: slice) -> Tensor:
-        """Return what the last step, if it was taken, multiplied m by to get the update.
-
-        Args:
-            state: as the step left it.
-            piece: the piece.
-            part: elements of its window.
-
-        Returns:
-            float32, one number per element, where the piece's state lies.
-        """
-        sizes: Tensor
-        if not piece.is_elementwise:
-            sizes = per_element(self.plan, piece, self._step_size_S[piece.segments], part)
-            return sizes.to(state.of(piece).exp_avg.device)
-        v = state.v_of_elements(piece)[part]
-        lr, eps, _ = self._scalars.hyper_G3[self._group_of_parameter[piece.parameter]].to(v.device)
-        correction1, correction2 = self._scalars.bias_corrections.to(v.device)
-        sizes = lr / correction1 / ((v / correction2).sqrt() + eps)
-        return sizes
 
     @torch.no_grad()
     def average_into_v(self, state: RankState, sum_S: Tensor) -> None:
@@ -560,10 +422,10 @@ class AdamMini:
             state: where v is written.
             sum_S: sum of the values over each segment, float32.
         """
-        self._sum_sq_S.copy_(sum_S)
+        self.vectors.sum_sq_S.copy_(sum_S)
         self.collectives.start_()
         self.collectives.finish_()
-        torch.mul(self._sum_sq_S, self._inv_numel_S, out=state.exp_avg_sq_S)
+        torch.mul(self.vectors.sum_sq_S, self.vectors.inv_numel_S, out=state.exp_avg_sq_S)
 
     @torch.no_grad()
     def count_zeros(self) -> int:
@@ -585,22 +447,15 @@ class AdamMini:
         ``host_...`` are in host memory, all others on the device. ``launch_tables``: what kernels
         walk, made by :meth:`warm_up` or the first step.
         """
-        overlapped = self.overlapped_sums
-        tables = {
+        overlapped, host = self.overlapped_sums, self._host
+        others = {
             "launch_tables": sum(table.derived_bytes for table in self._tables)
             + (0 if overlapped is None else overlapped.table_bytes),
-            "host_launch_tables": 0 if self._host is None else self._host.table_bytes,
+            "host_launch_tables": 0 if host is None else host.table_bytes,
+            "host_staging": 0 if host is None else host.staging_bytes,
         }
-        return self._state_bytes | {kind: num for kind, num in tables.items() if num}
+        return self._allocated_bytes | {kind: num for kind, num in others.items() if num}
 
 
-def _split(
-    buffers: Sequence[BufferState], early: EarlyBuffers | None
-) -> tuple[list[BufferState], list[BufferState]]:
-    """Return the early buffers and the others; without early ones, all come first."""
-    if early is None:
-        return list(buffers), []
-    parts: tuple[list[BufferState], list[BufferState]] = ([], [])
-    for number, held in enumerate(buffers):
-        parts[number not in early.numbers].append(held)
-    return parts
+def _tensors(held: BufferState) -> BufferTensors:
+    return BufferTensors.of(held.param, held.exp_avg, held.buffer.weight, held.buffer.grad)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_adam_mini.optimizer import AdamMini
+from megatron_adam_mini.piece_values import per_element
 from megatron_adam_mini.plan.partition import ROLES
 from megatron_adam_mini.plan.step_plan import EXPERT, Piece
 from megatron_adam_mini.state import RankState
@@ -74,11 +75,36 @@ def _squares(inner: AdamMini, state: RankState, piece: Piece) -> Tensor:
     for begin in range(0, piece.window.numel, _CHUNK):
         end = min(begin + _CHUNK, piece.window.numel)
         window = piece.window.part(begin, end)
-        sizes = inner.last_step_sizes(state, piece, slice(begin, end))
+        sizes = _last_step_sizes(inner, state, piece, slice(begin, end))
         update = held.as_float32(window, "exp_avg").double() * sizes
         param = held.main_param(window).double()
         found += torch.stack([update.square().sum(), param.square().sum()]).to(found)
     return found
+
+
+def _last_step_sizes(inner: AdamMini, state: RankState, piece: Piece, part: slice) -> Tensor:
+    """Return what the last step multiplied m by to get the update.
+
+    Args:
+        inner: whose step was taken.
+        state: as the step left it.
+        piece: the piece.
+        part: elements of its window.
+
+    Returns:
+        float32, one number per element, where the piece's state lies.
+    """
+    sizes: Tensor
+    if not piece.is_elementwise:
+        step_size = inner.vectors.step_size_S[piece.segments]
+        sizes = per_element(inner.plan, piece, step_size, part)
+        return sizes.to(state.of(piece).exp_avg.device)
+    v = state.v_of_elements(piece)[part]
+    group = inner.main_params.group_of_parameter[piece.parameter]
+    lr, eps, _ = inner.scalars.hyper_G3[group].to(v.device)
+    correction1, correction2 = inner.scalars.bias_corrections.to(v.device)
+    sizes = lr / correction1 / ((v / correction2).sqrt() + eps)
+    return sizes
 
 
 def _by_kind(

@@ -61,8 +61,8 @@ def test_steps_launch_the_same_and_may_be_launched_again(mode: str) -> None:
         if step == 0:
             again = record(launched.optimizer, **launched.options)
         else:
-            scalars = launched.optimizer._scalars
-            launched.optimizer._write_scalars(scalars.grad_scale if launched.options else 1.0)
+            scalars, hyper = launched.optimizer.scalars, launched.optimizer.hyper
+            hyper.write(scalars, scalars.grad_scale if launched.options else 1.0)
             again.launch_again()
         for rank in (stepped, launched):
             rank.optimizer.main_params.step_count += 1

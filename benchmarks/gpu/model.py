@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_adam_mini.collectives import DomainGroups
 from megatron_adam_mini.config import AdamMiniConfig
+from megatron_adam_mini.early_buffers import NO_EARLY_BUFFERS
 from megatron_adam_mini.estimate.buckets import plan_stage, stage_blocks
 from megatron_adam_mini.estimate.models import Model
 from megatron_adam_mini.estimate.parallel import Parallel
@@ -209,11 +210,11 @@ class Rig:
             else:
                 decision = optimizer.decide(optimizer.sum_squares(), clip_grad=CLIP)
             if isinstance(decision.grad_scale, Tensor):
-                optimizer._scalars.grad_scale = decision.grad_scale
-            optimizer._advance(state, decision, None)
+                optimizer.scalars.grad_scale = decision.grad_scale
+            optimizer._advance(state, decision, NO_EARLY_BUFFERS)
 
         def step() -> None:
-            optimizer._write_scalars(decision.grad_scale)
+            optimizer.hyper.write(optimizer.scalars, decision.grad_scale)
             graph.replay()
             optimizer.main_params.step_count += 1
 

@@ -32,6 +32,15 @@ class BufferTensors(NamedTuple):
     weight: Tensor | None
     grad: Tensor
 
+    @classmethod
+    def of(
+        cls, param: Tensor | None, exp_avg: Tensor, weight: Tensor, grad: Tensor
+    ) -> BufferTensors:
+        """Return them in their places; ``param`` is ``None`` where weights are main parameters."""
+        if param is None:
+            return cls(weight, exp_avg, None, grad)
+        return cls(param, exp_avg, weight, grad)
+
 
 class SegmentVectors(NamedTuple):
     """Vectors with one entry per segment of the rank; in ``_SR``, one per element range follows.

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, distributed
 
 from megatron_adam_mini.decision import Decision, Outcome
+from megatron_adam_mini.early_buffers import NO_EARLY_BUFFERS, EarlyBuffers
 from megatron_adam_mini.mcore import compat
 from megatron_adam_mini.mcore.saved_state import SavedState
 from megatron_adam_mini.mcore.slices import numbers_of_chunk
-from megatron_adam_mini.optimizer import EarlyBuffers
 from megatron_adam_mini.wide_sums import WideSums
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class AdamMiniOptimizer(SavedState):
         self._decision: Decision | None = None
         self._clip_grad = 0.0
         self._warned: set[str] = set()
-        self._early: EarlyBuffers | None = None
+        self._early = NO_EARLY_BUFFERS
         if self.config.overlap_param_gather_with_optimizer_step:
             self._early = self._first_chunk()
 
