@@ -1,7 +1,7 @@
 """The state of one rank as callers know it from torch: shards with their moments, free to move.
 
-Imports torch, ``plan``, ``rounding`` and ``state``. Data flow: flat tensors of ``state`` <->
-**MainParams**: one main shard per parameter, and its moments.
+Imports torch, ``plan``, ``piece_values``, ``rounding``, ``state`` and ``flat_state``. Data flow:
+flat tensors of ``state`` <-> **MainParams**: one main shard per parameter, and its moments.
 
 The flat tensors that kernels need exist only as these views: nobody else keeps them between two
 steps. So callers may treat the state as that of any torch optimizer: move it to the CPU and back
@@ -14,50 +14,16 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from megatron_adam_mini.flat_state import CODES, EXP_AVG, EXP_AVG_SQ, SHARD, FlatState, Views
 from megatron_adam_mini.piece_values import v_per_element
-from megatron_adam_mini.plan.shares import Share
 from megatron_adam_mini.plan.step_plan import Piece, StepPlan
 from megatron_adam_mini.rounding import fp8_scale, from_fp8, to_fp8
-from megatron_adam_mini.state import HOST, BufferState, RankState
-
-#: Keys of a shard's state. Megatron's precision-aware optimizer has ``master_param``, too.
-EXP_AVG, EXP_AVG_SQ, REMAINDERS = "exp_avg", "exp_avg_sq", "master_param"
-#: The shard itself, where it is not a view of the model's weights.
-_SHARD = "param"
-#: m of 8 bits, see ``rounding``.
-_CODES = torch.uint8
-
-
-@dataclass(frozen=True, eq=False)
-class _Flat:
-    """One flat tensor, which exists as the views that make it up.
-
-    Attributes:
-        key: key of the views in the state of their shards, or ``_SHARD``.
-        numel, dtype, device: of the flat tensor.
-        on_host: whether it is in host memory for good.
-        members: numbers of the shards.
-        slots: position of each view.
-    """
-
-    key: str
-    numel: int
-    dtype: torch.dtype
-    device: torch.device
-    on_host: bool
-    members: tuple[int, ...]
-    slots: tuple[slice, ...]
-
-    @property
-    def has_floats(self) -> bool:
-        """Whether it holds numbers, which may be rounded, and neither codes nor remainders."""
-        return self.dtype.is_floating_point
+from megatron_adam_mini.state import RankState
 
 
 class MainParams(torch.optim.Optimizer):
@@ -100,8 +66,7 @@ class MainParams(torch.optim.Optimizer):
         self._plan = plan
         self.group_of_parameter = tuple(group_of_parameter)
         self._buffers = [held.buffer for held in state.on_device]
-        self._shares = [held.share for held in state.everywhere]
-        self._flats = _flats_of(plan, state, device)
+        self._flat_state = FlatState(plan, state, device)
         self.shards = [
             # ``data``: torch's views keep their base alive, even after they were moved.
             (self._weight(piece) if held.param_is_weight else held.main_param(piece.window)).data
@@ -121,9 +86,7 @@ class MainParams(torch.optim.Optimizer):
         self._params = [list(group["params"]) for group in self.param_groups]
         for shard in self.shards:
             self.state[shard] = {}
-        states = self._states()
-        for flat, whole in zip(self._flats, state.flat_tensors(), strict=True):
-            self._point_at(flat, whole, states)
+        self._flat_state.point_at(state, self._views())
 
     # What a step, a save or a load uses.
 
@@ -162,21 +125,15 @@ class MainParams(torch.optim.Optimizer):
             where_it_is: leave all of it on the CPU if it was moved there, for a save.
 
         Raises:
-            ValueError: a replaced tensor has another shape, or a group other shards.
+            ValueError: a replaced tensor has another shape, or a type that has no place there, or
+                a group has other shards.
         """
         self._check_groups()
-        states = self._states()
+        views = self._views()
         for number, is_weight in enumerate(self._is_weight):
             if is_weight:
                 self._write_weight(number)
-        stays = where_it_is and all(
-            view is not None and view.device == HOST
-            for flat in self._flats
-            for view in self._views(flat, states)
-        )
-        return self._rank_state(
-            [self._whole(flat, states, HOST if stays else flat.device) for flat in self._flats]
-        )
+        return self._flat_state.attach(views, self._buffers, where_it_is=where_it_is)
 
     @contextmanager
     def left_where_it_is(self) -> Iterator[None]:
@@ -186,21 +143,19 @@ class MainParams(torch.optim.Optimizer):
         only by what was made of the attached state meanwhile.
         """
         shards = [shard.data for shard in self.shards]
-        states = [dict(state) for state in self._states()]
+        states = [dict(state) for state in self._views().states]
         try:
             yield
         finally:
             for shard, data in zip(self.shards, shards, strict=True):
                 shard.data = data
-            for state, kept in zip(self._states(), states, strict=True):
+            for state, kept in zip(self._views().states, states, strict=True):
                 state.clear()
                 state.update(kept)
 
     def put_back(self, state: RankState) -> None:
         """Let all views be those of a state that :meth:`attach` returned, wherever they are now."""
-        states = self._states()
-        for flat, whole in zip(self._flats, state.flat_tensors(), strict=True):
-            self._point_at(flat, whole, states)
+        self._flat_state.point_at(state, self._views())
         self._point_at_weights()
 
     def move_to(self, device: torch.device | str) -> None:
@@ -208,10 +163,7 @@ class MainParams(torch.optim.Optimizer):
 
         What is in host memory for good stays there.
         """
-        states = self._states()
-        for flat in self._flats:
-            if not flat.on_host:
-                self._gather(flat, states, torch.device(device))
+        self._flat_state.move_to(torch.device(device), self._views())
 
     def take_weights(self) -> None:
         """Set the main parameters to the model's weights, after these were changed."""
@@ -284,9 +236,9 @@ class MainParams(torch.optim.Optimizer):
 
     def _as_stored(self, shard: Tensor, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a saved state of a shard, m as codes of 8 bits if it is stored so, else floats."""
-        has_codes = any(flat.dtype == _CODES for flat in self._flats)
+        has_codes = self._flat_state.has_codes
         m, v = saved.get(EXP_AVG), saved.get(EXP_AVG_SQ)
-        if m is None or v is None or (m.dtype == _CODES) == has_codes:
+        if m is None or v is None or (m.dtype == CODES) == has_codes:
             return dict(saved)
         scale = fp8_scale(self.exp_avg_sq_per_element(shard, v)).to(m.device)
         return {**saved, EXP_AVG: to_fp8(m.float(), scale) if has_codes else from_fp8(m, scale)}
@@ -295,77 +247,11 @@ class MainParams(torch.optim.Optimizer):
         """Return what a copy needs: groups, state and integers, but none of Megatron's buffers."""
         return {**self.__dict__, "_buffers": None}
 
-    # The flat tensors.
-
-    def _states(self) -> list[dict[str, Tensor]]:
-        """Return the state of each shard; one without state gets an empty one."""
+    def _views(self) -> Views:
+        """Return the shards and the state of each; one without state gets an empty one."""
         if len(self.state) == len(self.shards) and all(map(operator.is_, self.state, self.shards)):
-            return list(self.state.values())
-        return [self.state.setdefault(shard, {}) for shard in self.shards]
-
-    def _whole(self, flat: _Flat, states: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        """Return a flat tensor: as it is if all views are in place, else put together anew."""
-        views = self._views(flat, states)
-        if not views:
-            return torch.zeros(flat.numel, dtype=flat.dtype, device=device)
-        first, size = views[0], flat.dtype.itemsize
-        if first is not None and first.device == device and first.dtype == flat.dtype:
-            storage = first.untyped_storage()
-            base = storage.data_ptr()
-            # Addresses within one living storage belong to it.
-            if storage.nbytes() >= flat.numel * size and all(
-                view is not None and view.data_ptr() == base + slot.start * size
-                for view, slot in zip(views, flat.slots, strict=True)
-            ):
-                return first.as_strided((flat.numel,), (1,), 0)
-        return self._gather(flat, states, device)
-
-    @torch.no_grad()
-    def _gather(self, flat: _Flat, states: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        """Copy the views of a flat tensor into a new one, and let them be views of it."""
-        whole = torch.zeros(flat.numel, dtype=flat.dtype, device=device)
-        for number, view, slot in zip(
-            flat.members, self._views(flat, states), flat.slots, strict=True
-        ):
-            if view is None:  # a cleared state starts from zero, as torch's own
-                continue
-            if view.shape != (slot.stop - slot.start,):
-                self._refuse_shape(number, flat.key, view, slot.stop - slot.start)
-            if view.dtype != whole.dtype and not (view.is_floating_point() and flat.has_floats):
-                self._refuse_dtype(number, flat.key, view, whole.dtype)
-            whole[slot].copy_(view.detach())
-        self._point_at(flat, whole, states)
-        return whole
-
-    def _views(self, flat: _Flat, states: list[dict[str, Tensor]]) -> list[Tensor | None]:
-        if flat.key == _SHARD:
-            return [self.shards[number] for number in flat.members]
-        return [states[number].get(flat.key) for number in flat.members]
-
-    def _point_at(self, flat: _Flat, whole: Tensor, states: list[dict[str, Tensor]]) -> None:
-        for number, slot in zip(flat.members, flat.slots, strict=True):
-            if flat.key == _SHARD:
-                self.shards[number].data = whole[slot]
-            else:  # .data: a view would keep ``whole`` even after a caller's ``.data = ...``
-                states[number][flat.key] = whole[slot].data
-
-    def _rank_state(self, flat_tensors: list[Tensor]) -> RankState:
-        *of_shares, exp_avg_sq_S = flat_tensors
-        remaining = iter(zip(self._flats, of_shares, strict=False))
-        buffers, on_host = [], {}
-        for share in self._shares:
-            param = None
-            flat, whole = next(remaining)
-            if flat.key != EXP_AVG:
-                param = whole
-                _, whole = next(remaining)
-            _, exp_avg_sq_E = next(remaining)
-            held = BufferState(self._buffers[share.number], share, param, whole, exp_avg_sq_E)
-            if share.on_host:
-                on_host[share.number] = held
-            else:
-                buffers.append(held)
-        return RankState(buffers, exp_avg_sq_S, on_host).with_scales(self._plan)
+            return Views(self.shards, list(self.state.values()))
+        return Views(self.shards, [self.state.setdefault(shard, {}) for shard in self.shards])
 
     # Shards that are the model's weights.
 
@@ -384,7 +270,7 @@ class MainParams(torch.optim.Optimizer):
         if shard.data_ptr() == weight.data_ptr() and shard.device == weight.device:
             return
         if shard.shape != weight.shape:
-            self._refuse_shape(number, _SHARD, shard, weight.numel())
+            self._flat_state.refuse_shape(number, SHARD, shard, weight.numel())
         weight.copy_(shard.detach())
         shard.data = weight
 
@@ -395,57 +281,3 @@ class MainParams(torch.optim.Optimizer):
                     f"param_groups[{index}]['params'] holds other tensors than Adam-mini's shards. "
                     "Shards are fixed; to replace their values, assign to shard.data."
                 )
-
-    def _name_of(self, number: int) -> str:
-        return self._plan.parameters[self._plan.pieces[number].parameter].info.name
-
-    def _refuse_dtype(self, number: int, key: str, found: Tensor, dtype: torch.dtype) -> NoReturn:
-        raise ValueError(
-            f"{key!r} of {self._name_of(number)!r} was replaced by a tensor of {found.dtype}; "
-            f"Adam-mini's has {dtype} here. Assign a tensor of this dtype; load_state_dict turns "
-            "an m of floats into one of 8 bits, and back."
-        )
-
-    def _refuse_shape(self, number: int, key: str, found: Tensor, numel: int) -> NoReturn:
-        raise ValueError(
-            f"{key!r} of {self._name_of(number)!r} was replaced by a tensor of shape "
-            f"{tuple(found.shape)}; Adam-mini's has shape ({numel},) on this rank. Assign a tensor "
-            "of this shape."
-        )
-
-
-def _flats_of(plan: StepPlan, state: RankState, device: torch.device) -> list[_Flat]:
-    """Describe the flat tensors, in the order of ``RankState.flat_tensors``."""
-    slots_of: list[tuple[str, Share | None, Callable[[Share | None, Piece], slice]]] = []
-    for held in state.everywhere:
-        if held.param is not None:
-            key = REMAINDERS if held.param_is_weight else _SHARD
-            slots_of.append((key, held.share, _in_state))
-        slots_of += [(EXP_AVG, held.share, _in_state), (EXP_AVG_SQ, held.share, _elements)]
-    slots_of.append((EXP_AVG_SQ, None, _segments))
-    pieces_of: dict[Share | None, list[int]] = {None: list(range(len(plan.pieces)))}
-    for number, piece in enumerate(plan.pieces):
-        pieces_of.setdefault(state.of(piece).share, []).append(number)
-    flats = []
-    for (key, share, slot_of), whole in zip(slots_of, state.flat_tensors(), strict=True):
-        views = {number: slot_of(share, plan.pieces[number]) for number in pieces_of.get(share, ())}
-        views = {number: slot for number, slot in views.items() if slot.stop > slot.start}
-        on_host = share is not None and share.on_host
-        where = HOST if on_host else device
-        members, slots = tuple(views), tuple(views.values())
-        flats.append(_Flat(key, whole.numel(), whole.dtype, where, on_host, members, slots))
-    return flats
-
-
-def _in_state(share: Share | None, piece: Piece) -> slice:
-    assert share is not None
-    return share.own(piece.window.in_state)
-
-
-def _elements(share: Share | None, piece: Piece) -> slice:
-    assert share is not None
-    return share.own_elements(piece.elements)
-
-
-def _segments(_: Share | None, piece: Piece) -> slice:
-    return piece.segments
