@@ -68,10 +68,17 @@ class FlatTensor:
     members: tuple[int, ...]
     slots: tuple[slice, ...]
 
-    @property
-    def has_floats(self) -> bool:
-        """Whether it holds numbers, which may be rounded, and neither codes nor remainders."""
-        return self.dtype.is_floating_point
+    def takes(self, view: Tensor) -> bool:
+        """Return whether a tensor can be copied to the place of a view without harm.
+
+        Numbers may be rounded, but bits of codes and remainders are no numbers. Exception: callers
+        that keep m and v in one tensor bring back codes as the floats 0, 1, ..., 255.
+        """
+        if view.dtype == self.dtype:
+            return True
+        if self.dtype == CODES and view.is_floating_point():
+            return torch.equal(view.to(CODES).to(view.dtype), view)
+        return view.is_floating_point() and self.dtype.is_floating_point
 
     def of(self, views: Views) -> list[Tensor | None]:
         """Return the views that make it up."""
@@ -160,7 +167,7 @@ class FlatState:
                 continue
             if view.shape != (slot.stop - slot.start,):
                 self.refuse_shape(number, flat.key, view, slot.stop - slot.start)
-            if view.dtype != flat.dtype and not (view.is_floating_point() and flat.has_floats):
+            if not flat.takes(view.detach()):
                 self._refuse_dtype(number, flat.key, view, flat.dtype)
             whole[slot].copy_(view.detach())
         flat.point_at(whole, views)

@@ -324,7 +324,7 @@ def errors_of_assignments(job: Job) -> list[str]:
     state = next(iter(trainer.optimizer.member.optimizer.state.values()))
     numel, kept = len(state["exp_avg"]), dict(state)
     for change in (
-        {"exp_avg": torch.zeros(numel)},
+        {"exp_avg": torch.full((numel,), 0.5)},  # no code; a zero would be one
         {"exp_avg": torch.zeros(numel, dtype=torch.int8)},
         {"master_param": torch.zeros(numel)},
     ):
