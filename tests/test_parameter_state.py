@@ -210,3 +210,51 @@ def test_the_calls_of_tools() -> None:
             "is_loading": ["adam_mini", "optimizer"],
             "old": True,
         }
+
+
+def in_vain(job: Job, folder: str) -> list[tuple[str, str]]:
+    """Load files of which one rank's is Adam's, then save where one rank cannot."""
+    from megatron.core import parallel_state
+
+    adam = Trainer(replace(job, optimizer="adam"))
+    adam.step(0)
+    adams = adam.optimizer.chained_optimizers[0].get_parameter_state_dp_zero()
+    parallel_state.destroy_model_parallel()
+    (member,) = Trainer(job).optimizer.chained_optimizers
+    own = member.get_parameter_state_dp_zero()
+    first = torch.distributed.get_rank() == 0
+    found = []
+    for call, argument in (
+        (member.load_parameter_state_from_dp_zero, own if first else adams),
+        (member.save_parameter_state, f"{folder}/{'missing/' if first else ''}file"),
+    ):
+        try:
+            call(argument)
+            found.append(("", "no error"))
+        except (OSError, RuntimeError, ValueError) as error:
+            found.append((type(error).__name__, str(error)))
+    return found
+
+
+def test_what_one_rank_cannot_do_is_an_error_on_all(tmp_path: Path) -> None:
+    for (kind, mixed), (_, unsaved) in run_ranks(2, in_vain, JOB, str(tmp_path)):
+        assert kind == "ValueError"
+        assert "Ranks 0 and 1 have optimizer state of different runs" in mixed
+        assert "missing" in unsaved
+
+
+def refused_dict(job: Job) -> tuple[str, int]:
+    trainer = Trainer(job)
+    common = trainer.optimizer.state_dict()
+    trainer.step(0)
+    del common["parameter_state"]
+    with pytest.raises(ValueError, match="has no parameter state of Adam-mini") as caught:
+        trainer.optimizer.load_state_dict(common)
+    return str(caught.value), trainer.optimizer.inner.main_params.step_count
+
+
+def test_a_dict_that_is_refused_changes_nothing() -> None:
+    job = replace(JOB, tp=1, distributed_optimizer=False, overlap=False)
+    for text, step in run_ranks(2, refused_dict, job):
+        assert "--no-load-optim" in text
+        assert step == 1

@@ -35,6 +35,7 @@ from megatron_adam_mini.mcore.flat_buckets import in_adams_bucket, need_buckets
 from megatron_adam_mini.mcore.model_space import ModelEntries
 from megatron_adam_mini.mcore.pending_load import PendingLoad
 from megatron_adam_mini.mcore.state_view import StateView
+from megatron_adam_mini.mcore.stored_buckets import MEMBERS
 from megatron_adam_mini.plan.buffer_plan import Window
 from megatron_adam_mini.rounding import is_rounded
 from megatron_adam_mini.state import HOST, BufferState
@@ -175,7 +176,7 @@ def take_from_adam(
         parameter_state.scatter(
             view,
             [domain.data_parallel_group for domain in view.domains],
-            lambda: {parameter_state.MEMBERS: [member.get(PARAM_STATE) for member in members]},
+            lambda: {MEMBERS: [member.get(PARAM_STATE) for member in members]},
         )
         return common_of(loaded[OBJECTS])
     pieces = zip(view.inner.plan.pieces, pending.floats, strict=True)

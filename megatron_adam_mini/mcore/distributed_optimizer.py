@@ -2,7 +2,7 @@
 
 Imports megatron.core and ``optimizer``. It reads gradients where the reduce-scatter left them, and
 writes weights where the parameter all-gather reads them. What is no part of the step stands in the
-classes below it: ``saved_state``, ``distributed_names``, ``rank_optimizer``.
+classes below it: ``gathered_state``, ``saved_state``, ``distributed_names``, ``rank_optimizer``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, distributed
 from megatron_adam_mini.decision import Decision, Outcome
 from megatron_adam_mini.early_buffers import NO_EARLY_BUFFERS, EarlyBuffers
 from megatron_adam_mini.mcore import compat
-from megatron_adam_mini.mcore.saved_state import SavedState
+from megatron_adam_mini.mcore.gathered_state import GatheredState
 from megatron_adam_mini.mcore.slices import numbers_of_chunk
 from megatron_adam_mini.wide_sums import WideSums
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 _SUMS_TIMER = "optimizer-clip-main-grad"
 
 
-class AdamMiniOptimizer(SavedState):
+class AdamMiniOptimizer(GatheredState):
     """Adam-mini behind Megatron's optimizer interface.
 
     Built by ``factory.build_optimizer``; users get it from Megatron's ``get_megatron_optimizer``,

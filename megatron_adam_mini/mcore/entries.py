@@ -1,6 +1,7 @@
 """Entries of a sharded state dict, and the values of the state that they hold on a save.
 
-Imports megatron.core's checkpoint types and ``state``. Used by ``checkpoint`` and ``flat_buckets``.
+Imports megatron.core's checkpoint types and ``state``. Used by ``checkpoint``, ``flat_buckets``
+and ``parameter_state``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,19 @@ def add_entries(shards: Shards, name: str, found: list[ShardedTensor]) -> None:
         shards[name] = {str(index): shard for index, shard in enumerate(found)}
 
 
+def copy_float32(state: BufferState, kind: str, window: Window, out: Tensor) -> None:
+    """Copy ``param`` or ``exp_avg`` of a window, part by part.
+
+    Args:
+        state: state of the buffer.
+        kind: which.
+        window: part of it.
+        out: float32, in host memory, shape ``(elements of the window,)``; is written.
+    """
+    for where, part in window.parts():
+        out[where] = state.as_float32(part, kind)
+
+
 @dataclass(frozen=True)
 class HostCopy:
     """``param`` or ``exp_avg`` of a window that is not kept as float32; each slice is a new copy.
@@ -48,8 +62,7 @@ class HostCopy:
         """Return elements of the window, float32."""
         window = self.window.part(part.start, part.stop)
         values = torch.empty(window.numel, dtype=torch.float32, device=HOST)
-        for where, of_part in window.parts():
-            values[where] = self.state.as_float32(of_part, self.kind)
+        copy_float32(self.state, self.kind, window, values)
         return values
 
 

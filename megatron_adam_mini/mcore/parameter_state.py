@@ -1,8 +1,8 @@
 """State in Megatron's older checkpoint format, ``torch``: gathered on, or scattered from, one rank.
 
-Imports torch.distributed, ``stored_v`` and ``plan``. Used for ``--ckpt-format torch`` and its
-conversion, and by tools that ask a distributed optimizer for its state on the first data-parallel
-rank. Nothing is gathered in ``torch_dist`` checkpoints, see ``checkpoint``.
+Imports ``stored_buckets``, ``slice_exchange`` and ``plan``. Used for ``--ckpt-format torch`` and
+its conversion, and by tools that ask a distributed optimizer for its state on the first
+data-parallel rank. Nothing is gathered in ``torch_dist`` checkpoints, see ``checkpoint``.
 
 One file per tensor- and pipeline-parallel part holds, beside the identity of the state,
 ``parameters``: for each parameter of the part, by checkpoint key, ``param`` and ``exp_avg``,
@@ -21,37 +21,38 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
+from megatron_adam_mini.agreement import gather as gather_objects
 from megatron_adam_mini.agreement import on_all_ranks
+from megatron_adam_mini.mcore.entries import copy_float32
 from megatron_adam_mini.mcore.frozen import note_new_pieces, start_new_pieces
 from megatron_adam_mini.mcore.pending_load import PendingLoad
-from megatron_adam_mini.mcore.slices import ShardedBuffer
+from megatron_adam_mini.mcore.slice_exchange import from_first, gathered, is_first, scattered
 from megatron_adam_mini.mcore.state_view import StateView
-from megatron_adam_mini.mcore.stored_v import (
-    elements_of,
-    rows_and_columns_of,
-    sums_over_segments,
+from megatron_adam_mini.mcore.stored_buckets import (
+    KINDS,
+    MEMBERS,
+    PARAMETERS,
+    BucketValues,
+    StoredBuffers,
+    StoredParameters,
+    no_values,
+    parameter_of,
 )
+from megatron_adam_mini.mcore.stored_v import sums_over_segments
 from megatron_adam_mini.piece_values import first_of_segments, v_per_element
-from megatron_adam_mini.plan.buffer_plan import PART_NUMEL
-from megatron_adam_mini.plan.layout import Placement
-from megatron_adam_mini.plan.manifest import changes_blocks, identity_of, partition_of_checkpoint
-from megatron_adam_mini.plan.partition import ParameterBlocks
+from megatron_adam_mini.plan.manifest import (
+    changes_blocks,
+    identity_of,
+    partition_of_checkpoint,
+    short_hash,
+)
 from megatron_adam_mini.plan.step_plan import Piece
 from megatron_adam_mini.state import HOST
 
-KINDS = ("param", "exp_avg", "exp_avg_sq")
-#: v of columns.
-COLUMNS = "exp_avg_sq_columns"
-#: Key of a list of what each optimizer in a chain of Megatron's has, dense and experts.
-MEMBERS = "members"
-#: Format of this module, in the identity of the state.
-PARAMETERS = "parameters"
-
-#: ``param`` and ``exp_avg``, and v per element, of one whole bucket: float32, ``(bucket.numel,)``.
-BucketValues = dict[str, Tensor]
+#: Key of the identity.
+IDENTITY = "adam_mini"
 
 
 def identity(view: StateView) -> dict[str, Any]:
@@ -82,31 +83,25 @@ def gather(
             and ``None`` where there is nothing.
         empty: return zeros, and communicate nothing.
     """
-    found: dict[str, dict[str, Tensor]] = {}
-    received = [everywhere or _is_first(group) for group in groups]
+    plan = view.inner.plan
+    found: dict[str, dict[str, Any]] = {}
+    received = [everywhere or is_first(group) for group in groups]
     for number, bucket in _buckets(view):
-        domain = view.inner.plan.buffers[number].domain
-        group, receives = groups[domain], received[domain]
-        slice_plan = view.inner.plan.buffers[number].slices[bucket]
+        buffer = plan.buffers[number]
+        group, layout = groups[buffer.domain], buffer.slices[bucket].bucket
         if empty:
-            whole = {
-                kind: torch.zeros(slice_plan.bucket.numel, dtype=torch.float32, device=HOST)
-                for kind in KINDS
-            }
+            whole = no_values(layout.numel)
         else:
             mine = _slice_values(view, number, bucket)
             whole = {
-                kind: _gathered(mine[kind], group, view.inner.device, everywhere) for kind in KINDS
+                kind: gathered(mine[kind], group, view.inner.device, everywhere) for kind in KINDS
             }
-        for placement in slice_plan.bucket.placements if receives else ():
-            blocks = view.inner.plan.parameters[placement.parameter]
-            values = {k: flat[placement.start : placement.end].clone() for k, flat in whole.items()}
-            if blocks.pattern is not None:
-                values |= _v_of_blocks(blocks, values["exp_avg_sq"])
-            found[blocks.info.checkpoint_key] = values
+        for placement in layout.placements if received[buffer.domain] else ():
+            blocks = plan.parameters[placement.parameter]
+            found[blocks.info.checkpoint_key] = parameter_of(whole, placement, blocks)
     if not received[0] and not found:
         return None
-    return {"adam_mini": identity(view), PARAMETERS: found}
+    return {IDENTITY: identity(view), PARAMETERS: found}
 
 
 def scatter(
@@ -124,55 +119,31 @@ def scatter(
             only.
 
     Raises:
-        ValueError: the state is of another layout, or its partition must not be converted.
+        ValueError: the state is of another layout, its partition must not be converted, or ranks
+            have files of different checkpoints.
     """
     of_buffer = [buffer.domain for buffer in view.inner.plan.buffers]
     firsts = [
-        _is_first(group) and (number == 0 or number in of_buffer)
+        is_first(group) and (number == 0 or number in of_buffer)
         for number, group in enumerate(groups)
     ]
     failure = "Adam-mini's state was not loaded"
     stored = on_all_ranks(lambda: _as_mapping(read()) if any(firsts) else {}, failure)
-    saved = _from_first({k: stored[k] for k in ("adam_mini",) if k in stored}, groups[0])
-    blocks = list(view.inner.plan.parameters)
+    saved = from_first({k: stored[k] for k in (IDENTITY,) if k in stored}, groups[0])
+    _refuse_mixture(saved)
+    # Checked before any rank changes its state, or waits for another.
+    source = on_all_ranks(lambda: _checked(view, saved.get(IDENTITY), stored, firsts), failure)
     pending = PendingLoad(view.state, average=True)
-    if "adam_mini" in saved:
-        sources = on_all_ranks(
-            lambda: partition_of_checkpoint(
-                saved["adam_mini"], view.manifest, view.inner.config, blocks
-            ),
-            failure,
-        )
-        pending.average = changes_blocks(sources, blocks)
-        note_new_pieces(view, saved["adam_mini"], sources, pending)
+    if isinstance(source, StoredParameters):
+        pending.average = changes_blocks(source.sources, view.inner.plan.parameters)
+        note_new_pieces(view, saved[IDENTITY], source.sources, pending)
         start_new_pieces(view, pending)
-
-        def check() -> None:
-            for plan in (p for p in view.inner.plan.buffers if firsts[p.domain]):
-                for placement in (p for held in plan.slices for p in held.bucket.placements):
-                    source = sources[placement.parameter]
-                    if source is not None:
-                        _stored_parameter(stored[PARAMETERS], source, placement)
-
-        def values_of(number: int, bucket: int) -> BucketValues:
-            return _bucket_of_parameters(view, stored[PARAMETERS], sources, number, bucket)
-    else:
-
-        def check() -> None:
-            for number, domain in enumerate(of_buffer):
-                if firsts[domain]:
-                    _buffer_of_adam(view, stored, number)
-
-        def values_of(number: int, bucket: int) -> BucketValues:
-            return _bucket_of_adam(view, stored, number, bucket)
-
-    on_all_ranks(check, failure)  # before any rank waits for another
     for number, bucket in _buckets(view):
         group, first = groups[of_buffer[number]], firsts[of_buffer[number]]
-        whole = values_of(number, bucket) if first else {}
+        whole = source.bucket(number, bucket) if first else {}
         window = view.inner.plan.buffers[number].slices[bucket].window
         mine = {
-            kind: _scattered(whole.get(kind), group, window.numel, view.inner.device)
+            kind: scattered(whole.get(kind), group, window.numel, view.inner.device)
             for kind in KINDS
         }
         for index, piece in _pieces(view, number, bucket):
@@ -185,6 +156,53 @@ def scatter(
     _set_v(view, pending)  # m may be stored relative to it
     for state, window, floats in pending.floats:
         state.store(window, floats)
+
+
+def _refuse_mixture(saved: Mapping[str, Any]) -> None:
+    """Check that all ranks have state of one kind; all ranks must call it.
+
+    Args:
+        saved: the identity of the state, under its key; empty for state of Adam.
+
+    Raises:
+        ValueError: they have not.
+    """
+    first, *others = gather_objects(short_hash(saved))
+    other = next((rank for rank, found in enumerate(others, 1) if found != first), None)
+    if other is not None:
+        raise ValueError(
+            f"Ranks 0 and {other} have optimizer state of different runs: of Adam-mini and of "
+            "Adam, or with other options. Load files of one checkpoint, or use --no-load-optim."
+        )
+
+
+def _checked(
+    view: StateView,
+    saved: Mapping[str, Any] | None,
+    stored: Mapping[Any, Any],
+    firsts: Sequence[bool],
+) -> StoredParameters | StoredBuffers:
+    """Return what is stored as this run's buckets, if it fits.
+
+    Args:
+        view: the optimizer.
+        saved: identity of the state, ``None`` if it is of Adam.
+        stored: the state; empty on ranks that do not read it.
+        firsts: by domain, whether this rank does.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    found: StoredParameters | StoredBuffers = StoredBuffers(view, stored)
+    if saved is not None:
+        sources = partition_of_checkpoint(
+            saved, view.manifest, view.inner.config, view.inner.plan.parameters
+        )
+        found = StoredParameters(view, stored.get(PARAMETERS, {}), sources)
+    for number, buffer in enumerate(view.inner.plan.buffers):
+        if firsts[buffer.domain]:
+            found.check(number)
+    return found
 
 
 def _set_v(view: StateView, pending: PendingLoad) -> None:
@@ -218,176 +236,22 @@ def _in_slice(piece: Piece, start: int) -> slice:
     return slice(here.start - start, here.stop - start)
 
 
-def _slice_values(view: StateView, number: int, bucket: int) -> dict[str, Tensor]:
+def _slice_values(view: StateView, number: int, bucket: int) -> BucketValues:
     """Return this rank's slice of a bucket: float32, on the CPU, gaps between parameters zero."""
     window = view.inner.plan.buffers[number].slices[bucket].window
-    values = {kind: torch.zeros(window.numel, dtype=torch.float32, device=HOST) for kind in KINDS}
+    values = no_values(window.numel)
     for _, piece in _pieces(view, number, bucket):
         here, state = _in_slice(piece, window.in_buffer.start), view.state_of(piece)
-        for where, part in piece.window.parts():
-            for kind in ("param", "exp_avg"):
-                values[kind][here][where] = state.as_float32(part, kind)
+        for kind in ("param", "exp_avg"):
+            copy_float32(state, kind, piece.window, values[kind][here])
         stored = view.state.v_of_elements if piece.is_elementwise else view.state.v_of_segments
         v = stored(piece).to(HOST)
         values["exp_avg_sq"][here] = v_per_element(view.inner.plan, piece, v)
     return values
 
 
-def _bucket_of_parameters(
-    view: StateView,
-    parameters: Mapping[str, Mapping[str, Tensor]],
-    sources: Sequence[ParameterBlocks | None],
-    number: int,
-    bucket: int,
-) -> BucketValues:
-    """Lay stored parameters out as a bucket of this run."""
-    layout = view.inner.plan.buffers[number].slices[bucket].bucket
-    whole = {kind: torch.zeros(layout.numel, dtype=torch.float32, device=HOST) for kind in KINDS}
-    for placement in layout.placements:
-        source = sources[placement.parameter]
-        if source is None:
-            continue
-        stored = _stored_parameter(parameters, source, placement)
-        for kind, flat in whole.items():
-            values = stored[kind]
-            if kind == "exp_avg_sq" and source.pattern is not None:
-                columns = stored.get(COLUMNS)
-                values = elements_of(source, values, columns, 0, source.info.numel)
-            flat[placement.start : placement.end] = values
-    return whole
-
-
-def _v_of_blocks(blocks: ParameterBlocks, elements: Tensor) -> dict[str, Tensor]:
-    """Return v of rows, and of columns if there are any, from v of all elements of a shard."""
-    rows, columns = rows_and_columns_of(blocks, elements)
-    return {"exp_avg_sq": rows} | ({} if columns is None else {COLUMNS: columns})
-
-
-def _stored_parameter(
-    parameters: Mapping[str, Mapping[str, Tensor]], source: ParameterBlocks, placement: Placement
-) -> Mapping[str, Tensor]:
-    key, numel = source.info.checkpoint_key, placement.end - placement.start
-    found = parameters.get(key)
-    if found is None or found["param"].numel() != numel:
-        has = "lacks it" if found is None else f"has {found['param'].numel()} elements of it"
-        raise ValueError(
-            f"This rank has {numel} elements of {key!r}, and the file of the checkpoint {has}: it "
-            "was saved under another tensor- or pipeline-parallel layout, and format torch loads "
-            "under its own only. Load it under that layout and save it with --ckpt-format "
-            "torch_dist (or --ckpt-convert-format torch_dist), which loads under any."
-        )
-    return found
-
-
-def _bucket_of_adam(
-    view: StateView, stored: Mapping[Any, Any], number: int, bucket: int
-) -> BucketValues:
-    """Lay a buffer of Megatron's Adam out as a bucket: there, buckets lack their padding."""
-    found, sizes = _buffer_of_adam(view, stored, number)
-    begin, numel = sum(sizes[:bucket]), view.inner.plan.buffers[number].slices[bucket].bucket.numel
-    whole = {kind: torch.zeros(numel, dtype=torch.float32, device=HOST) for kind in KINDS}
-    for kind, flat in whole.items():
-        flat[: sizes[bucket]] = found[kind][begin : begin + sizes[bucket]]
-    return whole
-
-
-def _buffer_of_adam(
-    view: StateView, stored: Mapping[Any, Any], number: int
-) -> tuple[dict[str, Any], list[int]]:
-    """Return a buffer's entry in the state of Adam, and the sizes of its buckets there."""
-    buffer = view.inner.buffers[number]
-    assert isinstance(buffer, ShardedBuffer)
-    buckets = range(len(view.inner.plan.buffers[number].slices))
-    sizes = [buffer.unpadded_numel(index) for index in buckets]
-    members = stored.get(MEMBERS, (stored,))
-    domain = view.inner.plan.buffers[number].domain
-    found = buffer.of_megatrons_state(members[domain] or {}) if domain < len(members) else None
-    if found is None or found["numel_unpadded"] != sum(sizes):
-        has = "nothing" if found is None else f"{found['numel_unpadded']} elements"
-        raise ValueError(
-            f"The file of Megatron's Adam has {has} for buffer {number}, this rank "
-            f"{sum(sizes)} elements. Format torch loads under the layout that it was saved with; "
-            "save it again with --ckpt-format torch_dist, or use --no-load-optim."
-        )
-    return found, sizes
-
-
-def _gathered(
-    values: Tensor, group: ProcessGroup | None, device: torch.device, everywhere: bool
-) -> Tensor:
-    """Join the slices of all ranks, in the order of ranks; all of it on the CPU.
-
-    Args:
-        values: this rank's slice.
-        group: all ranks, or ``None``.
-        device: of the model, through which parts are sent unless the group is gloo's.
-        everywhere: whether to return it on all ranks; otherwise on the first, on others anything.
-    """
-    if group is None:
-        return values
-    receives = everywhere or group.rank() == 0
-    whole = torch.empty(
-        group.size() if receives else 0, len(values), dtype=torch.float32, device=HOST
-    )
-    for part in _parts(len(values), group):
-        mine = values[part].to(_device_of(group, device))
-        slices = [torch.empty_like(mine) for _ in range(group.size() if receives else 0)]
-        if everywhere:
-            distributed.all_gather(slices, mine, group=group)
-        else:
-            first = distributed.get_global_rank(group, 0)
-            distributed.gather(mine, slices or None, dst=first, group=group)
-        for row, received in zip(whole, slices, strict=True):
-            row[part] = received
-    return whole.view(-1)
-
-
-def _scattered(
-    whole: Tensor | None, group: ProcessGroup | None, numel: int, device: torch.device
-) -> Tensor:
-    """Return this rank's slice of what the first rank has; both on the CPU."""
-    if group is None:
-        assert whole is not None
-        return whole
-    mine = torch.empty(numel, dtype=torch.float32, device=HOST)
-    first = distributed.get_global_rank(group, 0)
-    for part in _parts(numel, group):
-        slices = None
-        if whole is not None:
-            rows = whole.view(group.size(), numel)
-            slices = [row[part].to(_device_of(group, device)) for row in rows]
-        received = torch.empty(
-            len(mine[part]), dtype=torch.float32, device=_device_of(group, device)
-        )
-        distributed.scatter(received, slices, src=first, group=group)
-        mine[part] = received
-    return mine
-
-
-def _parts(numel: int, group: ProcessGroup) -> list[slice]:
-    """Return parts of a slice, so short that those of all ranks together take little memory."""
-    length = max(PART_NUMEL // group.size(), 1)
-    return [slice(begin, min(begin + length, numel)) for begin in range(0, numel, length)]
-
-
 def _as_mapping(stored: Any) -> dict[Any, Any]:
     return {MEMBERS: stored} if isinstance(stored, list) else dict(stored)
-
-
-def _is_first(group: ProcessGroup | None) -> bool:
-    return group is None or group.rank() == 0
-
-
-def _from_first(value: dict[str, Any], group: ProcessGroup | None) -> dict[str, Any]:
-    if group is None:
-        return value
-    found: list[dict[str, Any]] = [value]
-    distributed.broadcast_object_list(found, src=distributed.get_global_rank(group, 0), group=group)
-    return found[0]
-
-
-def _device_of(group: ProcessGroup, device: torch.device) -> torch.device:
-    return HOST if distributed.get_backend(group) == "gloo" else device
 
 
 def read_file(filename: str, *, check: bool) -> Any:

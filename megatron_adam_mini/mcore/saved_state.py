@@ -1,25 +1,23 @@
 """The state of one rank between steps: saved, loaded, moved, set from other weights.
 
-Imports ``distributed_names``, ``state_part`` (``torch_dist`` checkpoints) and ``parameter_state``
-(Megatron's older format ``torch``).
+Imports ``distributed_names`` and ``state_part`` (checkpoints in ``torch_dist``). ``gathered_state``
+adds Megatron's older format ``torch``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megatron_adam_mini.agreement import on_all_ranks
-from megatron_adam_mini.mcore import checkpoint, compat, parameter_state
+from megatron_adam_mini.mcore import checkpoint, compat
 from megatron_adam_mini.mcore.distributed_names import DistributedNames
 from megatron_adam_mini.mcore.model_space import ModelEntries
 from megatron_adam_mini.mcore.model_weights import weights_by_parameter
 from megatron_adam_mini.mcore.param_groups import take_bounds
-from megatron_adam_mini.mcore.preflight import refuse_experts_in_format_torch
 from megatron_adam_mini.mcore.quantized import values_of
 from megatron_adam_mini.mcore.state_part import StatePart, part_of
 from megatron_adam_mini.mcore.state_view import DomainPart, StateView
@@ -49,6 +47,8 @@ class SavedState(DistributedNames):
     ) -> dict[str, Any]:
         """Return what this rank writes to a ``torch_dist`` checkpoint, or reads from one.
 
+        All ranks must call it: which of them find an error depends on the parameters they hold.
+
         Args:
             model_sharded_state_dict: the model's whole sharded state dict.
             is_loading: whether to read.
@@ -58,10 +58,13 @@ class SavedState(DistributedNames):
         Raises:
             ValueError: the model's state dict lacks a parameter.
         """
-        part = StatePart(self, ModelEntries(model_sharded_state_dict))
-        if not is_loading:
-            return part.to_save()
-        return on_all_ranks(lambda: part.to_load(metadata), "Adam-mini's state cannot be loaded")
+
+        def make() -> dict[str, Any]:
+            part = StatePart(self, ModelEntries(model_sharded_state_dict))
+            return part.to_load(metadata) if is_loading else part.to_save()
+
+        verb = "loaded" if is_loading else "saved"
+        return on_all_ranks(make, f"Adam-mini's state cannot be {verb}")
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -72,9 +75,6 @@ class SavedState(DistributedNames):
             ValueError: nothing was read, or it does not fit this run.
         """
         part = part_of(state_dict)
-        if part is None and "optimizer" in state_dict:
-            self._load_legacy(state_dict)
-            return
         if part is None:
             raise RuntimeError(
                 "Adam-mini's load_state_dict needs what state_dict() returned; or, for a "
@@ -153,112 +153,6 @@ class SavedState(DistributedNames):
             "distributed_optimizer": int(self.ddp_config.use_distributed_optimizer),
             **experts,
         }
-
-    # Megatron's older format ``torch``.
-
-    @torch.no_grad()
-    def state_dict(self, is_loading: bool = False) -> dict[str, Any]:
-        """Return groups, steps and loss scale: what ``--ckpt-format torch`` saves with the model.
-
-        With the distributed optimizer the rest is in the file of :meth:`save_parameter_state`;
-        without it, it is in the dict, too.
-        """
-        groups = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
-        found: dict[str, Any] = {"optimizer": {"param_groups": groups}}
-        if self.grad_scaler is not None:
-            found["grad_scaler"] = self.grad_scaler.state_dict()
-        with self.optimizer.left_where_it_is():
-            view = self.state_view(to_save=True)
-            found["adam_mini"] = parameter_state.identity(view)
-            if not self.ddp_config.use_distributed_optimizer and not is_loading:
-                found["parameter_state"] = parameter_state.gather(view, self._no_groups())
-        return found
-
-    def _load_legacy(self, state_dict: dict[str, Any]) -> None:
-        checkpoint.load_common(self.state_view(), state_dict)
-        if not self.ddp_config.use_distributed_optimizer:
-            if "parameter_state" not in state_dict:
-                raise ValueError(
-                    "The checkpoint's optimizer state has no parameter state of Adam-mini: it was "
-                    "saved with --use-distributed-optimizer, or by another optimizer. Load it as "
-                    "it was saved, or use --no-load-optim."
-                )
-            parameter_state.scatter(
-                self.state_view(), self._no_groups(), lambda: state_dict["parameter_state"]
-            )
-
-    def get_parameter_state_dp_zero(
-        self,
-        use_gloo_comm: bool = True,
-        empty_data: bool = False,
-        return_on_all_ranks: bool = False,
-    ) -> dict[str, Any] | None:
-        """Gather the state of all parameters on the first data-parallel rank, on the CPU.
-
-        That of experts on the first of their own data-parallel group.
-
-        Args:
-            use_gloo_comm: gather through Megatron's gloo group, if there is one.
-            empty_data: return zeros.
-            return_on_all_ranks: return it on all ranks, instead of ``None`` on the others.
-        """
-        groups = self._groups_to_gather(use_gloo=use_gloo_comm)
-        with self.optimizer.left_where_it_is():
-            view = self.state_view(to_save=True)
-            return parameter_state.gather(
-                view, groups, everywhere=return_on_all_ranks, empty=empty_data
-            )
-
-    def _groups_to_gather(self, *, use_gloo: bool) -> list[ProcessGroup | None]:
-        """Return the data-parallel group of each domain, Megatron's gloo groups if wanted."""
-        if len(self.domain_groups) > 1:
-            refuse_experts_in_format_torch(
-                tp_size=self.tp_group.size(), expert_tp_size=self.expert_tp_group.size()
-            )
-        gloo = self._gloo_groups() if use_gloo else self._no_groups()
-        return [
-            on_cpu or groups.dp for on_cpu, groups in zip(gloo, self.domain_groups, strict=True)
-        ]
-
-    def _no_groups(self) -> list[ProcessGroup | None]:
-        return [None] * len(self.domain_groups)
-
-    def save_parameter_state(self, filename: str) -> None:
-        """Save :meth:`get_parameter_state_dp_zero` to a file; all ranks must call it."""
-        found = self.get_parameter_state_dp_zero()
-        if found is not None and self.distributed_optimizer_instance_id == 0:
-            torch.save(found, filename)
-
-    def load_parameter_state(self, filename: str, *, update_legacy_format: bool = False) -> None:
-        """Load the file of :meth:`save_parameter_state`, or that of Megatron's Adam.
-
-        All ranks must call it; only the first of each data-parallel group reads.
-
-        Raises:
-            ValueError: the file is damaged, or of another layout.
-        """
-        self._load_parameter_state(
-            lambda: parameter_state.read_file(filename, check=self.inner.config.check_files),
-            update_legacy_format,
-        )
-
-    def load_parameter_state_from_dp_zero(
-        self, state_dict: dict[str, Any] | None, *, update_legacy_format: bool = False
-    ) -> None:
-        """Load what :meth:`get_parameter_state_dp_zero` returned; others than the first: any."""
-        self._load_parameter_state(lambda: state_dict or {}, update_legacy_format)
-
-    @torch.no_grad()
-    def _load_parameter_state(self, read: Callable[[], Any], update_legacy_format: bool) -> None:
-        if update_legacy_format:
-            raise NotImplementedError(
-                "--ckpt-convert-update-legacy-dist-opt-format is for files of Megatron's Adam from "
-                "before February 2024. Convert them with --optimizer adam first."
-            )
-        groups = self._groups_to_gather(use_gloo=True)
-        parameter_state.scatter(self.state_view(), groups, read)
-        self._quantize_weights()
-        self._sync_weights()
 
     def _sync_weights(self) -> None:
         # Megatron loads the model's weights itself, and they need not be the rounded main
