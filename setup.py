@@ -65,10 +65,7 @@ def extensions() -> list[Extension]:
         Extension(
             "megatron_adam_mini.kernels._cpu",
             sources=["megatron_adam_mini/kernels/cpu.cpp"],
-            depends=[
-                "megatron_adam_mini/kernels/cpu_kernels.inc",
-                "megatron_adam_mini/kernels/cpu_columns.inc",
-            ],
+            depends=sorted(map(str, Path("megatron_adam_mini/kernels").glob("*.inc"))),
             extra_compile_args=flags,
             extra_link_args=flags,
             language="c++",

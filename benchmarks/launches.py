@@ -144,7 +144,7 @@ def count_launches(plan: StepPlan, options: AdamMiniConfig | None = None) -> Lau
         if programs:
             names[f"triton {kernel.fn.__name__}"] += 1
 
-    with alone(optimizer, names), patch.object(optimizer.kernels, "_launch", launch):
+    with alone(optimizer, names), patch.object(optimizer.kernels, "launch", launch):
         step(optimizer)  # makes the launch tables
         names.clear()
         recorder = Recorder()
@@ -202,7 +202,7 @@ def alone(optimizer: AdamMini, names: Counter[str]) -> Iterator[None]:
     used = ("all_reduce", "all_gather_into_tensor", "all_to_all_single")
     with (
         patch.object(optimizer.main_params, "attach", lambda: state),
-        patch.object(optimizer.kernels, "_on", lambda _: nullcontext()),
+        patch.object(optimizer.kernels, "on_device_of", lambda _: nullcontext()),
         patch.object(distributed, "is_initialized", lambda: True),
         patch.multiple(distributed, **{name: collective(name) for name in used}),
     ):

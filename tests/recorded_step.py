@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from megatron_adam_mini.decision import Decision
 from megatron_adam_mini.exchange import alone
-from megatron_adam_mini.kernels import triton_gpu
+from megatron_adam_mini.kernels import triton_gpu, triton_launch
 from megatron_adam_mini.optimizer import AdamMini
 
 #: What reads the device's memory on the host.
@@ -36,9 +36,9 @@ class Recording(TorchDispatchMode):
         self._interpreting = False
 
     def launch(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-        """Take the place of ``triton_gpu._launch``."""
+        """Take the place of ``triton_gpu.launch``."""
         if programs:
-            run, constants = kernel[(programs,)], constants | triton_gpu.OPTIONS
+            run, constants = kernel[(programs,)], constants | triton_launch.OPTIONS
             self._interpreting = True
             run(*arguments, **constants)
             self._interpreting = False
@@ -83,7 +83,7 @@ class Recording(TorchDispatchMode):
 def record(optimizer: AdamMini, **options: Any) -> Recording:
     """Take a step without other ranks, and return what it launched; does not count the step."""
     recording = Recording()
-    with alone(), patch.object(triton_gpu, "_launch", recording.launch), recording:
+    with alone(), patch.object(triton_gpu, "launch", recording.launch), recording:
         _launch(optimizer, **options)
     return recording
 

@@ -52,8 +52,8 @@ class Checkout:
             shutil.copy(ROOT / name, self.root)
         kernels = self.root / "megatron_adam_mini/kernels"
         kernels.mkdir(parents=True)
-        for name in ("cpu.cpp", "cpu_kernels.inc", "cpu_columns.inc"):
-            shutil.copy(ROOT / "megatron_adam_mini/kernels" / name, kernels)
+        for path in (ROOT / "megatron_adam_mini/kernels").glob("cpu*.[ci]*"):
+            shutil.copy(path, kernels)
         for name in ("sh", "dirname", "cat", "cksum", "tr", "sed", "rm", "mkdir", "cp"):
             tool = shutil.which(name)
             assert tool is not None, name

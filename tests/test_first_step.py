@@ -104,7 +104,7 @@ def without_new_tables() -> Iterator[None]:
 
 
 def check_launches(mode: str) -> None:
-    from megatron_adam_mini.kernels import triton_gpu
+    from megatron_adam_mini.kernels import triton_gpu, triton_launch_tables
 
     optimizer = make_rank(mode, "reference")
     optimizer.kernels = triton_gpu
@@ -112,7 +112,7 @@ def check_launches(mode: str) -> None:
         optimizer.warm_up(clip_grad=1.0, inv_scale=torch.tensor([1.0]))
         assert compiled
         known = set(compiled)
-        with patch.object(triton_gpu, "_on_device", None):  # it makes no tables either
+        with patch.object(triton_launch_tables, "to_device", None):  # it makes no tables either
             take_step(optimizer)
     assert compiled == known
 
@@ -149,8 +149,8 @@ def recorded_launches(triton_gpu: Any) -> Iterator[set[tuple[Any, ...]]]:
             found.add((kernel.fn.__name__, tuple(kinds), tuple(sorted(constants.items()))))
 
     with (
-        patch.object(triton_gpu, "_launch", launch),
-        patch.object(triton_gpu, "_on", lambda _: nullcontext()),
+        patch.object(triton_gpu, "launch", launch),
+        patch.object(triton_gpu, "on_device_of", lambda _: nullcontext()),
     ):
         yield found
 

@@ -66,7 +66,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_adam_mini.kernels import triton_gpu
+from megatron_adam_mini.kernels import triton_gpu, triton_launch
 
 ROOT = Path(__file__).parents[1]
 
@@ -128,8 +128,8 @@ def recorded(monkeypatch, calls):
             launches.append((kernel, named, constants))
 
     with monkeypatch.context() as patched:
-        patched.setattr(triton_gpu, "_launch", record)
-        patched.setattr(triton_gpu, "_on", lambda _: nullcontext())
+        patched.setattr(triton_gpu, "launch", record)
+        patched.setattr(triton_gpu, "on_device_of", lambda _: nullcontext())
         for call, case in calls:
             call(case, triton_gpu)
     return launches
@@ -181,7 +181,7 @@ class Compiled:
         self.target = GPUTarget("cuda", capability, 32)
 
     def compile(self):
-        result = triton.compile(self.source, target=self.target, options=triton_gpu.OPTIONS)
+        result = triton.compile(self.source, target=self.target, options=triton_launch.OPTIONS)
         self.ttir = result.asm["ttir"]
         self.ptx = result.asm["ptx"]
         self.cubin = result.asm["cubin"]
@@ -230,7 +230,7 @@ class Compiled:
             names += ["weight"] if (joined if kind == "ld" else written) else []
         if kind == "ld":
             names += ["grad"] if self.once else ["grad", "grad"]
-        per_thread = TILE_NUMEL // (32 * triton_gpu.OPTIONS["num_warps"]) // self.vec
+        per_thread = TILE_NUMEL // (32 * triton_launch.OPTIONS["num_warps"]) // self.vec
         sizes = [self.arguments[n].element_size() for n in names if self.arguments[n] is not None]
         # Four bytes are no vector.
         sizes = [size for size in sizes if size * self.vec > 4]

@@ -247,9 +247,9 @@ def main() -> int:
     options = parser.parse_args()
     device = measure.device(options.device)
     if options.launch:
-        from megatron_adam_mini.kernels import triton_gpu
+        from megatron_adam_mini.kernels import triton_launch
 
-        triton_gpu.OPTIONS.update({k: int(v) for k, v in (o.split("=") for o in options.launch)})
+        triton_launch.OPTIONS.update({k: int(v) for k, v in (o.split("=") for o in options.launch)})
     record = measure.Record(options.name, device, launch=options.launch, samples=options.samples)
     peak = 0.0
     with record.guard("ceilings"):

@@ -1,7 +1,8 @@
 """The arithmetic of a step on flat tensors; each backend has the same functions.
 
 ``reference`` (plain torch) is the specification: results of another backend may differ from it only
-by the rounding that the order of additions causes. ``cpu`` is C++, ``triton`` is for GPUs.
+by the rounding that the order of additions causes. ``cpu`` calls C++ (``cpu.cpp``, which includes
+``cpu_*.inc``); ``triton_gpu`` launches the kernels of ``triton_*_kernels``.
 
 Arguments are the same everywhere: tensors of a buffer, a segment table, vectors with one entry per
 segment, the numbers of the step. Data flow: gradients -> ``segment_sum_sq_`` -> ``ordered_sum_``

@@ -1,7 +1,7 @@
 """How the fast kernels cut runs of rows into rectangles, whose columns they treat side by side.
 
 Imports numpy. Data flow: ColumnTable -> **rectangles, sums of their parts** -> kernels (``cpu``,
-``triton_gpu``).
+``triton_launch_tables``).
 
 A *line* is a row of a run, or several if rows are short, so that vectors have something to do. A
 run begins with its first line, wherever that is in the weight; what is left at its end is shorter.

@@ -1,8 +1,8 @@
 // CPU kernels of Adam-mini behind a C interface, without torch or Python headers.
 //
-// The loops are in cpu_kernels.inc and cpu_columns.inc, which are compiled once per instruction set;
-// the functions below pick the best that the processor has. Signatures and meaning: kernels/reference.py. The caller
-// (kernels/cpu.py) has checked sizes and the dtypes of slices; vectors have those of reference.py.
+// The loops are in cpu_kernels.inc, which is compiled once per instruction set; the functions below
+// pick the best that the processor has. Signatures and meaning: reference.py. The caller (cpu.py)
+// has checked sizes and the dtypes of slices; vectors have those of reference.py.
 //
 // Compiled with -ffp-contract=off: the instruction sets then give the same bits.
 
@@ -72,7 +72,6 @@ inline bool is_finite(float value) {
 
 namespace baseline {
 #include "cpu_kernels.inc"
-#include "cpu_columns.inc"
 }
 
 // Before GCC 11 the names of x86-64 levels are not known; then, as with clang, the baseline serves.
@@ -82,14 +81,12 @@ namespace baseline {
 #pragma GCC target("arch=x86-64-v3")
 namespace avx2 {
 #include "cpu_kernels.inc"
-#include "cpu_columns.inc"
 }
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 namespace avx512 {
 #include "cpu_kernels.inc"
-#include "cpu_columns.inc"
 }
 #pragma GCC pop_options
 #endif

@@ -1,7 +1,7 @@
 """How tiles of the Triton kernels lie in device memory: several fields in each 64-bit word.
 
-Imports numpy. Data flow: tiles of ``triton_tiles`` -> **words** -> launch tables (``triton_gpu``).
-The kernels, which take the words apart again, use ``_place`` and ``_pair`` of ``triton_kernels``.
+Imports numpy. Data flow: tiles of ``triton_tiles`` -> **words** -> ``triton_launch_tables``.
+The kernels take the words apart again in ``triton_addresses``.
 
 A word is a number, or one of two kinds. A *place* has a position in its upper 48 bits, which stand
 for positions up to 1.4e14 of either sign, and a number below 65,536 in the others. A *pair* has two

@@ -1,7 +1,7 @@
 """How the Triton kernels cut a table of segments into tiles, one per program.
 
 Imports numpy. Data flow: SegmentTable, ColumnTable -> **windows, row tiles** -> launch tables
-(triton_gpu). Rectangles of columns, for sums: ``column_tiles``.
+(``triton_launch_tables``). Rectangles of columns, for sums: ``column_tiles``.
 
 Alignment is decided here, once and from integers. Kernels move ``vec`` elements per access; a tile
 suits this if each of its vectors lies in one segment, entirely inside the tile, at a multiple of
