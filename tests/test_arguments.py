@@ -606,9 +606,9 @@ def test_untested_version_of_megatron_core_warns_once_with_both_versions():
     assert "install megatron-core==0.19.2" in warning
 
 
-@pytest.mark.parametrize("version", [None, "0.19.2", "0.19.2+c9434831"])
+@pytest.mark.parametrize("version", [None, "0.19.2", "0.19.2+c9434831", "0.19.1"])
 def test_tested_version_does_not_warn(version):
-    """Also not within a git folder, whose commit Megatron-Core adds to its version."""
+    """Nor one with the commit of a git folder around it, nor the version of tag core_v0.19.0."""
     assert only(run_ranks(1, warnings_at_registration, version)) == []
 
 

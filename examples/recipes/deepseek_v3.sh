@@ -18,6 +18,7 @@ LAYOUT=(
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP"
     --decoder-last-pipeline-num-layers "$LAST_LAYERS"
     --expert-model-parallel-size "$EP" --expert-tensor-parallel-size 1
+    --adam-mini-preset row # heads of latent attention are bad blocks, see docs/partition.md
 )
 TRAINING=(
     --moe-router-num-groups 8 --moe-router-group-topk 4 --moe-router-score-function sigmoid

@@ -34,6 +34,9 @@ from torch.nn import Module, Parameter
 TESTED_VERSIONS = ("0.16.1", "0.17.1", "0.18.2", "0.19.2", "0.20.0")
 #: The one that the whole test-suite runs on.
 SUITE_VERSION = "0.19.2"
+#: What Megatron-LM's tag core_v0.19.0 calls itself; no file that Adam-mini reads or wraps differs
+#: from that of 0.19.2.
+SAME_AS_SUITE_VERSION = "0.19.1"
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +150,7 @@ TRAINING_LOG = Hook("megatron.training.training", "training_log")
 def warn_if_untested() -> None:
     """Warn, once per registration, if this release of Megatron-Core was not tested."""
     # Megatron-Core appends the commit of any git folder that contains it: 0.19.2+c943483.
-    if MCORE_VERSION.partition("+")[0] not in TESTED_VERSIONS:
+    if MCORE_VERSION.partition("+")[0] not in (*TESTED_VERSIONS, SAME_AS_SUITE_VERSION):
         logger.warning(
             "megatron-adam-mini was tested with megatron-core %s, but this is %s. Run "
             "`tools/releases.sh` of megatron-adam-mini with it before a long run, or install "
