@@ -68,6 +68,11 @@ with contextlib.suppress(ImportError):  # since 0.17
     ArgumentGroupFactory._get_field_docstrings = classmethod(lambda _, kind: dict(_help_of(kind)))
     megatron.training.arguments.add_megatron_arguments(argparse.ArgumentParser())
 
+if os.environ.get("TRITON_INTERPRET") == "1":  # see test_backends.py
+    import tests.triton_interpreter
+
+    tests.triton_interpreter.install()
+
 # Ranks share these objects with the server for as long as nobody touches them.
 gc.collect()
 gc.freeze()

@@ -20,6 +20,7 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run by tests/test_triton.py"
 
 from megatron_adam_mini.kernels import reference, triton_gpu
 from megatron_adam_mini.plan.ordered_sums import OrderedSums
+from tests import triton_interpreter
 from tests.triton_cases import (
     COLUMNS,
     COLUMNS_IN_PARTS,
@@ -42,6 +43,8 @@ from tests.triton_cases import (
     update_in_one_pass,
 )  # fmt: skip
 from tests.warm_up import assert_unchanged, lasting, make_rank
+
+triton_interpreter.install()
 
 #: Squares are added in float32 within 16,384 elements: some ten roundings of 2**-24 in a row by
 #: one thread, and a tree of at most 11 levels.

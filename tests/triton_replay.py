@@ -14,8 +14,11 @@ import torch
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by tests/test_triton.py"
 
 from megatron_adam_mini.optimizer import AdamMini
+from tests import triton_interpreter
 from tests.recorded_step import record
 from tests.warm_up import make_rank
+
+triton_interpreter.install()
 
 MODES = ["small state, bf16 gradients", "columns", "elementwise", "single phase"]
 
