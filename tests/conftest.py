@@ -27,10 +27,20 @@ FOLDERS = (ROOT / "tests", ROOT / "examples")
 #: Where subprocess and multiprocessing begin; whoever called these asked for a process.
 STANDARD = {subprocess.__file__, multiprocessing.process.__file__}
 
+#: Take half a minute each. They come first: a worker that begins one last lets the others wait.
+LONG = (
+    "tests/test_triton.py::test_interpreted",
+    "tests/test_soak.py::test_changing_layouts_and_kills_leave_the_run_as_it_was",
+    "tests/test_backends.py::test_triton_equals_the_oracle",
+    "tests/test_evidence.py::test_the_whole_program",
+    "tests/test_releases.py::test_the_oldest_wheel_trains_and_reshards",
+)
+
 _running: pytest.Item | None = None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.nodeid not in LONG)
     for item in items:
         if isinstance(item, pytest.Function) and starts_processes(*functions_of(item)):
             item.add_marker("processes")
