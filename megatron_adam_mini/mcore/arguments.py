@@ -176,9 +176,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         NotImplementedError: a combination is not supported.
     """
     refuse_unsupported(args)
+    options = config_from_args(args)
     if args.fp8_param_gather:
-        refuse_with_fp8_weights(args, param_remainders=config_from_args(args).param_remainders)
-    if config_from_args(args).param_remainders and not args.bf16:
+        refuse_with_fp8_weights(args, param_remainders=options.param_remainders)
+    if options.param_remainders and not args.bf16:
         flag = "--adam-mini-lean" if args.adam_mini_lean else "--adam-mini-param-remainders"
         raise ValueError(
             f"{flag} needs --bf16: 16 bits complete a bfloat16 weight to its float32 main "

@@ -122,7 +122,8 @@ def refuse_with_fp8_weights(*sources: Any, param_remainders: bool) -> None:
     if not all(getattr(source, "use_distributed_optimizer", True) for source in sources):
         flag, remedy = "state that is not distributed", "add --use-distributed-optimizer"
         found.append((flag, "weights are quantized from the main parameters of buckets", remedy))
-    for flag, reason, remedy in found:
+    if found:
+        flag, reason, remedy = found[0]
         raise NotImplementedError(
             f"--optimizer adam_mini does not support --fp8-param-gather with {flag}: {reason}. "
             f"Remedy: {remedy}."

@@ -61,7 +61,7 @@ def refuse_qk_clip(config: Any) -> None:
 
 
 def refuse_columns(parameters: Sequence[ParameterBlocks], config: Any, backend: Any) -> None:
-    """Refuse one v per column where it has no meaning, or where this release cannot have it.
+    """Refuse one v per column where it has no meaning, or where kernels or layers cannot have it.
 
     Args:
         parameters: of the rank.
