@@ -232,8 +232,8 @@ class AdamMini(Optimizer):
         self._shards, self._made = {}, True
 
     def _plan(self) -> tuple[dict[Tensor, Blocks], PlanRecord]:
-        self._local_shards()
         blocks = partition_groups(self.param_groups, self.config)
+        self._shards_of(is_trained, blocks)  # not kept: what cannot be made is an error now
         matched = matched_patterns(blocks, self.config)
         return blocks, PlanRecord(rules=asdict(self.config), matched=matched)
 
@@ -244,10 +244,14 @@ class AdamMini(Optimizer):
             self._shards = self._shards_of(is_trained)
         return self._shards
 
-    def _shards_of(self, wanted: Callable[[Tensor], bool]) -> dict[Tensor, LocalShard]:
+    def _shards_of(
+        self, wanted: Callable[[Tensor], bool], blocks: Mapping[Tensor, Blocks] | None = None
+    ) -> dict[Tensor, LocalShard]:
+        if blocks is None:
+            blocks = partition_groups(self.param_groups, self.config)
         return {
-            param: LocalShard(param, blocks, select_backend(self.config.backend, param.device))
-            for param, blocks in partition_groups(self.param_groups, self.config).items()
+            param: LocalShard(param, made, select_backend(self.config.backend, param.device))
+            for param, made in blocks.items()
             if wanted(param)
         }
 
