@@ -80,6 +80,19 @@ class Collectives:
         self._after_tp = OrderedSums.joined([plan.after_tp for plan in rows])
         self._in_flight: list[exchange.Work] = []
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sums, of what is exchanged, and of the tables made so far for both."""
+        tables = (
+            self._own_columns,
+            self._columns_over_dp,
+            self._columns_over_tp,
+            self._before_dp,
+            self._between,
+            self._after_tp,
+        )
+        return self._values.nbytes + sum(table.derived_bytes for table in tables)
+
     def start_(self) -> None:
         """Complete sums over data parallelism (in place) and start those over tensor parallelism.
 

@@ -444,11 +444,13 @@ class AdamMini:
     def state_bytes(self) -> dict[str, int]:
         """Return the allocated bytes of this rank's optimizer state by kind.
 
-        ``host_...`` are in host memory, all others on the device. ``launch_tables``: what kernels
-        walk, made by :meth:`warm_up` or the first step.
+        ``host_...`` are in host memory, all others on the device. ``step_vectors``: vectors with
+        one entry per segment, and what completes sums over ranks. ``launch_tables``: what kernels
+        walk. Tables are made by :meth:`warm_up` or the first step.
         """
         overlapped, host = self.overlapped_sums, self._host
         others = {
+            "step_vectors": self.vectors.nbytes + self.collectives.nbytes,
             "launch_tables": sum(table.derived_bytes for table in self._tables)
             + (0 if overlapped is None else overlapped.table_bytes),
             "host_launch_tables": 0 if host is None else host.table_bytes,

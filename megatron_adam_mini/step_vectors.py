@@ -71,6 +71,21 @@ class StepVectors:
             self.uncut = to_device(np.flatnonzero(~plan.is_cut_S))
             self.cut = to_device(np.flatnonzero(plan.is_cut_S))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all but the sums, which ``collectives`` hold."""
+        own = (
+            self.step_size_S,
+            self.exp_avg_scale_S2,
+            self.inv_numel_S,
+            self.group_SR,
+            self.origin_SR,
+            self.norm_domain_SR,
+            self.uncut,
+            self.cut,
+        )
+        return sum(tensor.nbytes for tensor in own if tensor is not None)
+
     def of(self, state: RankState) -> SegmentVectors:
         """Return what kernels take: these vectors, and v of the state."""
         return SegmentVectors(

@@ -141,7 +141,8 @@ def allocated(job: Job) -> dict[str, Any]:
     }
     if job.optimizer == "adam_mini":
         found["bytes"].update(trainer.optimizer.state_bytes())
-        for kind in ("launch_tables", "host_launch_tables"):  # those of the CPU's kernels
+        # Vectors, and tables of the CPU's kernels.
+        for kind in ("step_vectors", "launch_tables", "host_launch_tables"):
             found["bytes"].pop(kind, None)
     else:
         trainer.step(0)
@@ -490,6 +491,12 @@ def test_llama_2_7b_as_the_optimizer_allocates_it(form: str) -> None:
     assert share == pytest.approx(bytes_of_m / 8, abs=2e-4)
     assert found["main_param"] == (2 if "remainders" in form else 4) * bucket.numel
     assert found["exp_avg_sq"] < 5_000_000
+    # Sum, group, domain, number of the first element; of segments also size, step and scales.
+    per_entry = 4 + 4 + 1 + 4 * options.stochastic_rounding
+    per_segment = 4 + 4 + 8 * ("fp8" in form)
+    vectors = per_entry * len(step_plan.parameter_SR) + per_segment * step_plan.num_segments
+    # Nothing is exchanged on one rank, but sums may have a gap behind them.
+    assert vectors <= found["step_vectors"] < vectors + 16
 
 
 @pytest.mark.parametrize(("name", "per_shard"), [(n, f) for n, f in FORMATS.items() if n != "adam"])

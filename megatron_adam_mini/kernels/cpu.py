@@ -170,6 +170,7 @@ class _Sums:
         self._kept = [
             positions.astype(np.int32) for positions in (table.target, table.bounds, table.source)
         ]
+        self.nbytes = sum(positions.nbytes for positions in self._kept)
         #: Addresses of targets, bounds and sources.
         self.addresses = [positions.ctypes.data for positions in self._kept]
 

@@ -183,7 +183,7 @@ def wrap_state_memory(original: Callable[..., Any]) -> Callable[..., Any]:
 def _saved_bytes(optimizer: AdamMiniOptimizer) -> int:
     """Return how many bytes less this rank's state takes than Adam's, which is all float32.
 
-    On the device: what lies in host memory takes nothing there. Launch tables are not state.
+    On the device: what lies in host memory takes nothing there. Tables and vectors are not state.
     """
     adam = sum(
         piece.window.numel * (8 if param.dtype == torch.float32 else 12)
@@ -191,7 +191,8 @@ def _saved_bytes(optimizer: AdamMiniOptimizer) -> int:
         for param in (optimizer.model_params[piece.parameter],)
     )
     own = optimizer.state_bytes()
-    own.pop("launch_tables", None)
+    for kind in ("launch_tables", "step_vectors"):
+        own.pop(kind, None)
     return adam - sum(num for kind, num in own.items() if not kind.startswith("host_"))
 
 

@@ -25,8 +25,9 @@ class DerivedTables:
 
     @property
     def derived_bytes(self) -> int:
-        """Bytes of all that was made, if that says its ``nbytes``."""
-        return sum(made.nbytes for made in self._derived.values())
+        """Bytes of all that was made, which has ``nbytes`` or is a list of what has it."""
+        lists = [made if isinstance(made, list) else [made] for made in self._derived.values()]
+        return sum(part.nbytes for parts in lists for part in parts)
 
     @cached_property
     def _derived(self) -> dict[Any, Any]:
