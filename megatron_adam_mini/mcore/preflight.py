@@ -17,12 +17,12 @@ _REFUSED = {
     "use_megatron_fsdp": (
         "--use-megatron-fsdp",
         "its parameters are DTensors without buckets",
-        "use --use-distributed-optimizer",
+        "drop the flag and --ckpt-format fsdp_dtensor, and use --use-distributed-optimizer",
     ),
     "use_torch_fsdp2": (
         "--use-torch-fsdp2",
         "its parameters are DTensors without buckets",
-        "use --use-distributed-optimizer",
+        "drop the flag, and use --use-distributed-optimizer",
     ),
     "use_layer_wise_distributed_optimizer": (
         "--use-layer-wise-distributed-optimizer",
