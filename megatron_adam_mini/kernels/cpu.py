@@ -38,7 +38,7 @@ _PARTIAL = TILE_FIELDS.index("partial")
 #: Rectangles of columns; larger ones where each makes partial sums. Columns: as MOST_COLUMNS.
 _CUT = Cut(columns=2048, numel=_TILE_NUMEL, line=256)
 _CUT_OF_SUMS = Cut(columns=2048, numel=4 * _TILE_NUMEL, line=256)
-#: Segments whose partial sums are added at once; at most CHUNK.
+#: Segments whose partial sums are added at once: MOST_SEGMENTS.
 _SEGMENTS = 64
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int16: 3, torch.uint8: 4}
