@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import multiprocessing.process
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,10 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import pytest
+
+# Before torch is imported, here and in what tests start. Two tests at a time on two cores leave one
+# for each; on a busy machine, threads that wait for each other took up to six times the CPU time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 STARTERS = {"run_ranks", "start_program", "subprocess"}
 ROOT = Path(__file__).parents[1]
