@@ -147,6 +147,10 @@ class FlatState:
         """Whether m has 8 bits."""
         return any(flat.dtype == CODES for flat in self._flats)
 
+    def has_remainders(self, number: int) -> bool:
+        """Return whether shard ``number`` is stored as a weight and 16 bits."""
+        return any(flat.key == REMAINDERS and number in flat.members for flat in self._flats)
+
     def point_at(self, state: RankState, views: Views) -> None:
         """Let all views be those of a state that :meth:`attach` returned, or that is new."""
         for flat, whole in zip(self._flats, state.flat_tensors(), strict=True):

@@ -86,6 +86,27 @@ def test_the_mean_over_all_noises_is_the_value() -> None:
         assert (bias.abs() <= gap * 2.0**-16)[inside].all()
 
 
+@pytest.mark.parametrize("seen", [1.0, 0.05])
+def test_codes_alone_add_little_to_the_norm_of_m(seen: float) -> None:
+    """Rows with gradients in a share of the steps, as embeddings have, against a float32 m."""
+    generator = torch.Generator().manual_seed(3)
+    rows, columns, beta1, beta2 = 128, 32, 0.9, 0.95
+    v, m, codes = torch.zeros(rows, 1), torch.zeros(rows, columns), torch.zeros(rows, columns)
+    squares = torch.zeros(2)
+    for _ in range(300):
+        grad = torch.randn(rows, columns, generator=generator)
+        grad *= torch.rand(rows, 1, generator=generator) < seen
+        before = rounding.fp8_scale(v)
+        v = beta2 * v + (1 - beta2) * grad.square().mean(dim=1, keepdim=True)
+        m = beta1 * m + (1 - beta1) * grad
+        decoded = rounding.from_fp8(codes.to(torch.uint8), before)
+        noise = torch.randint(2**16, m.shape, generator=generator)
+        scale = rounding.fp8_scale(v)
+        codes = rounding.to_fp8_stochastic(beta1 * decoded + (1 - beta1) * grad, scale, noise)
+        squares += torch.stack([m.square().sum(), rounding.from_fp8(codes, scale).square().sum()])
+    assert 1 < (squares[1] / squares[0]).sqrt() < 1.006
+
+
 def test_the_nearest_code_is_torchs_and_too_large_values_stay_the_largest() -> None:
     value = torch.randn(10_000, generator=torch.Generator().manual_seed(2)) * 60
     own = value.to(torch.float8_e4m3fn).view(torch.uint8)
@@ -315,6 +336,16 @@ def test_state_dicts_as_torchs_keep_m_under_another_storage(other: str) -> None:
     assert torch.equal(same, codes)  # all codes times their scales are bfloat16 numbers
     ((_, again),) = run_ranks(1, state_and_m, codes_job, given)
     assert torch.equal(again, codes)
+
+
+def test_state_dicts_as_torchs_do_not_lose_or_invent_remainders() -> None:
+    job = replace(BASE, pp=1, bf16=True)
+    jobs = (job, replace(job, adam_mini={"param_remainders": True}))
+    saved = [run_ranks(1, state_and_m, each, None)[0][0] for each in jobs]
+    for own, same, other in zip(jobs, saved, reversed(saved), strict=True):
+        with pytest.raises(Exception, match="remainders or --adam-mini-lean in both or none"):
+            run_ranks(1, state_and_m, own, other)
+        run_ranks(1, state_and_m, own, same)
 
 
 def errors_of_assignments(job: Job) -> list[str]:
