@@ -63,11 +63,13 @@ def storage_options(
                 f"Remedy: {_REMEDIES[name]}."
             )
     remainders = bool(getattr(source, "store_param_remainders", True))
-    if options.lean and not remainders:
+    if options.param_remainders and not remainders:
+        name = "lean" if options.lean else "param_remainders"
+        rest = f"; {LEAN_WITHOUT_REMAINDERS} keeps float32 main parameters" if options.lean else ""
         raise ValueError(
-            "Adam-mini lean=True (--adam-mini-lean) stores main parameters as 16-bit remainders, "
-            "but the config has store_param_remainders=False. Remedy: drop one of them; "
-            f"{LEAN_WITHOUT_REMAINDERS} keeps float32 main parameters."
+            f"Adam-mini {name}=True (--adam-mini-{name.replace('_', '-')}) stores main parameters "
+            "as 16-bit remainders, but the config has store_param_remainders=False. Remedy: drop "
+            f"one of them{rest}."
         )
     asked: dict[str, Any] = {}
     exp_avg_dtype = dtype_name(getattr(source, "exp_avg_dtype", "fp32"))
