@@ -48,6 +48,14 @@ class Views(NamedTuple):
             self.states[number][key] = view.data
 
 
+def are_codes(values: Tensor) -> bool:
+    """Return whether values are codes of an m of 8 bits, as such or as the floats 0, 1, ..., 255.
+
+    An m that is all zero passes, too: its codes are zero.
+    """
+    return values.dtype == CODES or torch.equal(values.to(CODES).to(values.dtype), values)
+
+
 @dataclass(frozen=True, eq=False)
 class FlatTensor:
     """One flat tensor, which exists as the views that make it up.
@@ -76,9 +84,9 @@ class FlatTensor:
         """
         if view.dtype == self.dtype:
             return True
-        if self.dtype == CODES and view.is_floating_point():
-            return torch.equal(view.to(CODES).to(view.dtype), view)
-        return view.is_floating_point() and self.dtype.is_floating_point
+        if not view.is_floating_point():
+            return False
+        return self.dtype.is_floating_point or (self.dtype == CODES and are_codes(view))
 
     def of(self, views: Views) -> list[Tensor | None]:
         """Return the views that make it up."""

@@ -27,6 +27,7 @@ from megatron_adam_mini.flat_state import (
     SHARD,
     FlatState,
     Views,
+    are_codes,
 )
 from megatron_adam_mini.piece_values import v_per_element
 from megatron_adam_mini.plan.step_plan import Piece, StepPlan
@@ -223,7 +224,7 @@ class MainParams(torch.optim.Optimizer):
         """Take state and groups of :meth:`state_dict`, made by the same rank of the same layout.
 
         Unlike torch's, it casts nothing to the shard's own type, which would lose bits. An m of 8
-        bits may become one of floats, or one of floats codes.
+        bits may become one of floats, or one of floats codes; floats that are codes stay them.
 
         Raises:
             ValueError: groups, shards or shapes differ, or one of both stores 16-bit remainders.
@@ -263,7 +264,7 @@ class MainParams(torch.optim.Optimizer):
         """Return a saved state of a shard, m as codes of 8 bits if it is stored so, else floats."""
         has_codes = self._flat_state.has_codes
         m, v = saved.get(EXP_AVG), saved.get(EXP_AVG_SQ)
-        if m is None or v is None or (m.dtype == CODES) == has_codes:
+        if m is None or v is None or (are_codes(m) if has_codes else m.dtype != CODES):
             return dict(saved)
         scale = fp8_scale(self.exp_avg_sq_per_element(shard, v)).to(m.device)
         return {**saved, EXP_AVG: to_fp8(m.float(), scale) if has_codes else from_fp8(m, scale)}

@@ -326,6 +326,29 @@ def state_and_m(job: Job, given: Any) -> tuple[Any, Tensor]:
     return optimizer.state_dict(), torch.cat(m)
 
 
+def loaded_from_floats(job: Job) -> tuple[Tensor, Tensor]:
+    """Return m before and after a load of a state dict in which codes became floats."""
+    trainer = Trainer(job)
+    trainer.step(0)
+    optimizer = trainer.optimizer.member.optimizer
+    saved = optimizer.state_dict()
+    floats = {
+        number: {**state, "exp_avg": state["exp_avg"].float()}
+        for number, state in saved["state"].items()
+    }
+    codes = [torch.cat([state["exp_avg"] for state in optimizer.state.values()])]
+    optimizer.load_state_dict({**saved, "state": floats})
+    codes.append(torch.cat([state["exp_avg"] for state in optimizer.state.values()]))
+    return codes[0], codes[1]
+
+
+def test_codes_that_a_state_dict_holds_as_floats_are_codes() -> None:
+    """As of a framework that keeps m and v in one tensor for a while."""
+    ((before, after),) = run_ranks(1, loaded_from_floats, replace(BASE, pp=1, adam_mini=FP8))
+    assert before.any()
+    assert torch.equal(before, after)
+
+
 @pytest.mark.parametrize("other", ["fp32", "bf16"])
 def test_state_dicts_as_torchs_keep_m_under_another_storage(other: str) -> None:
     job = replace(BASE, pp=1, bf16=True, adam_mini={"full_v": ("*fc1*",)})
