@@ -155,9 +155,11 @@ class FlatState:
         """Whether m has 8 bits."""
         return any(flat.dtype == CODES for flat in self._flats)
 
-    def has_remainders(self, number: int) -> bool:
-        """Return whether shard ``number`` is stored as a weight and 16 bits."""
-        return any(flat.key == REMAINDERS and number in flat.members for flat in self._flats)
+    @property
+    def with_remainders(self) -> frozenset[int]:
+        """Numbers of the shards that are stored as a weight and 16 bits."""
+        flats = (flat for flat in self._flats if flat.key == REMAINDERS)
+        return frozenset(number for flat in flats for number in flat.members)
 
     def point_at(self, state: RankState, views: Views) -> None:
         """Let all views be those of a state that :meth:`attach` returned, or that is new."""

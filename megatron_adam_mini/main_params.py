@@ -237,28 +237,31 @@ class MainParams(torch.optim.Optimizer):
                 f"{[len(group['params']) for group in self.param_groups]}. It loads on the same "
                 "rank of the same parallel layout only; for others, use a torch_dist checkpoint."
             )
-        self._check_remainders(state_dict)
+        states = [
+            (shard, state_dict["state"].get(number, {}))
+            for group, other in zip(self.param_groups, saved, strict=True)
+            for shard, number in zip(group["params"], other["params"], strict=True)
+        ]
+        self._check_remainders(states)
+        for shard, state in states:
+            self.state[shard] = self._as_stored(shard, state)
         for group, other in zip(self.param_groups, saved, strict=True):
-            for shard, number in zip(group["params"], other["params"], strict=True):
-                self.state[shard] = self._as_stored(shard, state_dict["state"].get(number, {}))
             group.update({key: value for key, value in other.items() if key != "params"})
         self.attach()
 
-    def _check_remainders(self, state_dict: dict[str, Any]) -> None:
-        """Refuse a state dict with remainders where shards are float32, and the other way round."""
-        number_of = {id(shard): number for number, shard in enumerate(self.shards)}
-        for group, other in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for shard, key in zip(group["params"], other["params"], strict=True):
-                saved, number = state_dict["state"].get(key), number_of[id(shard)]
-                own = self._flat_state.has_remainders(number)
-                if saved and own != (REMAINDERS in saved):
-                    with_, without = "has 16-bit remainders", "has none"
-                    raise ValueError(
-                        f"The state dict {without if own else with_} of main parameters "
-                        f"({REMAINDERS!r}), and this optimizer {with_ if own else without}. "
-                        "Remedy: --adam-mini-param-remainders or --adam-mini-lean in both or none; "
-                        "or a checkpoint, which holds float32 and loads into either."
-                    )
+    def _check_remainders(self, states: Sequence[tuple[Tensor, Mapping[str, Tensor]]]) -> None:
+        """Refuse saved states with remainders for float32 shards, and the other way round."""
+        with_remainders = {id(self.shards[number]) for number in self._flat_state.with_remainders}
+        for shard, saved in states:
+            own = id(shard) in with_remainders
+            if saved and own != (REMAINDERS in saved):
+                with_, without = "has 16-bit remainders", "has none"
+                raise ValueError(
+                    f"The state dict {without if own else with_} of main parameters "
+                    f"({REMAINDERS!r}), and this optimizer {with_ if own else without}. "
+                    "Remedy: --adam-mini-param-remainders or --adam-mini-lean in both or none; "
+                    "or a checkpoint, which holds float32 and loads into either."
+                )
 
     def _as_stored(self, shard: Tensor, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a saved state of a shard, m as codes of 8 bits if it is stored so, else floats."""
